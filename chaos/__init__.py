@@ -1,0 +1,1 @@
+"""Fault scenarios and their checker. Nothing here is built yet."""

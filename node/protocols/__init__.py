@@ -1,0 +1,1 @@
+"""Protocol and framing specifications shipped with tickmesh, one TOML file each."""

@@ -1,0 +1,316 @@
+"""The compiled toolbox: the only file with LLVM code. Decorators for hot functions, atomics, unaligned loads, bit tricks, clocks.
+
+Everything compiled in tickmesh uses one of three decorators:
+
+* ``inlined``: a small helper, always inlined into the loop that calls it;
+* ``outlined``: a rare or batch-sized step, kept out of line;
+* ``loop``: an entry point called from Python; runs without the GIL and is cached on disk (see :mod:`tickmesh.transports.codecache`).
+
+``_nrt=False`` removes reference counting and turns any allocation into a compile error, so the hot path cannot allocate.
+It is a private option of numba, which is why the version is pinned and a test looks for NRT calls in the assembly.
+Set ``TICKMESH_BOUNDSCHECK=1`` to compile with array bounds checks (used by the fuzz tests).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.core.extending import intrinsic
+
+import tickmesh.transports.codecache  # noqa: F401  (registers where compiled loops are cached)
+
+BOUNDSCHECK = os.environ.get("TICKMESH_BOUNDSCHECK") == "1"
+_FLAGS: dict[str, Any] = {"_nrt": False, "error_model": "numpy", "nogil": True, "boundscheck": BOUNDSCHECK}
+
+_I64, _I32, _I8 = ir.IntType(64), ir.IntType(32), ir.IntType(8)
+
+
+def inlined(function: Any) -> Any:
+    """Compile a small helper that LLVM always inlines into its caller."""
+    return njit(function, forceinline=True, **_FLAGS)
+
+
+def outlined(function: Any) -> Any:
+    """Compile a step that stays out of line: rare paths, and work done once per batch."""
+    return njit(function, **_FLAGS)
+
+
+def loop(function: Any) -> Any:
+    """Compile an entry point: runs without the GIL, never allocates, cached on disk."""
+    return njit(function, cache=True, **_FLAGS)
+
+
+def _element(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
+    """Pointer to ``array[index]``, unchecked."""
+    return builder.gep(context.make_array(array_type)(context, builder, array).data, [index])
+
+
+# ---------------------------------------------------------------- atomics
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load_acquire(typingctx: Any, array: Any, index: Any) -> Any:
+    """``array[index]`` with acquire ordering. 32- and 64-bit integer arrays."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _element(context, builder, sig.args[0], args[0], args[1])
+        return builder.load_atomic(pointer, "acquire", sig.args[0].dtype.bitwidth // 8)
+
+    return array.dtype(array, types.intp), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def store_release(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    """``array[index] = value`` with release ordering."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _element(context, builder, sig.args[0], args[0], args[1])
+        builder.store_atomic(args[2], pointer, "release", sig.args[0].dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, array.dtype), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fetch_add(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    """Atomically add to ``array[index]``; returns the value before."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _element(context, builder, sig.args[0], args[0], args[1])
+        return builder.atomic_rmw("add", pointer, args[2], "acq_rel")
+
+    return array.dtype(array, types.intp, array.dtype), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def compare_and_swap(typingctx: Any, array: Any, index: Any, expected: Any, value: Any) -> Any:
+    """Atomically replace ``array[index]`` if it equals `expected`; returns whether it did."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _element(context, builder, sig.args[0], args[0], args[1])
+        result = builder.cmpxchg(pointer, args[2], args[3], "acq_rel", "acquire")
+        return builder.extract_value(result, 1)
+
+    return types.boolean(array, types.intp, array.dtype, array.dtype), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def full_fence(typingctx: Any) -> Any:
+    """A sequentially consistent memory fence."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+# ---------------------------------------------------------------- the processor
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def cpu_pause(typingctx: Any) -> Any:
+    """The spin-wait hint (x86 ``pause``). Inline assembly would abort: numba never initialises LLVM's parser for it."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def cycle_counter(typingctx: Any) -> Any:
+    """The processor's time-stamp counter (``rdtsc``), i64."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = ir.FunctionType(_I64, [])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.readcyclecounter"), [])
+
+    return types.int64(), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
+    """Ask for the cache line of ``array[index]``, to be read and written soon."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = builder.bitcast(_element(context, builder, sig.args[0], args[0], args[1]), _I8.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [pointer, _I32(1), _I32(3), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
+
+
+# ---------------------------------------------------------------- bytes
+
+
+def _make_load(bits: int, swapped: bool) -> Any:
+    kind = ir.IntType(bits)
+    result = {16: types.uint16, 32: types.uint32, 64: types.uint64}[bits]
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def load(typingctx: Any, buffer: Any, offset: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            pointer = _element(context, builder, sig.args[0], args[0], args[1])
+            value = builder.load(builder.bitcast(pointer, kind.as_pointer()), align=1)
+            return builder.bswap(value) if swapped else value
+
+        return result(buffer, types.intp), codegen
+
+    return load
+
+
+le16, le32, le64 = (_make_load(bits, False) for bits in (16, 32, 64))
+"""Unaligned little-endian loads: ``le32(buffer_u8, byte_offset)`` -> uint32."""
+be16, be32, be64 = (_make_load(bits, True) for bits in (16, 32, 64))
+"""Unaligned big-endian loads: ``be32(buffer_u8, byte_offset)`` -> uint32."""
+
+
+def _make_store(bits: int, swapped: bool) -> Any:
+    kind = ir.IntType(bits)
+    value_type = {16: types.uint16, 32: types.uint32, 64: types.uint64}[bits]
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def store(typingctx: Any, buffer: Any, offset: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            pointer = _element(context, builder, sig.args[0], args[0], args[1])
+            word = builder.bswap(args[2]) if swapped else args[2]
+            builder.store(word, builder.bitcast(pointer, kind.as_pointer()), align=1)
+            return context.get_dummy_value()
+
+        return types.void(buffer, types.intp, value_type), codegen
+
+    return store
+
+
+put_le16, put_le32, put_le64 = (_make_store(bits, False) for bits in (16, 32, 64))
+"""Unaligned little-endian stores: ``put_le32(buffer_u8, byte_offset, value)``."""
+put_be16, put_be32, put_be64 = (_make_store(bits, True) for bits in (16, 32, 64))
+"""Unaligned big-endian stores: ``put_be32(buffer_u8, byte_offset, value)``."""
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def count_trailing_zeros(typingctx: Any, word: Any) -> Any:
+    """Index of the lowest set bit of a u64 (64 for zero)."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.IntType(1)(0))
+
+    return types.uint64(types.uint64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def count_leading_zeros(typingctx: Any, word: Any) -> Any:
+    """Number of zero bits above the highest set bit of a u64 (64 for zero)."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.ctlz(args[0], ir.IntType(1)(0))
+
+    return types.uint64(types.uint64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def f64_bits(typingctx: Any, value: Any) -> Any:
+    """The bits of a float64 as i64 (how an event's ``aux`` carries a signal)."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], _I64)
+
+    return types.int64(types.float64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def bits_f64(typingctx: Any, bits: Any) -> Any:
+    """The float64 whose bits are the i64 `bits`."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.DoubleType())
+
+    return types.float64(types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def copy_record(typingctx: Any, target: Any, target_index: Any, source: Any, source_index: Any) -> Any:
+    """``target[target_index] = source[source_index]`` for record arrays of one dtype, as one block copy."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        to = _element(context, builder, sig.args[0], args[0], args[1])
+        fro = _element(context, builder, sig.args[2], args[2], args[3])
+        size = context.get_constant(types.intp, sig.args[0].dtype.size)
+        cgutils.raw_memcpy(builder, to, fro, size, 1, align=8)
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp, source, types.intp), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def address_of(typingctx: Any, array: Any, index: Any) -> Any:
+    """Address of ``array[index]`` as u64, for passing to libc."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.ptrtoint(_element(context, builder, sig.args[0], args[0], args[1]), _I64)
+
+    return types.uint64(array, types.intp), codegen
+
+
+# ---------------------------------------------------------------- libc: clocks and yielding
+
+_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.uint64))
+_sched_yield = types.ExternalFunction("sched_yield", types.int32())
+_usleep = types.ExternalFunction("usleep", types.int32(types.uint32))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _clock_ns(typingctx: Any, clock: Any) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        spec = cgutils.alloca_once(builder, ir.ArrayType(_I64, 2))
+        pointer = builder.bitcast(spec, _I8.as_pointer())
+        kind = ir.FunctionType(_I32, [_I32, _I8.as_pointer()])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "clock_gettime"), [args[0], pointer])
+        seconds = builder.load(builder.gep(spec, [_I32(0), _I32(0)]))
+        nanos = builder.load(builder.gep(spec, [_I32(0), _I32(1)]))
+        return builder.add(builder.mul(seconds, _I64(1_000_000_000)), nanos)
+
+    return types.int64(types.int32), codegen
+
+
+@inlined
+def now_ns() -> Any:
+    """Wall clock (``CLOCK_REALTIME``), nanoseconds since the epoch, i64. Never used for a decision inside a shard."""
+    return _clock_ns(0)
+
+
+@inlined
+def monotonic_ns() -> Any:
+    """Monotonic clock in nanoseconds, i64."""
+    return _clock_ns(1)
+
+
+IDLE_SPIN, IDLE_YIELD, IDLE_SLEEP = 0, 1, 2
+IDLE_MODES = {"spin": IDLE_SPIN, "yield": IDLE_YIELD, "sleep": IDLE_SLEEP}
+_SPINS_BEFORE_YIELD = 64
+_YIELDS_BEFORE_SLEEP = 256
+_SLEEP_US_MAX = 1000
+
+
+@inlined
+def idle(mode: Any, rounds: Any) -> Any:
+    """Wait a moment in a polling loop; returns the next `rounds` (start at 0, reset to 0 after work).
+
+    ``spin`` burns the core for the lowest latency; ``yield`` gives it to others; ``sleep`` backs off to 1 ms (a laptop's choice).
+    """
+    if mode == IDLE_SPIN or rounds < _SPINS_BEFORE_YIELD:
+        cpu_pause()
+    elif mode == IDLE_YIELD or rounds < _YIELDS_BEFORE_SLEEP:
+        _sched_yield()
+    else:
+        _usleep(types.uint32(min(_SLEEP_US_MAX, 20 + (rounds - _YIELDS_BEFORE_SLEEP) * 4)))
+    return rounds + 1

@@ -1,0 +1,921 @@
+"""The configuration of a node: a TOML document, checked as a whole.
+
+``load_config(path)`` gives a :class:`Config`, or raises :class:`ConfigError` with every problem of the document at once, each with
+its path, line, value, reason and hint. Every key declares its meaning, unit, default, bounds, and whether a running node takes a new
+value (`live`) or has to restart (`restart`); ``tickmesh config schema`` prints that table (:mod:`tickmesh.ops.config_cmd`).
+
+The model knows no calculation and no protocol: those are checked by hooks (:class:`Checks`) of whoever knows them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import math
+import os
+import re
+import tomllib
+import typing
+import zoneinfo
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    StringConstraints,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+from tickmesh.control.tomllines import key_lines, line_of
+
+TableT = typing.TypeVar("TableT", bound=BaseModel)
+KeyPath = tuple[str | int, ...]
+PRICE_DECIMALS = 9
+"""Prices are fixed point in units of 1e-9."""
+
+SOURCE_TYPES = ("file", "pcap", "multicast", "simulator")
+DELIVERY_METHODS = ("nats", "shm")
+NOT_BUILT_YET = {
+    "type": ("websocket", "http", "tcp", "afxdp", "rdma", "nats"),
+    "method": ("websocket", "redis"),
+}
+FIELD_NAMES = {
+    "volume": "qty", "size": "qty", "quantity": "qty", "amount": "qty", "timestamp": "ts_event", "time": "ts_event", "sequence": "seq",
+    "instrument": "symbol", "ticker": "symbol", "order_id": "id", "trade_id": "id", "match_id": "id", "bid_size": "bid_qty",
+    "ask_size": "ask_qty", "bid_price": "bid", "ask_price": "ask",
+}  # fmt: skip
+"""Usual names of other systems, read as the event field at the right when `fields` is a plain list."""
+
+
+# ---------------------------------------------------------------- problems
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong in a configuration.
+
+    Attributes:
+        path: dotted path of the key, e.g. ``data_sources.nasdaq.endpoint``.
+        line: its line in the file (of the enclosing table if the key is missing); None if there is no text.
+        value: what is there; None if the key is missing.
+        reason: what is wrong with it.
+        hint: what to do, may be empty.
+    """
+
+    path: str
+    line: int | None
+    value: Any
+    reason: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        shown = "" if self.value is None or isinstance(self.value, dict | list) else f" = {self.value!r}"
+        return f"{self.path}{shown}: {self.reason}" + (f" ({self.hint})" if self.hint else "")
+
+
+class ConfigError(Exception):
+    """A configuration is refused.
+
+    Attributes:
+        errors: every problem found, in the order of the file.
+        name: the file, or what the text was called.
+    """
+
+    def __init__(self, errors: list[Problem], name: str = "configuration") -> None:
+        self.errors, self.name = errors, name
+        super().__init__("\n".join(f"{name}:{e.line}: {e}" if e.line else f"{name}: {e}" for e in errors))
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One problem as a check states it: `key` is relative to the table that was checked ("" for the table itself)."""
+
+    key: str
+    reason: str
+    hint: str = ""
+    judged_by: tuple[str, ...] = ()
+    """Other keys of the table that this depends on: while one of them is wrong, nothing is said."""
+
+
+def _refused(problems: list[Refusal]) -> None:
+    if problems:
+        raise PydanticCustomError("refused", "{reason}", {"reason": problems[0].reason, "problems": problems})
+
+
+# ---------------------------------------------------------------- kinds of value
+
+
+def _decimal(value: Any) -> Decimal:
+    if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
+        raise ValueError("must be a number")
+    try:
+        result = Decimal(str(value))
+    except InvalidOperation:
+        raise ValueError("must be a number, e.g. 0.01 or '0.01'") from None
+    if not result.is_finite():
+        raise ValueError("must be a finite number")
+    return result
+
+
+def _pace(value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    if number or value in ("max", "realtime"):
+        return value
+    raise ValueError("must be 'max', 'realtime' or a positive number (2 = twice as fast as recorded)")
+
+
+def _paths(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _date(value: Any) -> Any:
+    return value.isoformat() if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime) else value
+
+
+def _valid_date(value: str) -> str:
+    try:
+        return datetime.date.fromisoformat(value).isoformat()
+    except ValueError:
+        raise ValueError("must be a date, e.g. 2024-05-08") from None
+
+
+def _valid_timezone(value: str) -> str:
+    try:
+        zoneinfo.ZoneInfo(value)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        raise ValueError("is not a known time zone, e.g. 'UTC' or 'America/New_York'") from None
+    return value
+
+
+def _field_map(value: Any) -> Any:
+    """``["symbol", "price"]`` and ``{price = "p"}`` are short forms of ``{price = {path = "p"}}``."""
+    if isinstance(value, list):
+        if not all(isinstance(item, str) for item in value):
+            raise ValueError("must be a list of field names or a table of event field = source field")
+        return {FIELD_NAMES.get(item, item): {"path": item} for item in value}
+    if not isinstance(value, dict):
+        return value
+    short = {k: {"path": str(v)} for k, v in value.items() if isinstance(v, str | int) and not isinstance(v, bool)}
+    return {**value, **short}
+
+
+def _per_event(value: Any) -> Any:
+    return list(OUTPUT_KINDS) if value is True else [] if value is False else value
+
+
+def _power_of_two(value: int) -> int:
+    if value & (value - 1):
+        raise ValueError(f"must be a power of two, e.g. {1 << value.bit_length()}")
+    return value
+
+
+def _built(key: str) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if isinstance(value, str) and value in NOT_BUILT_YET[key]:
+            raise ValueError(f"{value!r} is not built yet")
+        return value
+
+    return check
+
+
+_PACE_SCHEMA = WithJsonSchema({"anyOf": [{"enum": ["max", "realtime"]}, {"type": "number", "exclusiveMinimum": 0}]})
+_NUMBER = WithJsonSchema({"type": ["number", "string"]})
+PreciseNumber = Annotated[Decimal, BeforeValidator(_decimal), _NUMBER]
+"""An exact decimal number: 0.01 and "0.01" are the same, and neither becomes a float."""
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_-]{0,63}$")]
+Symbol = Annotated[str, StringConstraints(min_length=1, max_length=24)]
+PowerOfTwo = Annotated[int, BeforeValidator(lambda v: _power_of_two(v) if type(v) is int and v > 0 else v)]
+PathList = Annotated[list[str], BeforeValidator(_paths), WithJsonSchema({"type": ["string", "array"], "items": {"type": "string"}})]
+Pace = Annotated[Any, BeforeValidator(_pace), _PACE_SCHEMA]
+Date = Annotated[str, BeforeValidator(lambda v: _valid_date(d) if isinstance(d := _date(v), str) else v)]
+TimeZone = Annotated[str, BeforeValidator(lambda v: _valid_timezone(v) if isinstance(v, str) else v)]
+SourceType = Annotated[Literal["file", "pcap", "multicast", "simulator"], BeforeValidator(_built("type"))]
+DeliveryMethod = Annotated[Literal["nats", "shm"], BeforeValidator(_built("method"))]
+OutputKind = Literal[
+    "bbo", "trade", "signal", "alert", "bar", "intent", "risk", "book_state", "status", "gap", "reference",
+    "quote", "imbalance", "break", "system", "level", "order", "clear",
+]  # fmt: skip
+"""What a shard can put out; `order` stands for add, execute, cancel, delete, replace and modify."""
+OUTPUT_KINDS: tuple[str, ...] = typing.get_args(OutputKind)
+PerEvent = Annotated[list[OutputKind], BeforeValidator(_per_event)]
+MappedEvent = Literal[
+    "trade", "quote", "level", "add", "execute", "cancel", "delete", "replace", "modify", "clear", "break", "status", "imbalance"
+]  # fmt: skip
+"""Kinds of event that a field mapping (json, csv) can make."""
+EventField = Literal["symbol", "price", "qty", "side", "id", "aux", "ts_event", "seq", "bid", "bid_qty", "ask", "ask_qty"]
+"""Fields of an event that a field mapping can fill; bid..ask_qty belong to quotes."""
+Overflow = Literal["block", "drop_oldest", "gap"]
+
+
+def key(default: Any, meaning: str, *, unit: str = "", live: bool = False, only: tuple[str, ...] = (), **bounds: Any) -> Any:
+    """A key of the configuration.
+
+    Args:
+        default: its value if the document does not name it (``...``: it must).
+        meaning: one sentence.
+        unit: of the value, empty if it has none.
+        live: whether a running node takes a new value; otherwise it needs a restart.
+        only: the types (or methods) of table that the key is for; empty: all.
+        bounds: pydantic's `ge`, `le`, `gt`, `lt`, `min_length`, `pattern`.
+    """
+    extra: dict[str, Any] = {"unit": unit, "change": "live" if live else "restart", "only": list(only)}
+    return Field(default, description=meaning, json_schema_extra=extra, **bounds)
+
+
+class Table(BaseModel):
+    """A table of the document: its keys are known, typed strictly, and do not change once read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    def _not_for(self, kind: str) -> list[Refusal]:
+        """Keys that were given although they belong to other types of this table."""
+        wrong = []
+        for name in sorted(self.model_fields_set):
+            only = key_extra(type(self), name)["only"]
+            if only and kind not in only:
+                wrong.append(Refusal(name, f"has no meaning for {kind!r}, only for {' and '.join(only)}", "remove it"))
+        return wrong
+
+
+def key_extra(model: type[BaseModel], name: str) -> dict[str, Any]:
+    """What :func:`key` declared beside the type: `unit`, `change`, `only`."""
+    extra = model.model_fields[name].json_schema_extra
+    return typing.cast(dict[str, Any], extra) if isinstance(extra, dict) else {"unit": "", "change": "restart", "only": []}
+
+
+# ---------------------------------------------------------------- the tables
+
+
+class Cluster(Table):
+    """``[cluster]``: this node and what all nodes share."""
+
+    name: str = key("local", "Name of the cluster; part of every NATS subject.", pattern=r"^[A-Za-z0-9_-]{1,32}$")
+    node: str = key("node1", "Name of this node, unique in the cluster.", pattern=r"^[A-Za-z0-9_-]{1,32}$")
+    shards: int = key(1, "Partitions of the instruments; each has its own thread, journal and output stream.", ge=1, le=64)
+    shard_overrides: dict[Symbol, Annotated[int, Field(ge=0)]] = key({}, "Symbols that are placed by hand: symbol = shard (from 0).")
+    data_dir: str = key("~/.local/share/tickmesh", "Folder of journals, counters and the embedded server's data.", min_length=1)
+    instruments_max: int = key(4096, "Most instruments of a shard.", ge=1, le=1 << 20)
+    orders_max: int = key(1 << 20, "Most resting orders of a shard.", unit="orders", ge=16, le=1 << 27)
+    idle: Literal["spin", "yield", "sleep"] = key(
+        "sleep", "What a hot thread does with nothing to do: spin (own core, least delay), yield, or sleep (a laptop)."
+    )
+    cpus: list[Annotated[int, Field(ge=0, le=4095)]] = key([], "Processors for the hot threads: receivers, then shards; empty: any.")
+    ring_capacity: PowerOfTwo = key(65536, "Events that a ring holds.", unit="events", ge=256, le=1 << 26)
+    output_overflow: Overflow = key(
+        "block", "When the output ring is full: wait, overwrite the oldest, or drop and emit a gap; always counted."
+    )
+
+    @property
+    def data_path(self) -> Path:
+        """`data_dir` with ``~`` and environment variables expanded."""
+        return Path(os.path.expandvars(self.data_dir)).expanduser()
+
+    @model_validator(mode="after")
+    def _check(self) -> Cluster:
+        bad = [
+            Refusal(f"shard_overrides.{symbol}", f"there is no such shard: shards is {self.shards}", f"0 to {self.shards - 1}", ("shards",))
+            for symbol, shard in self.shard_overrides.items()
+            if shard >= self.shards
+        ]
+        if len(set(self.cpus)) != len(self.cpus):
+            bad.append(Refusal("cpus", "names a processor twice"))
+        _refused(bad)
+        return self
+
+
+class FieldOptions(Table):
+    """One field of a mapping: where an event field comes from."""
+
+    path: str = key(
+        ..., 'JSON: a path like "data.p" or "b[].0" ([]: one event per element). CSV: column name or index from 0.', min_length=1
+    )
+    scale: PreciseNumber = key(Decimal(1), "The number is multiplied by this, exactly.", gt=0)
+    unit: Literal["ns", "us", "ms", "s", "iso8601"] = key("ns", "ts_event only: what the time counts from 1970 (s: may have decimals).")
+    values: dict[str, str] = key({}, 'side only: words of the source, e.g. {B = "bid", S = "ask"}.')
+    default: str | None = key(None, "Text used if the field is absent; without it an absent field makes the record malformed.")
+
+
+FieldMap = Annotated[dict[EventField, FieldOptions], BeforeValidator(_field_map)]
+
+
+class MessageOptions(Table):
+    """``[[data_sources.NAME.messages]]``: one kind of record of a json or csv source."""
+
+    match: dict[str, str | int | bool] = key(
+        {}, 'The record is of this kind if these paths have these values, e.g. {e = "trade"}; empty: always.'
+    )
+    event: MappedEvent = key(..., "Kind of event that the record becomes.")
+    fields: FieldMap = key(..., "Event field = path in the record.", min_length=1)
+    snapshot: bool = key(False, "The record replaces the book: a clear comes first.")
+
+
+class InstrumentOptions(Table):
+    """``[data_sources.NAME.instruments.SYMBOL]``: what differs for one symbol."""
+
+    tick_size: PreciseNumber | None = key(None, "Smallest price step.", unit="price", gt=0)
+    quantity_exponent: int | None = key(None, "Decimals of a quantity: real = integer / 10^exponent.", ge=0, le=18)
+
+
+class Source(Table):
+    """``[data_sources.NAME]``: a feed: transport, framing, protocol and field mapping."""
+
+    type: SourceType = key(..., "Where the bytes come from.")
+    path: PathList = key([], "File or files, read in this order; a relative path starts at the configuration file.", only=("file", "pcap"))
+    endpoint: str | None = key(None, "Multicast group of line A, udp://GROUP:PORT.", only=("multicast",))
+    endpoint_b: str | None = key(None, "Multicast group of line B; the first of two equal packets is used.", only=("multicast",))
+    interface: str | None = key(
+        None, "Network interface (name or address) that joins the groups; none: the system's choice.", only=("multicast",), min_length=1
+    )
+    data_format: str | None = key(
+        None,
+        'Protocol: a shipped spec ("itch50"), a spec file (.toml), "binance", "okx", "bybit", "lobster", "dbn_mbo", "json" or "csv".',
+    )
+    framing: str | None = key(
+        None,
+        'How messages lie in packets or files, e.g. "moldudp64", "binaryfile"; none: the one usual for the protocol.',
+        pattern=r"^[a-z0-9_]{1,32}$",
+    )
+    venue: str | None = key(None, "Name of the venue; none: the name of the source.", pattern=r"^[A-Za-z0-9_-]{1,32}$")
+    date: Date | None = key(None, "Day of a feed that counts time from midnight, e.g. 2024-05-08; none: times count from midnight.")
+    timezone: TimeZone = key("UTC", "Time zone of that midnight, e.g. America/New_York.")
+    pace: Pace = key("max", "Speed of a replay: max, realtime, or a multiple of real time.", only=("file", "pcap", "simulator"))
+    symbols: list[Symbol] = key([], "Symbols to take (a simulator: to make); empty: all.")
+    exclude: list[Symbol] = key([], "Symbols to leave out.")
+    tick_size: PreciseNumber | None = key(None, "Smallest price step; none: the protocol's own, or inferred.", unit="price", gt=0)
+    quantity_exponent: int | None = key(None, "Decimals of a quantity; none: the protocol's own.", ge=0, le=18)
+    price_scale: PreciseNumber | None = key(None, "Real price = wire price times this; none: the protocol's own.", gt=0)
+    instruments: dict[Symbol, InstrumentOptions] = key({}, "What differs for single symbols.")
+    event: MappedEvent | None = key(None, "json and csv with one kind of record: the kind of event it becomes.")
+    fields: FieldMap = key({}, "Field mapping: a list of fields, or a table event field = source field.")
+    messages: list[MessageOptions] = key([], "json and csv with several kinds of record: the first that matches is used.")
+    columns: list[Annotated[str, StringConstraints(min_length=1)]] = key([], "csv: names of the columns, for a file without a header row.")
+    delimiter: str = key(",", "csv: character between columns.", min_length=1, max_length=1)
+    gap_wait_ms: float = key(
+        5.0,
+        "How long a missing packet may still come from the other line before a gap is declared.",
+        unit="ms",
+        ge=0,
+        le=60000,
+        only=("multicast", "pcap", "simulator"),
+    )
+    recv_buffer_kb: int = key(4096, "Socket receive buffer.", unit="KiB", ge=64, le=1 << 20, only=("multicast",))
+    seed: int = key(1, "Seed: the same seed makes the same market.", ge=0, le=(1 << 63) - 1, only=("simulator",))
+    rate: float = key(10000.0, "Messages per second of market time.", unit="1/s", gt=0, le=1e9, only=("simulator",))
+    messages_max: int = key(0, "Stop after so many messages; 0: never.", ge=0, only=("simulator",))
+    loss: float = key(0.0, "Share of packets lost on each line.", ge=0, lt=1, only=("simulator",))
+    duplicate: float = key(0.0, "Share of packets sent twice.", ge=0, lt=1, only=("simulator",))
+    reorder: float = key(0.0, "Share of packets that change places with the next.", ge=0, lt=1, only=("simulator",))
+
+    def midnight_ns(self) -> int:
+        """Nanoseconds since 1970 of the midnight that `date` and `timezone` name; 0 without a date."""
+        if self.date is None:
+            return 0
+        moment = datetime.datetime.combine(datetime.date.fromisoformat(self.date), datetime.time(), zoneinfo.ZoneInfo(self.timezone))
+        return int(moment.timestamp()) * 1_000_000_000
+
+    def takes(self, symbol: str) -> bool:
+        """Whether events of this symbol are wanted."""
+        return (not self.symbols or symbol in self.symbols) and symbol not in self.exclude
+
+    def tick_size_of(self, symbol: str) -> int | None:
+        """Configured tick size in units of 1e-9, or None."""
+        chosen = self.instruments.get(symbol)
+        value = chosen.tick_size if chosen and chosen.tick_size is not None else self.tick_size
+        return None if value is None else int(value.scaleb(PRICE_DECIMALS))
+
+    def quantity_exponent_of(self, symbol: str) -> int | None:
+        """Configured quantity exponent, or None."""
+        chosen = self.instruments.get(symbol)
+        return chosen.quantity_exponent if chosen and chosen.quantity_exponent is not None else self.quantity_exponent
+
+    @model_validator(mode="after")
+    def _check(self) -> Source:
+        bad = self._not_for(self.type)
+        if self.type in ("file", "pcap") and not self.path:
+            bad.append(Refusal("path", "is missing", f"name the files that a {self.type} source reads"))
+        if self.type == "multicast":
+            bad += _check_endpoint("endpoint", self.endpoint, required=True) + _check_endpoint(
+                "endpoint_b", self.endpoint_b, required=False
+            )
+        if self.type == "simulator" and not self.symbols:
+            bad.append(Refusal("symbols", "is missing", "name the symbols to simulate"))
+        if self.type != "simulator" and not self.data_format:
+            bad.append(Refusal("data_format", "is missing", 'name the protocol, e.g. "itch50"'))
+        bad += self._check_prices() + self._check_mapping()
+        if both := sorted(set(self.symbols) & set(self.exclude)):
+            bad.append(Refusal("exclude", f"{both[0]!r} is in symbols too"))
+        _refused(bad)
+        return self
+
+    def _check_prices(self) -> list[Refusal]:
+        ticks = [("tick_size", self.tick_size), *((f"instruments.{s}.tick_size", o.tick_size) for s, o in self.instruments.items())]
+        return [Refusal(k, "is finer than prices are kept", "the finest step is 1e-9") for k, v in ticks if v is not None and _too_fine(v)]
+
+    def _check_mapping(self) -> list[Refusal]:
+        generic = self.data_format in ("json", "csv")
+        bad = []
+        if generic and not self.messages and not self.fields:
+            bad.append(Refusal("fields", "is missing", f"a {self.data_format} source needs a field mapping: fields or messages"))
+        if generic and self.fields and not self.event:
+            bad.append(Refusal("event", "is missing", 'say what a record becomes, e.g. event = "trade"'))
+        if self.messages and (self.fields or self.event):
+            bad.append(Refusal("messages", "excludes fields and event", "put them into [[messages]]"))
+        if not generic and self.data_format:
+            given = [name for name in ("event", "messages", "columns") if name in self.model_fields_set]
+            bad += [Refusal(name, f'has no meaning for {self.data_format!r}, only for "json" and "csv"', "remove it") for name in given]
+        return bad
+
+
+def _too_fine(value: Decimal) -> bool:
+    scaled = value.scaleb(PRICE_DECIMALS)
+    return scaled != scaled.to_integral_value()
+
+
+def _check_endpoint(name: str, endpoint: str | None, required: bool) -> list[Refusal]:
+    if endpoint is None:
+        return [Refusal(name, "is missing", "e.g. udp://239.1.1.1:26400")] if required else []
+    match = re.fullmatch(r"udp://(\d{1,3}(?:\.\d{1,3}){3}):(\d{1,5})", endpoint)
+    if match is None:
+        return [Refusal(name, "must be udp://ADDRESS:PORT", "e.g. udp://239.1.1.1:26400")]
+    parts = [int(part) for part in match[1].split(".")]
+    if max(parts) > 255 or not 0 < int(match[2]) < 65536:
+        return [Refusal(name, "has an impossible address or port")]
+    if not 224 <= parts[0] <= 239 and parts[0] != 127:
+        return [Refusal(name, f"{match[1]} is not a multicast group", "groups are 224.0.0.0 to 239.255.255.255")]
+    return []
+
+
+class Calculation(BaseModel):
+    """``[processing.calculations.NAME]``: a calculation; keys other than these are its parameters."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    use: str = key(
+        ..., 'A built-in calculation ("ema") or "file.py:function".', pattern=r"^([A-Za-z_][A-Za-z0-9_]*|.+\.py:[A-Za-z_][A-Za-z0-9_]*)$"
+    )
+    symbols: list[Symbol] = key([], "Symbols it runs for; empty: all.")
+    of: str | None = key(
+        None,
+        'Series it takes: "trade.price", "trade.qty", "bbo.mid", "bbo.spread", "bbo.microprice" or a calculation; none: its own default.',
+        pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*$",
+    )
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The calculation's own keys (`window`, `alpha`, …), not checked here."""
+        return dict(self.model_extra or {})
+
+
+class Alert(Table):
+    """``[processing.alerts.NAME]``: an event when a series crosses a threshold."""
+
+    of: str = key(..., 'Series that is watched: "trade.price", "bbo.spread", … or a calculation.', pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*$")
+    above: float | None = key(None, "Alert when the value rises above this.", live=True, allow_inf_nan=False)
+    below: float | None = key(None, "Alert when the value falls below this.", live=True, allow_inf_nan=False)
+    hysteresis: float = key(0.0, "How far the value must come back before the alert can come again.", live=True, ge=0, allow_inf_nan=False)
+    cooldown_ms: float = key(0.0, "Least time between two alerts of one instrument.", unit="ms", live=True, ge=0, le=86_400_000)
+    symbols: list[Symbol] = key([], "Symbols it watches; empty: all.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Alert:
+        if self.above is None and self.below is None:
+            _refused([Refusal("above", "is missing", "an alert needs above, below or both")])
+        if self.above is not None and self.below is not None and self.below > self.above:
+            _refused([Refusal("below", f"is higher than above ({self.above})")])
+        return self
+
+
+class Bars(Table):
+    """``[processing.bars.NAME]``: OHLCV bars of trades."""
+
+    interval_ms: int = key(..., "Length of a bar.", unit="ms", ge=1, le=86_400_000)
+    symbols: list[Symbol] = key([], "Symbols that get bars; empty: all.")
+
+
+class Processing(Table):
+    """``[processing]``: what is computed, and what of it goes out."""
+
+    outputs: list[OutputKind] = key(
+        ["bbo", "trade", "signal", "alert", "bar", "intent", "risk", "book_state", "status", "gap", "reference"],
+        "Kinds of event that the shard puts out.",
+    )
+    calculations: dict[Name, Calculation] = key({}, "Calculations by name.")
+    alerts: dict[Name, Alert] = key({}, "Alerts by name.")
+    bars: dict[Name, Bars] = key({}, "Bars by name.")
+
+
+class Risk(Table):
+    """``[risk]``: limits that every intent (an order that a calculation would send) must pass."""
+
+    enabled: bool = key(False, "Check intents; without it they go out unchecked.")
+    kill_switch: bool = key(False, "Refuse every intent.", live=True)
+    max_qty: PreciseNumber | None = key(None, "Largest quantity of one intent, in real units.", live=True, gt=0)
+    max_notional: PreciseNumber | None = key(None, "Largest price times quantity of one intent.", unit="quote currency", live=True, gt=0)
+    price_collar_bps: float | None = key(None, "Largest distance of an intent's price from the mid.", unit="bps", live=True, gt=0, le=10000)
+    max_rate: int | None = key(None, "Most intents of one instrument in a window.", live=True, ge=1, le=1 << 20)
+    rate_window_ms: float = key(1000.0, "Length of that window.", unit="ms", live=True, gt=0, le=3_600_000)
+
+
+class Journal(Table):
+    """``[journal]``: the log of a shard's inputs, from which it can be replayed."""
+
+    enabled: bool = key(True, "Keep a journal.")
+    segment_mb: int = key(64, "Size of one segment file.", unit="MiB", ge=1, le=4096)
+    sync: Literal["none", "segment"] = key("segment", "When a helper thread forces data to the disk: never, or once a segment is full.")
+
+
+class Delivery(Table):
+    """``[delivery.NAME]``: where outputs go."""
+
+    method: DeliveryMethod = key(..., "How: a NATS JetStream stream per shard, or a shared-memory ring.")
+    target: str = key("nats://127.0.0.1:4222", "Address of the NATS server.", only=("nats",))
+    embedded: bool = key(False, "Start a nats-server on this host, bound to loopback, in place of `target`.", only=("nats",))
+    port: int = key(4222, "Port of the embedded server; 0: any free one.", ge=0, le=65535, only=("nats",))
+    batch_max_events: int = key(512, "Most events of one frame.", unit="events", live=True, ge=1, le=8192, only=("nats",))
+    batch_max_wait_ms: float = key(1.0, "Longest wait for a frame to fill.", unit="ms", live=True, ge=0, le=1000, only=("nats",))
+    window: int = key(64, "Most frames sent and not yet acknowledged.", unit="frames", live=True, ge=1, le=4096, only=("nats",))
+    per_event: PerEvent = key([], "Kinds also sent as one message per event (true: all), for clients in any language.", only=("nats",))
+    stream_max_mb: int = key(1024, "Most data that a stream keeps; the oldest goes first.", unit="MiB", ge=1, le=1 << 24, only=("nats",))
+    stream_max_age_s: int = key(86400, "Longest time that a stream keeps data; 0: no limit.", unit="s", ge=0, only=("nats",))
+    token_env: str | None = key(
+        None, "Environment variable that holds the server's token.", only=("nats",), pattern=r"^[A-Za-z_][A-Za-z0-9_]*$"
+    )
+    credentials_file: str | None = key(None, "NATS credentials file (.creds).", only=("nats",))
+    tls_ca_file: str | None = key(None, "Certificate authority that the server's certificate must come from.", only=("nats",))
+    ring: str | None = key(
+        None,
+        "Name of the ring in /dev/shm, the shard's number is appended; none: CLUSTER-NODE-NAME.",
+        only=("shm",),
+        pattern=r"^[A-Za-z0-9_-]{1,64}$",
+    )
+    ring_capacity: PowerOfTwo = key(65536, "Events that this ring holds.", unit="events", ge=256, le=1 << 26, only=("shm",))
+
+    @model_validator(mode="after")
+    def _check(self) -> Delivery:
+        bad = self._not_for(self.method)
+        if self.method == "nats":
+            bad += self._check_target()
+        if "port" in self.model_fields_set and not self.embedded:
+            bad.append(Refusal("port", "is the embedded server's", "set embedded = true, or put the port into target", ("embedded",)))
+        if self.embedded and "target" in self.model_fields_set:
+            bad.append(Refusal("target", "excludes embedded", "remove one of them"))
+        _refused(bad)
+        return self
+
+    def _check_target(self) -> list[Refusal]:
+        try:
+            parts = urlsplit(self.target)
+            port = parts.port
+        except ValueError:
+            return [Refusal("target", "has an impossible port")]
+        if parts.password or parts.username:
+            return [Refusal("target", "holds a secret", "use token_env or credentials_file")]
+        if parts.scheme not in ("nats", "tls") or not parts.hostname:
+            return [Refusal("target", "must be nats://HOST:PORT or tls://HOST:PORT", "e.g. nats://127.0.0.1:4222")]
+        return [] if port != 0 else [Refusal("target", "has an impossible port")]
+
+
+class Logging(Table):
+    """``[logging]``: what the node tells about itself."""
+
+    level: Literal["debug", "info", "warning", "error"] = key("info", "Least important message that is written.", live=True)
+
+
+class Config(Table):
+    """A whole configuration."""
+
+    cluster: Cluster = Field(default_factory=Cluster, description="This node and what all nodes share.")
+    data_sources: dict[Name, Source] = Field({}, description="Feeds by name.")
+    processing: Processing = Field(default_factory=Processing, description="What is computed, and what of it goes out.")
+    risk: Risk = Field(default_factory=Risk, description="Limits on intents.")
+    journal: Journal = Field(default_factory=Journal, description="The log of inputs.")
+    delivery: dict[Name, Delivery] = Field({}, description="Where outputs go.")
+    logging: Logging = Field(default_factory=Logging, description="What the node tells about itself.")
+
+    _file: Path | None = PrivateAttr(None)
+    _lines: dict[KeyPath, int] = PrivateAttr(default_factory=dict)
+
+    @property
+    def file(self) -> Path | None:
+        """The file it was read from."""
+        return self._file
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths start: the folder of the file, else the current one."""
+        return self._file.parent if self._file else Path()
+
+    def resolve(self, path: str) -> Path:
+        """A path of the document: ``~`` and environment variables expanded, relative to :attr:`folder`."""
+        return self.folder / Path(os.path.expandvars(path)).expanduser()
+
+    def line(self, *path: str | int) -> int | None:
+        """Line of a key, e.g. ``config.line("data_sources", "nasdaq", "path")``, or of the nearest enclosing table."""
+        return line_of(self._lines, path)
+
+
+# ---------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Checks:
+    """Hooks of those who know the calculations and the protocols; each yields a :class:`Refusal` per problem.
+
+    Attributes:
+        calculation: called with a calculation's name and table (its parameters are not checked here).
+        source: called with a source's name and table (its format, framing and field mapping).
+    """
+
+    calculation: Callable[[str, Calculation], Iterable[Refusal]] | None = None
+    source: Callable[[str, Source], Iterable[Refusal]] | None = None
+
+
+SERIES = ("trade.price", "trade.qty", "bbo.mid", "bbo.spread", "bbo.microprice")
+"""Series that calculations and alerts can take, beside the outputs of calculations."""
+
+
+@dataclass
+class _Reading:
+    """One document being checked: collects problems."""
+
+    text: str
+    name: str
+    document: dict[str, Any] = field(default_factory=dict)
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, path: KeyPath, reason: str, hint: str = "") -> None:
+        value = "(hidden)" if "secret" in reason + hint else _value_at(self.document, path)
+        problem = Problem(dotted(path), line_of(self.lines, path), value, reason, hint)
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def add_refusal(self, table: KeyPath, refusal: Refusal) -> None:
+        self.add((*table, *_key_path(refusal.key, _value_at(self.document, table))), refusal.reason, refusal.hint)
+
+
+def dotted(path: KeyPath) -> str:
+    """``("data_sources", "x", "messages", 0, "event")`` -> ``data_sources.x.messages[0].event``."""
+    shown = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return shown.removeprefix(".")
+
+
+def _value_at(document: Any, path: KeyPath) -> Any:
+    for part in path:
+        if not _has(document, part):
+            return None
+        document = document[part]
+    return document
+
+
+def _key_path(relative: str, table: Any) -> KeyPath:
+    """``shard_overrides.BRK.B`` -> its parts, where the last key may itself hold dots."""
+    parts: list[str | int] = []
+    rest = relative
+    while rest:
+        head = rest if isinstance(table, dict) and rest in table else rest.split(".")[0]
+        rest = rest[len(head) + 1 :]
+        step: str | int = int(head) if isinstance(table, list) and head.isdigit() else head
+        parts.append(step)
+        table = _value_at(table, (step,))
+    return tuple(parts)
+
+
+def parse_config(text: str, name: str = "configuration", checks: Checks | None = None, file: Path | None = None) -> Config:
+    """Read a configuration from TOML text.
+
+    Args:
+        text: the document.
+        name: what to call it in messages.
+        checks: hooks that check calculations and sources.
+        file: where it comes from, the start of relative paths.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    reading = _Reading(text, name)
+    try:
+        reading.document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        where = re.search(r"at line (\d+)", str(error))
+        line = int(where[1]) if where else text.count("\n") + 1
+        raise ConfigError([Problem("", line, None, f"is not TOML: {error}", "mind quotes and brackets")], name) from None
+    reading.lines = key_lines(text)
+    config = _validated(reading)
+    _check_references(reading)
+    if checks:
+        _run_checks(reading, checks)
+    if config is None or reading.problems:
+        raise ConfigError(sorted(reading.problems, key=lambda p: (p.line or 0, p.path)), name)
+    config._file, config._lines = file, reading.lines
+    return config
+
+
+def load_config(path: str | os.PathLike[str], checks: Checks | None = None) -> Config:
+    """Read a configuration from a TOML file.
+
+    Raises:
+        ConfigError: with every problem; also if the file cannot be read.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise ConfigError([Problem("", None, None, f"cannot be read: {reason}", "give the path of a TOML file")], str(file)) from None
+    return parse_config(text, str(file), checks, file)
+
+
+def default_config() -> Config:
+    """The configuration of an empty document."""
+    return Config.model_validate({})
+
+
+def _validated(reading: _Reading) -> Config | None:
+    """The configuration, or None with problems added.
+
+    A table is checked as a whole only if each of its keys is valid, so the second pass leaves the wrong keys out.
+    """
+    try:
+        return Config.model_validate(reading.document)
+    except ValidationError as error:
+        for details in error.errors():
+            _add_validation_error(reading, details)
+    wrong = {problem.path for problem in reading.problems}
+    try:
+        Config.model_validate(_without(reading.document, wrong))
+    except ValidationError as error:
+        for details in error.errors():
+            if details["type"] == "refused":
+                _add_validation_error(reading, details, wrong)
+    return None
+
+
+def _without(value: Any, wrong: set[str], path: KeyPath = ()) -> Any:
+    """A copy of a document without its wrong keys; a list with a wrong element goes as a whole."""
+    if not isinstance(value, dict):
+        return value
+    kept = {}
+    for name, inner in value.items():
+        here = dotted((*path, name))
+        if here not in wrong and not any(w.startswith(here + "[") for w in wrong):
+            kept[name] = _without(inner, wrong, (*path, name))
+    return kept
+
+
+def _add_validation_error(reading: _Reading, details: ErrorDetails, known_wrong: Set[str] = frozenset()) -> None:
+    path = _document_path(reading.document, details["loc"], details["type"])
+    problems = details.get("ctx", {}).get("problems")
+    if problems:
+        for refusal in problems:
+            doubtful = {dotted((*path, name)) for name in (refusal.key, *refusal.judged_by)} & known_wrong
+            if not doubtful and not (known_wrong and refusal.reason == "is missing"):
+                reading.add_refusal(path, refusal)
+    elif details["type"] == "extra_forbidden":
+        reading.add(path, "is not a known key", _nearest_key(path))
+    else:
+        reading.add(path, _reason(details), _hint(details, path))
+
+
+def _document_path(document: Any, location: tuple[str | int, ...], kind: str) -> KeyPath:
+    """pydantic's location without the names of union branches and ``[key]``."""
+    path: list[str | int] = []
+    for position, part in enumerate(location):
+        is_container = isinstance(document, dict | list)
+        last = position + 1 == len(location)
+        if is_container and part != "[key]" and (_has(document, part) or (last and kind == "missing")):
+            path.append(part)
+            document = document[part] if _has(document, part) else None
+    return tuple(path)
+
+
+def _has(container: Any, part: str | int) -> bool:
+    if isinstance(container, dict):
+        return part in container
+    return isinstance(container, list) and isinstance(part, int) and part < len(container)
+
+
+def _reason(details: ErrorDetails) -> str:
+    kind, message = details["type"], details["msg"]
+    if kind == "missing":
+        return "is missing"
+    if kind == "value_error":
+        return message.removeprefix("Value error, ")
+    if kind == "string_pattern_mismatch":
+        return f"must match {details['ctx']['pattern']}"
+    return re.sub(r"^Input should be", "must be", message)
+
+
+def _hint(details: ErrorDetails, path: KeyPath) -> str:
+    value = details["input"]
+    if details["type"] == "literal_error" and isinstance(value, str):
+        allowed = re.findall(r"'([^']*)'", str(details["ctx"].get("expected", "")))
+        near = difflib.get_close_matches(value, allowed, 1)
+        return f"did you mean {near[0]!r}?" if near else ""
+    if "is not built yet" in details["msg"]:
+        names = SOURCE_TYPES if path[-1] == "type" else DELIVERY_METHODS
+        return f"built today: {', '.join(names)}"
+    return ""
+
+
+def _nearest_key(path: KeyPath) -> str:
+    name = str(path[-1])
+    if any(word in name.lower() for word in ("password", "secret", "token", "credential", "api_key")):
+        return "secrets come from the environment or a file: token_env, credentials_file"
+    model = model_at(path[:-1])
+    known = list(model.model_fields) if model else []
+    near = difflib.get_close_matches(name, known, 1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else (f"known here: {', '.join(known)}" if known else "")
+
+
+def model_at(path: KeyPath) -> type[BaseModel] | None:
+    """The model of the table at a path, e.g. of ``("data_sources", "nasdaq")``."""
+    current: Any = Config
+    for part in path:
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            found = current.model_fields.get(str(part))
+            current = _plain(found.annotation) if found else None
+        else:
+            current = _plain(element_type(current))
+    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
+
+
+def _plain(annotation: Any) -> Any:
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
+
+
+def element_type(annotation: Any) -> Any:
+    """Type of what a ``dict[str, T]`` or ``list[T]`` holds; None for anything else."""
+    annotation = _plain(annotation)
+    arguments = typing.get_args(annotation)
+    return arguments[-1] if typing.get_origin(annotation) in (dict, list) and arguments else None
+
+
+# ---------------------------------------------------------------- checks across tables
+
+
+def _named_tables(reading: _Reading, *path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    tables = _value_at(reading.document, path)
+    if isinstance(tables, dict):
+        yield from ((name, table) for name, table in tables.items() if isinstance(table, dict))
+
+
+def _check_references(reading: _Reading) -> None:
+    """`of` names a series or a calculation, no calculation feeds itself, no two deliveries share a ring."""
+    calculations = dict(_named_tables(reading, "processing", "calculations"))
+    known = [*SERIES, *calculations]
+    for section in ("calculations", "alerts"):
+        for name, table in _named_tables(reading, "processing", section):
+            of = table.get("of")
+            if isinstance(of, str) and of not in SERIES and of.split(".")[0] not in calculations:
+                near = difflib.get_close_matches(of, known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"series: {', '.join(SERIES)}, or a calculation"
+                reading.add(("processing", section, name, "of"), "is neither a series nor a calculation", hint)
+    for name in calculations:
+        if _feeds_itself(name, calculations):
+            reading.add(("processing", "calculations", name, "of"), "goes in a circle", "a calculation cannot take its own output")
+    rings: dict[str, str] = {}
+    for name, table in _named_tables(reading, "delivery"):
+        ring = table.get("ring")
+        if isinstance(ring, str) and rings.setdefault(ring, name) != name:
+            reading.add(("delivery", name, "ring"), f"is the ring of delivery.{rings[ring]} too", "give it another name")
+
+
+def _feeds_itself(name: str, calculations: Mapping[str, dict[str, Any]]) -> bool:
+    seen = set()
+    current: str | None = name
+    while current is not None and current not in seen:
+        seen.add(current)
+        of = calculations[current].get("of")
+        following = of.split(".")[0] if isinstance(of, str) and of not in SERIES else None
+        current = following if following in calculations else None
+    return current == name
+
+
+def _run_checks(reading: _Reading, checks: Checks) -> None:
+    """Run the hooks on every table that is valid by itself, so that one broken table hides no problem of another."""
+    for name, table in _named_tables(reading, "processing", "calculations"):
+        if checks.calculation and (calculation := _read_table(Calculation, table)):
+            for refusal in checks.calculation(name, calculation):
+                reading.add_refusal(("processing", "calculations", name), refusal)
+    for name, table in _named_tables(reading, "data_sources"):
+        if checks.source and (source := _read_table(Source, table)):
+            for refusal in checks.source(name, source):
+                reading.add_refusal(("data_sources", name), refusal)
+
+
+def _read_table(model: type[TableT], table: dict[str, Any]) -> TableT | None:
+    try:
+        return model.model_validate(table)
+    except ValidationError:
+        return None

@@ -193,7 +193,7 @@ _NUMBER = WithJsonSchema({"type": ["number", "string"]})
 PreciseNumber = Annotated[Decimal, BeforeValidator(_decimal), _NUMBER]
 """An exact decimal number: 0.01 and "0.01" are the same, and neither becomes a float."""
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_-]{0,63}$")]
-Symbol = Annotated[str, StringConstraints(min_length=1, max_length=24)]
+Symbol = Annotated[str, StringConstraints(min_length=1, max_length=24, pattern=r"^[\x21-\x7e]*$")]
 PowerOfTwo = Annotated[int, BeforeValidator(lambda v: _power_of_two(v) if type(v) is int and v > 0 else v)]
 PathList = Annotated[list[str], BeforeValidator(_paths), WithJsonSchema({"type": ["string", "array"], "items": {"type": "string"}})]
 Pace = Annotated[Any, BeforeValidator(_pace), _PACE_SCHEMA]
@@ -349,8 +349,8 @@ class Source(Table):
     date: Date | None = key(None, "Day of a feed that counts time from midnight, e.g. 2024-05-08; none: times count from midnight.")
     timezone: TimeZone = key("UTC", "Time zone of that midnight, e.g. America/New_York.")
     pace: Pace = key("max", "Speed of a replay: max, realtime, or a multiple of real time.", only=("file", "pcap", "simulator"))
-    symbols: list[Symbol] = key([], "Symbols to take (a simulator: to make); empty: all.")
-    exclude: list[Symbol] = key([], "Symbols to leave out.")
+    symbols: list[Symbol] = key([], "Symbols to take, * and ? as wildcards (a simulator: to make); empty: all.")
+    exclude: list[Symbol] = key([], "Symbols to leave out, * and ? as wildcards.")
     tick_size: PreciseNumber | None = key(None, "Smallest price step; none: the protocol's own, or inferred.", unit="price", gt=0)
     quantity_exponent: int | None = key(None, "Decimals of a quantity; none: the protocol's own.", ge=0, le=18)
     price_scale: PreciseNumber | None = key(None, "Real price = wire price times this; none: the protocol's own.", gt=0)
@@ -385,7 +385,8 @@ class Source(Table):
 
     def takes(self, symbol: str) -> bool:
         """Whether events of this symbol are wanted."""
-        return (not self.symbols or symbol in self.symbols) and symbol not in self.exclude
+        taken = not self.symbols or any(_glob(pattern, symbol) for pattern in self.symbols)
+        return taken and not any(_glob(pattern, symbol) for pattern in self.exclude)
 
     def tick_size_of(self, symbol: str) -> int | None:
         """Configured tick size in units of 1e-9, or None."""
@@ -434,6 +435,11 @@ class Source(Table):
             given = [name for name in ("event", "messages", "columns") if name in self.model_fields_set]
             bad += [Refusal(name, f'has no meaning for {self.data_format!r}, only for "json" and "csv"', "remove it") for name in given]
         return bad
+
+
+def _glob(pattern: str, symbol: str) -> bool:
+    """``*`` stands for any run of characters, ``?`` for one; nothing else is special."""
+    return re.fullmatch(re.escape(pattern).replace(r"\*", ".*").replace(r"\?", "."), symbol) is not None
 
 
 def _too_fine(value: Decimal) -> bool:

@@ -279,8 +279,8 @@ def test_instrument_options_win_over_the_source() -> None:
 
 
 def test_symbol_filter() -> None:
-    chosen = parse_config(source('symbols = ["A", "B"]\nexclude = ["C"]')).data_sources["s"]
-    assert [chosen.takes(s) for s in "ABC"] == [True, True, False]
+    chosen = parse_config(source('symbols = ["A", "B*"]\nexclude = ["?C"]')).data_sources["s"]
+    assert [chosen.takes(s) for s in ("A", "AA", "BTC", "B", "BC", "C")] == [True, False, True, True, False, False]
 
 
 def test_a_configuration_does_not_change() -> None:

@@ -1,0 +1,1272 @@
+"""Order books by order (L3) and by level (L2): thousands of instruments in plain arrays, updated by compiled kernels.
+
+What it offers: :func:`make_books`, the kernels :func:`book_apply`, :func:`book_prefetch_order`, :func:`book_prefetch_level`,
+:func:`bbo_update`, :func:`bbo_fill`, :func:`book_best`, and for people :func:`top`, :func:`levels_count`, :func:`resting_orders`,
+:func:`counts`.
+
+How it works (docs/reference/books.md has the figures):
+
+* A *side* is ``bs = instrument * 2 + side``. Its levels are addressed by a *key*: the price in ticks for bids, its complement ``~ticks``
+  for asks, so that the best level is the greatest key on either side and both sides share code.
+* Levels near the best lie in a circular window of ``2**window_bits`` u64 words at ``key % window``; a two-level bitset finds the next best.
+  The window slides without moving what stays in it. Levels below the window lie in the *far store*, a pool with a hash by (bs, key) and a
+  list per side. The best level of a side that is not empty is always in the window.
+* A level word is ``orders << 40 | qty`` in a book by order, and the plain 63-bit quantity in a book by level.
+* Resting orders are 16-byte records in a set-associative table: the slot is the low bits of the id, the record keeps the other bits.
+  A set of four is one cache line; what does not fit spills into a bounded open-addressing table.
+* Memory that reads zero is an empty book, so unused instruments and orders are never touched.
+"""
+
+from __future__ import annotations
+
+import mmap
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tickmesh.node.event import ALL_INSTRUMENTS, NO_INSTRUMENT, NO_PRICE, NO_SIDE, Flag, Kind, TradingStatus
+from tickmesh.transports.toolbox import count_leading_zeros, count_trailing_zeros, f64_bits, inlined, outlined, prefetch
+
+ORDER = np.dtype([("word", "<u8"), ("key", "<i4"), ("qty", "<u4")])
+"""A resting order: `word` = rest of the id << 19 | bs. Empty when `qty` is 0."""
+SIDE = np.dtype(
+    [
+        ("summary", "<u8"), ("best", "<i4"), ("base", "<i4"), ("tick", "<i8"), ("per_tick", "<f8"),
+        ("far_head", "<i4"), ("flags", "<u4"), ("generation", "<u4"), ("published_flags", "<u4"), ("published_price", "<i8"), ("published_qty", "<i8"),
+    ]
+)  # fmt: skip
+"""One side of a book, one cache line. `flags` and `generation` of the instrument are those of its bid side."""
+FAR = np.dtype([("word", "<u8"), ("key", "<i4"), ("bs", "<u4"), ("next", "<i4"), ("previous", "<i4"), ("chain", "<i4"), ("_pad", "<i4")])
+"""A level outside the window; node 0 is never used."""
+assert (ORDER.itemsize, SIDE.itemsize, FAR.itemsize) == (16, 64, 32)
+
+
+class Refusal(IntEnum):
+    """Why an event was refused: :func:`book_apply` returns the negative of it and counts it in ``books.counters[refusal]``."""
+
+    UNKNOWN_INSTRUMENT = 1
+    UNKNOWN_ORDER = 2
+    DUPLICATE_ORDER = 3
+    BAD_SIDE = 4
+    BAD_QTY = 5
+    """Zero or negative."""
+    QTY_EXCEEDS_ORDER = 6
+    QTY_OVERFLOW = 7
+    """An order above 2**32 - 1, a level above 2**40 - 1, or 2**23 orders at one level."""
+    PRICE_RANGE = 8
+    """No price, or more than 2**31 - 1 ticks."""
+    ORDERS_FULL = 9
+    LEVELS_FULL = 10
+    """The far store has no room."""
+    WRONG_BOOK = 11
+    """An order for a book by level, or a level for a book by order."""
+    OTHER_INSTRUMENT = 12
+    """The order rests in another instrument than the event says."""
+
+
+_RECENTRES, _REFINEMENTS, _CROSSED, _COUNTERS = 13, 14, 15, 16
+COUNTER_NAMES = ("_", *(r.name.lower() for r in Refusal), "window_moves", "tick_refinements", "crossed_bbos")
+"""Names of ``books.counters``, by position (position 0 is unused)."""
+
+
+class Books(NamedTuple):
+    """All books of a shard. A snapshot is a copy of the arrays; the integers are fixed by :func:`make_books`."""
+
+    orders: npt.NDArray[np.void]
+    spill_hashes: npt.NDArray[np.uint64]
+    sides: npt.NDArray[np.void]
+    words: npt.NDArray[np.uint64]
+    levels: npt.NDArray[np.uint64]
+    far: npt.NDArray[np.void]
+    far_heads: npt.NDArray[np.int32]
+    ticks: npt.NDArray[np.int64]
+    state: npt.NDArray[np.int64]
+    counters: npt.NDArray[np.int64]
+    slot_bits: int
+    window_bits: int
+    id_mode: int
+
+
+_SEQUENTIAL, _RANDOM, _PER_INSTRUMENT = 0, 1, 2
+_ID_MODES = {"sequential": _SEQUENTIAL, "random": _RANDOM, "per_instrument": _PER_INSTRUMENT}
+_DISPLACED, _SPILLED, _FAR_FREE, _FAR_FRESH, _FAR_USED, _GENERATION, _STATES = 0, 1, 2, 3, 4, 5, 8
+_BS_BITS = 19
+_SLOT_BITS_MIN = 21
+_QTY_BITS = 40
+_HUGE = 1 << 21
+DEFAULT_TICK = 10_000_000
+
+
+def _zeros(count: int, dtype: Any, huge: bool) -> npt.NDArray[Any]:
+    """Zeroed private memory, aligned to 2 MiB, resident only where touched; in huge pages if asked for and the host grants them."""
+    size = count * np.dtype(dtype).itemsize
+    if size < _HUGE:
+        return np.zeros(count, dtype)
+    memory = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
+    start = np.frombuffer(memory, np.uint8, 1).ctypes.data
+    return np.frombuffer(memory, dtype, count, -start % _HUGE)
+
+
+def make_books(
+    instruments_max: int, orders_max: int = 1 << 20, order_ids: str = "sequential", window_log2: int = 12, far_max: int = 1 << 18
+) -> Books:
+    """Empty books.
+
+    Args:
+        instruments_max: instrument ids are below this; at most 2**18.
+        orders_max: resting orders to expect at once over all instruments; the table is at most half full with as many.
+        order_ids: ``"sequential"`` (dense, rising), ``"random"`` (any pattern) or ``"per_instrument"`` (any pattern, unique only
+            within an instrument; every event must then carry its instrument).
+        window_log2: levels in a side's window, 6 to 12; more costs address space, not memory.
+        far_max: levels outside the windows over all instruments.
+
+    Set ``books.ticks[instrument]`` (i64, 1e-9) before an instrument's first event; 0 means :data:`DEFAULT_TICK`. A price off the tick
+    refines the tick of its book to the greatest common divisor.
+
+    Raises:
+        ValueError: an argument is out of bounds.
+    """
+    if not 1 <= instruments_max <= 1 << (_BS_BITS - 1):
+        raise ValueError(f"instruments_max={instruments_max}: choose 1 to {1 << (_BS_BITS - 1)}")
+    if order_ids not in _ID_MODES:
+        raise ValueError(f"order_ids={order_ids!r}: choose one of {', '.join(_ID_MODES)}")
+    if not 6 <= window_log2 <= 12:
+        raise ValueError(f"window_log2={window_log2}: choose 6 to 12")
+    if not (1 <= far_max < 1 << 30 and 1 <= orders_max <= 1 << 32):
+        raise ValueError(f"far_max={far_max} must be 1 to 2**30 - 1, orders_max={orders_max} 1 to 2**32")
+    slot_bits = max(_SLOT_BITS_MIN, (2 * orders_max - 1).bit_length())
+    spill = 1 << (slot_bits - 4)
+    sides = 2 * instruments_max
+    return Books(
+        orders=_zeros((1 << slot_bits) + spill, ORDER, True),
+        spill_hashes=_zeros(spill, np.uint64, False),
+        sides=_zeros(sides, SIDE, True),
+        words=_zeros(sides << (window_log2 - 6), np.uint64, True),
+        levels=_zeros(sides << window_log2, np.uint64, False),
+        far=_zeros(far_max + 1, FAR, False),
+        far_heads=_zeros(1 << (2 * far_max - 1).bit_length(), np.int32, False),
+        ticks=np.zeros(instruments_max, np.int64),
+        state=np.zeros(_STATES, np.int64),
+        counters=np.zeros(_COUNTERS, np.int64),
+        slot_bits=slot_bits,
+        window_bits=window_log2,
+        id_mode=_ID_MODES[order_ids],
+    )
+
+
+# ---------------------------------------------------------------- constants of the kernels
+
+_ADD, _EXECUTE, _CANCEL, _DELETE, _REPLACE, _MODIFY = (
+    int(k) for k in (Kind.ADD, Kind.EXECUTE, Kind.CANCEL, Kind.DELETE, Kind.REPLACE, Kind.MODIFY)
+)
+_CLEAR, _LEVEL, _STATUS, _GAP, _BBO = (int(k) for k in (Kind.CLEAR, Kind.LEVEL, Kind.STATUS, Kind.GAP, Kind.BBO))
+_STALE, _HALTED, _CROSSED_FLAG, _LOCKED, _PRICED = (int(f) for f in (Flag.STALE, Flag.HALTED, Flag.CROSSED, Flag.LOCKED, Flag.PRICED))
+_BY_LEVEL = 1 << 16
+"""In ``side.flags``, above the event flags: the level words are plain quantities."""
+_PUBLISHED = 1 << 16
+"""In ``side.published_flags``: something has been published."""
+_STATUS_UNKNOWN = int(TradingStatus.UNKNOWN)
+_STATUS_HALTED, _STATUS_PAUSED, _STATUS_QUOTE_ONLY = int(TradingStatus.HALTED), int(TradingStatus.PAUSED), int(TradingStatus.QUOTE_ONLY)
+
+_UNKNOWN_INSTRUMENT, _UNKNOWN_ORDER, _DUPLICATE_ORDER, _BAD_SIDE, _BAD_QTY, _QTY_EXCEEDS_ORDER, _QTY_OVERFLOW, _PRICE_RANGE = range(-1, -9, -1)
+_ORDERS_FULL, _LEVELS_FULL, _WRONG_BOOK, _OTHER_INSTRUMENT = range(-9, -13, -1)
+
+_U = np.uint64
+_I = np.int64
+_ZERO, _ONE, _THREE, _SIX, _LOW6 = _U(0), _U(1), _U(3), _U(6), _U(63)
+_TAG_SHIFT = _U(_BS_BITS)
+_BS_MASK = _U((1 << _BS_BITS) - 1)
+_QTY_SHIFT = _U(_QTY_BITS)
+_QTY_MASK = _U((1 << _QTY_BITS) - 1)
+_ONE_ORDER = _U(1 << _QTY_BITS)
+_ORDER_QTY_MAX = _U(0xFFFFFFFF)
+_MIX_1, _MIX_2 = _U(0xBF58476D1CE4E5B9), _U(0x94D049BB133111EB)
+_SHIFT_30, _SHIFT_27, _SHIFT_32 = _U(30), _U(27), _U(32)
+_ROUND = 6755399441055744.0
+"""1.5 * 2**52: adding it to a float below 2**51 leaves the rounded integer in the low bits."""
+_KEY_MIN, _KEY_MAX = -(1 << 31), (1 << 31) - 1
+
+
+# ---------------------------------------------------------------- orders
+
+
+@inlined
+def _mix(word: Any) -> Any:
+    """A bijection of u64 that spreads every bit (the finaliser of splitmix64)."""
+    word = (word ^ (word >> _SHIFT_30)) * _MIX_1
+    return (word ^ (word >> _SHIFT_27)) * _MIX_2
+
+
+@inlined
+def _hash(books: Any, id: Any, instrument: Any) -> Any:
+    """What the order table is addressed by: the id itself, or a bijection of it."""
+    if books.id_mode == _SEQUENTIAL:
+        return id
+    if books.id_mode == _RANDOM:
+        spread = _mix(id)
+    else:
+        spread = _mix(id ^ _mix(_U(instrument) + _ONE))
+    return spread ^ (spread >> _SHIFT_32)
+
+
+@inlined
+def _preferred(books: Any, hash: Any) -> Any:
+    return hash & ((_ONE << _U(books.slot_bits)) - _ONE)
+
+
+@inlined
+def _tag(books: Any, hash: Any) -> Any:
+    """What tells this id from the others that may lie in its set: the bits above the slot, and the preferred place in the set."""
+    return ((hash >> _U(books.slot_bits)) << _U(2)) | (hash & _THREE)
+
+
+@inlined
+def _spill_home(books: Any, hash: Any) -> Any:
+    return (_mix(hash) >> _SHIFT_32) & _U(books.spill_hashes.size - 1)
+
+
+@outlined
+def _find_displaced(books: Any, hash: Any) -> Any:
+    """Index of an order that is not in its preferred slot, or -1."""
+    if books.state[_DISPLACED] == 0:
+        return _I(-1)
+    tag = _tag(books, hash)
+    first = _preferred(books, hash) & ~_THREE
+    for way in range(4):
+        index = first + _U(way)
+        if books.orders[index].qty != 0 and books.orders[index].word >> _TAG_SHIFT == tag:
+            return _I(index)
+    if books.state[_SPILLED] == 0:
+        return _I(-1)
+    slots = _ONE << _U(books.slot_bits)
+    mask = _U(books.spill_hashes.size - 1)
+    place = _spill_home(books, hash)
+    while books.orders[slots + place].qty != 0:
+        if books.spill_hashes[place] == hash:
+            return _I(slots + place)
+        place = (place + _ONE) & mask
+    return _I(-1)
+
+
+@inlined
+def _find(books: Any, hash: Any) -> Any:
+    """Index of the order in ``books.orders``, or -1."""
+    index = _preferred(books, hash)
+    order = books.orders[index]
+    if order.word >> _TAG_SHIFT == _tag(books, hash) and order.qty != 0:
+        return _I(index)
+    return _find_displaced(books, hash)
+
+
+@outlined
+def _place_displaced(books: Any, hash: Any) -> Any:
+    """Where an order goes whose preferred slot is taken, or that may be a duplicate: an index or a refusal."""
+    if _find(books, hash) >= 0:
+        return _I(_DUPLICATE_ORDER)
+    preferred = _preferred(books, hash)
+    if books.orders[preferred].qty == 0:
+        return _I(preferred)
+    first = preferred & ~_THREE
+    for way in range(4):
+        if books.orders[first + _U(way)].qty == 0:
+            return _I(first + _U(way))
+    if books.state[_SPILLED] * 2 >= books.spill_hashes.size:
+        return _I(_ORDERS_FULL)
+    slots = _ONE << _U(books.slot_bits)
+    mask = _U(books.spill_hashes.size - 1)
+    place = _spill_home(books, hash)
+    while books.orders[slots + place].qty != 0:
+        place = (place + _ONE) & mask
+    return _I(slots + place)
+
+
+@inlined
+def _place(books: Any, hash: Any) -> Any:
+    """Index where a new order goes (nothing is written yet), or a refusal."""
+    index = _preferred(books, hash)
+    if books.orders[index].qty == 0 and books.state[_DISPLACED] == 0:
+        return _I(index)
+    return _place_displaced(books, hash)
+
+
+@outlined
+def _note_displaced(books: Any, index: Any, hash: Any) -> Any:
+    """Count a new order that is not in its preferred slot."""
+    books.state[_DISPLACED] += 1
+    spill = _I(index) - (_I(1) << books.slot_bits)
+    if spill >= 0:
+        books.state[_SPILLED] += 1
+        books.spill_hashes[spill] = hash
+
+
+@inlined
+def _write_order(books: Any, index: Any, hash: Any, bs: Any, key: Any, qty: Any) -> Any:
+    order = books.orders[index]
+    order.word = (_tag(books, hash) << _TAG_SHIFT) | _U(bs)
+    order.key = key
+    order.qty = qty
+    if _U(index) != _preferred(books, hash):
+        _note_displaced(books, index, hash)
+
+
+@outlined
+def _erase_displaced(books: Any, index: Any) -> Any:
+    """Uncount an order (already emptied) that was not in its preferred slot; keep the probe chains of the spill table unbroken."""
+    books.state[_DISPLACED] -= 1
+    slots = _ONE << _U(books.slot_bits)
+    if _U(index) < slots:
+        return
+    books.state[_SPILLED] -= 1
+    mask = _U(books.spill_hashes.size - 1)
+    hole = _U(index) - slots
+    place = (hole + _ONE) & mask
+    while books.orders[slots + place].qty != 0:
+        home = _spill_home(books, books.spill_hashes[place])
+        if ((place - home) & mask) >= ((place - hole) & mask):
+            order = books.orders[slots + place]
+            target = books.orders[slots + hole]
+            target.word = order.word
+            target.key = order.key
+            target.qty = order.qty
+            order.qty = 0
+            books.spill_hashes[hole] = books.spill_hashes[place]
+            hole = place
+        place = (place + _ONE) & mask
+
+
+@inlined
+def _erase_order(books: Any, index: Any, hash: Any) -> Any:
+    books.orders[index].qty = 0
+    if _U(index) != _preferred(books, hash):
+        _erase_displaced(books, index)
+
+
+# ---------------------------------------------------------------- levels outside the window
+
+
+@inlined
+def _far_head(books: Any, bs: Any, key: Any) -> Any:
+    """Index into ``far_heads`` of the chain of a level."""
+    mixed = _mix((_U(bs) << _SHIFT_32) | (_U(key) & _U(0xFFFFFFFF)))
+    return (mixed >> _SHIFT_32) & _U(books.far_heads.size - 1)
+
+
+@outlined
+def _far_find(books: Any, bs: Any, key: Any) -> Any:
+    """Node of a far level, or 0."""
+    node = _I(books.far_heads[_far_head(books, bs, key)])
+    while node != 0 and (books.far[node].key != key or books.far[node].bs != bs):
+        node = _I(books.far[node].chain)
+    return node
+
+
+@inlined
+def _far_room(books: Any) -> Any:
+    return _I(books.far.size) - 1 - books.state[_FAR_USED]
+
+
+@inlined
+def _far_link(books: Any, node: Any) -> Any:
+    """Put a node at the head of its hash chain."""
+    level = books.far[node]
+    head = _far_head(books, _I(level.bs), _I(level.key))
+    level.chain = books.far_heads[head]
+    books.far_heads[head] = node
+
+
+@inlined
+def _far_unlink(books: Any, node: Any) -> Any:
+    """Take a node out of its hash chain."""
+    level = books.far[node]
+    head = _far_head(books, _I(level.bs), _I(level.key))
+    at = _I(books.far_heads[head])
+    if at == node:
+        books.far_heads[head] = level.chain
+        return
+    while _I(books.far[at].chain) != node:
+        at = _I(books.far[at].chain)
+    books.far[at].chain = level.chain
+
+
+@outlined
+def _far_insert(books: Any, bs: Any, key: Any, word: Any) -> Any:
+    """Add a level that is not there yet; the caller has made sure of room."""
+    node = books.state[_FAR_FREE]
+    if node != 0:
+        books.state[_FAR_FREE] = _I(books.far[node].next)
+    else:
+        books.state[_FAR_FRESH] += 1
+        node = books.state[_FAR_FRESH]
+    books.state[_FAR_USED] += 1
+    level = books.far[node]
+    side = books.sides[bs]
+    level.word = word
+    level.key = key
+    level.bs = bs
+    level.previous = 0
+    level.next = side.far_head
+    if side.far_head != 0:
+        books.far[_I(side.far_head)].previous = node
+    side.far_head = node
+    _far_link(books, node)
+
+
+@outlined
+def _far_remove(books: Any, node: Any) -> Any:
+    _far_unlink(books, node)
+    level = books.far[node]
+    following, before = _I(level.next), _I(level.previous)
+    if before != 0:
+        books.far[before].next = following
+    else:
+        books.sides[_I(level.bs)].far_head = following
+    if following != 0:
+        books.far[following].previous = before
+    level.next = books.state[_FAR_FREE]
+    books.state[_FAR_FREE] = node
+    books.state[_FAR_USED] -= 1
+
+
+# ---------------------------------------------------------------- the window
+
+
+@inlined
+def _level_index(books: Any, bs: Any, key: Any) -> Any:
+    """Place of a level word; valid only if the key is inside the window."""
+    return (_U(bs) << _U(books.window_bits)) | (_U(key) & ((_ONE << _U(books.window_bits)) - _ONE))
+
+
+@inlined
+def _word_index(books: Any, bs: Any, block: Any) -> Any:
+    return (_U(bs) << _U(books.window_bits - 6)) | block
+
+
+@inlined
+def _block(books: Any, key: Any) -> Any:
+    """Which 64-level block of the window a key falls into."""
+    return (_U(key) >> _SIX) & ((_ONE << _U(books.window_bits - 6)) - _ONE)
+
+
+@inlined
+def _in_window(books: Any, side: Any, key: Any) -> Any:
+    return _U(key - _I(side.base)) < (_ONE << _U(books.window_bits))
+
+
+@inlined
+def _top_bit(word: Any) -> Any:
+    return _U(63) - count_leading_zeros(word)
+
+
+@inlined
+def _mark(books: Any, bs: Any, key: Any) -> Any:
+    """A level inside the window came into being."""
+    side = books.sides[bs]
+    block = _block(books, key)
+    books.words[_word_index(books, bs, block)] |= _ONE << (_U(key) & _LOW6)
+    if side.summary == _ZERO or key > _I(side.best):
+        side.best = key
+    side.summary |= _ONE << block
+
+
+@inlined
+def _unmark(books: Any, bs: Any, key: Any) -> Any:
+    """A level inside the window is gone: find the next best."""
+    side = books.sides[bs]
+    block = _block(books, key)
+    index = _word_index(books, bs, block)
+    left = books.words[index] & ~(_ONE << (_U(key) & _LOW6))
+    books.words[index] = left
+    if left == _ZERO:
+        side.summary &= ~(_ONE << block)
+    if key == _I(side.best):
+        if left != _ZERO:
+            side.best = (key & ~63) + _I(_top_bit(left))
+        else:
+            _next_block(books, bs, key, block)
+
+
+@inlined
+def _next_block(books: Any, bs: Any, key: Any, block: Any) -> Any:
+    """The block of the best level is empty now: the best is in the next one that is not, going round the window."""
+    side = books.sides[bs]
+    if side.summary == _ZERO:
+        if side.far_head != 0:
+            _move_down(books, bs, _far_best(books, bs))
+        return
+    below = side.summary & ((_ONE << block) - _ONE)
+    found = _top_bit(below if below != _ZERO else side.summary)
+    down = (block - found) & ((_ONE << _U(books.window_bits - 6)) - _ONE)
+    side.best = (key & ~63) - _I(down << _SIX) + _I(_top_bit(books.words[_word_index(books, bs, found)]))
+
+
+@outlined
+def _far_best(books: Any, bs: Any) -> Any:
+    """Greatest key of a side's far levels (there is one)."""
+    node = _I(books.sides[bs].far_head)
+    best = _I(books.far[node].key)
+    while node != 0:
+        best = max(best, _I(books.far[node].key))
+        node = _I(books.far[node].next)
+    return best
+
+
+@inlined
+def _base_for(books: Any, key: Any) -> Any:
+    """Base of a window in which `key` is three quarters up: a multiple of 64 within the range of keys."""
+    size = _I(1) << books.window_bits
+    base = (key - (size - (size >> 2))) & ~63
+    return min(max(base, _I(_KEY_MIN)), _I(_KEY_MAX) + 1 - size)
+
+
+@outlined
+def _move_down(books: Any, bs: Any, best: Any) -> Any:
+    """Slide the window down so that `best`, the side's greatest key, is three quarters up; fetch the far levels that it now covers."""
+    side = books.sides[bs]
+    side.base = _base_for(books, best)
+    books.counters[_RECENTRES] += 1
+    node = _I(side.far_head)
+    while node != 0:
+        following = _I(books.far[node].next)
+        key = _I(books.far[node].key)
+        if key >= _I(side.base):
+            books.levels[_level_index(books, bs, key)] = books.far[node].word
+            _far_remove(books, node)
+            block = _block(books, key)
+            books.words[_word_index(books, bs, block)] |= _ONE << (_U(key) & _LOW6)
+            side.summary |= _ONE << block
+        node = following
+    side.best = best
+
+
+@outlined
+def _window_count(books: Any, bs: Any, first: Any, end: Any) -> Any:
+    """Number of levels in the window with first <= key < end (multiples of 64)."""
+    count = _I(0)
+    for key in range(first, end, 64):
+        word = books.words[_word_index(books, bs, _block(books, key))]
+        while word != _ZERO:
+            word &= word - _ONE
+            count += 1
+    return count
+
+
+@outlined
+def _evict(books: Any, bs: Any, first: Any, end: Any) -> Any:
+    """Move the window's levels with first <= key < end (multiples of 64) to the far store, which has room."""
+    side = books.sides[bs]
+    for start in range(first, end, 64):
+        block = _block(books, start)
+        index = _word_index(books, bs, block)
+        word = books.words[index]
+        books.words[index] = _ZERO
+        side.summary &= ~(_ONE << block)
+        while word != _ZERO:
+            key = _I(start) + _I(count_trailing_zeros(word))
+            word &= word - _ONE
+            place = _level_index(books, bs, key)
+            _far_insert(books, bs, key, books.levels[place])
+            books.levels[place] = _ZERO
+
+
+@outlined
+def _move_up(books: Any, bs: Any, best: Any) -> Any:
+    """Slide the window up for a new best key; returns 0, or a refusal if the far store has no room for what falls out."""
+    side = books.sides[bs]
+    base = _base_for(books, best)
+    if side.summary != _ZERO:
+        end = min(base, _I(side.base) + (_I(1) << books.window_bits))
+        if _window_count(books, bs, _I(side.base), end) > _far_room(books):
+            return _I(_LEVELS_FULL)
+        _evict(books, bs, _I(side.base), end)
+        books.counters[_RECENTRES] += 1
+    side.base = base
+    return _I(0)
+
+
+@outlined
+def _cover(books: Any, bs: Any, key: Any) -> Any:
+    """Make room for a new level outside the window: 1 = the window covers it now, 0 = it belongs into the far store, or a refusal."""
+    side = books.sides[bs]
+    size = _I(1) << books.window_bits
+    if side.summary == _ZERO:
+        side.base = _base_for(books, key)
+        return _I(1)
+    if key >= _I(side.base) + size:
+        refusal = _move_up(books, bs, key)
+        return refusal if refusal < 0 else _I(1)
+    best = _I(side.best)
+    if best - _I(side.base) < size >> 2 and key >= _base_for(books, best):
+        _move_down(books, bs, best)
+        return _I(1)
+    return _I(0) if _far_room(books) > 0 else _I(_LEVELS_FULL)
+
+
+# ---------------------------------------------------------------- levels of a book by order
+
+
+@inlined
+def _overflows(word: Any, qty: Any) -> Any:
+    """Whether one more order of `qty` is too much for a level: 40 bits of quantity, 23 of orders."""
+    return (((word & _QTY_MASK) + qty) >> _QTY_SHIFT) | (word >> _U(63)) != _ZERO
+
+
+@outlined
+def _level_add_outside(books: Any, bs: Any, key: Any, qty: Any) -> Any:
+    """:func:`_level_add` for a key that is not in the window."""
+    node = _far_find(books, bs, key)
+    if node != 0:
+        if _overflows(books.far[node].word, qty):
+            return _I(_QTY_OVERFLOW)
+        books.far[node].word += _ONE_ORDER + qty
+        return _I(0)
+    covered = _cover(books, bs, key)
+    if covered == 0:
+        _far_insert(books, bs, key, _ONE_ORDER + qty)
+    elif covered == 1:
+        books.levels[_level_index(books, bs, key)] = _ONE_ORDER + qty
+        _mark(books, bs, key)
+        return _I(0)
+    return covered
+
+
+@inlined
+def _level_add(books: Any, bs: Any, key: Any, qty: Any) -> Any:
+    """Add an order of `qty` (u64) to a level; returns 0 or a refusal."""
+    if not _in_window(books, books.sides[bs], key):
+        return _level_add_outside(books, bs, key, qty)
+    index = _level_index(books, bs, key)
+    before = books.levels[index]
+    if _overflows(before, qty):
+        return _I(_QTY_OVERFLOW)
+    books.levels[index] = before + (_ONE_ORDER + qty)
+    if before == _ZERO:
+        _mark(books, bs, key)
+    return _I(0)
+
+
+@outlined
+def _level_take_outside(books: Any, bs: Any, key: Any, take: Any) -> Any:
+    node = _far_find(books, bs, key)
+    books.far[node].word -= take
+    if books.far[node].word == _ZERO:
+        _far_remove(books, node)
+
+
+@inlined
+def _level_take(books: Any, bs: Any, key: Any, take: Any) -> Any:
+    """Take quantity, and an order if it is gone (`take` = orders << 40 | qty), off a level that has it."""
+    if not _in_window(books, books.sides[bs], key):
+        _level_take_outside(books, bs, key, take)
+        return
+    index = _level_index(books, bs, key)
+    after = books.levels[index] - take
+    books.levels[index] = after
+    if after == _ZERO:
+        _unmark(books, bs, key)
+
+
+# ---------------------------------------------------------------- prices
+
+
+@inlined
+def _ticks_of(side: Any, price: Any) -> Any:
+    """The price in ticks, rounded; exact if and only if ``_ticks_of(side, price) * side.tick == price`` (modulo 2**64 is enough)."""
+    return _I(np.int32(f64_bits(np.float64(price) * side.per_tick + _ROUND)))
+
+
+@inlined
+def _price_of(side: Any, bs: Any, key: Any) -> Any:
+    return (key ^ -(_I(bs) & 1)) * side.tick
+
+
+@inlined
+def _key_of_ticks(bs: Any, ticks: Any) -> Any:
+    return ticks ^ -(_I(bs) & 1)
+
+
+@outlined
+def _gcd(a: Any, b: Any) -> Any:
+    while b != 0:
+        a, b = b, a - (a // b) * b
+    return a
+
+
+@inlined
+def _scales(bs: Any, key: Any, factor: Any) -> Any:
+    ticks = _key_of_ticks(bs, key) * factor
+    return -_KEY_MAX <= ticks <= _KEY_MAX
+
+
+@outlined
+def _side_scales(books: Any, bs: Any, factor: Any) -> Any:
+    """Whether every level of a side stays in the range of keys when its ticks are multiplied by `factor`."""
+    side = books.sides[bs]
+    if side.summary == _ZERO:
+        return True
+    lowest = _I(side.best)
+    for block in range(1 << (books.window_bits - 6)):
+        start = _I(side.base) + block * 64
+        word = books.words[_word_index(books, bs, _block(books, start))]
+        if word != _ZERO:
+            lowest = min(lowest, start + _I(count_trailing_zeros(word)))
+    node = _I(side.far_head)
+    while node != 0:
+        lowest = min(lowest, _I(books.far[node].key))
+        node = _I(books.far[node].next)
+    return factor <= _KEY_MAX and _scales(bs, _I(side.best), factor) and _scales(bs, lowest, factor)
+
+
+@outlined
+def _scale_side(books: Any, bs: Any, factor: Any) -> Any:
+    """Multiply the ticks of every level of a side; the far store has room for the whole window."""
+    side = books.sides[bs]
+    if side.summary == _ZERO:
+        return
+    _evict(books, bs, _I(side.base), _I(side.base) + (_I(1) << books.window_bits))
+    node = _I(side.far_head)
+    while node != 0:
+        _far_unlink(books, node)
+        books.far[node].key = _key_of_ticks(bs, _key_of_ticks(bs, _I(books.far[node].key)) * factor)
+        _far_link(books, node)
+        node = _I(books.far[node].next)
+    _move_down(books, bs, _far_best(books, bs))
+
+
+@outlined
+def _scale_orders(books: Any, instrument: Any, factor: Any) -> Any:
+    for index in range(books.orders.size):
+        order = books.orders[index]
+        bs = _I(order.word & _BS_MASK)
+        if order.qty != 0 and bs >> 1 == instrument:
+            order.key = _key_of_ticks(bs, _key_of_ticks(bs, _I(order.key)) * factor)
+
+
+@outlined
+def _refine(books: Any, instrument: Any, price: Any) -> Any:
+    """Give a book a tick that divides `price`: 0, or a refusal. The configured tick comes back once the book is empty."""
+    if price == NO_PRICE:
+        return _I(_PRICE_RANGE)
+    bid, ask = books.sides[2 * instrument], books.sides[2 * instrument + 1]
+    empty = bid.summary == _ZERO and ask.summary == _ZERO
+    before = _I(bid.tick)
+    configured = books.ticks[instrument] if books.ticks[instrument] > 0 else _I(DEFAULT_TICK)
+    tick = _gcd(configured if empty or before == 0 else before, abs(price))
+    if abs(price) // tick > _KEY_MAX:
+        return _I(_PRICE_RANGE)
+    if not empty and before != 0:
+        factor = before // tick
+        if not (_side_scales(books, 2 * instrument, factor) and _side_scales(books, 2 * instrument + 1, factor)):
+            return _I(_PRICE_RANGE)
+        if 2 << books.window_bits > _far_room(books):
+            return _I(_LEVELS_FULL)
+        _scale_side(books, 2 * instrument, factor)
+        _scale_side(books, 2 * instrument + 1, factor)
+        if (bid.flags & _BY_LEVEL) == 0 or (ask.flags & _BY_LEVEL) == 0:
+            _scale_orders(books, instrument, factor)
+        books.counters[_REFINEMENTS] += 1
+    bid.tick = tick
+    ask.tick = tick
+    bid.per_tick = 1.0 / np.float64(tick)
+    ask.per_tick = bid.per_tick
+    return _I(0)
+
+
+@inlined
+def _exact(books: Any, bs: Any, price: Any) -> Any:
+    """Make sure that the price is a whole number of ticks in range; 0 or a refusal."""
+    side = books.sides[bs]
+    if _ticks_of(side, price) * side.tick == price:
+        return _I(0)
+    return _refine(books, bs >> 1, price)
+
+
+# ---------------------------------------------------------------- events
+
+
+@outlined
+def _add_refusal(books: Any, event: Any) -> Any:
+    """Which field of an order is out of bounds, or 0."""
+    if _I(event.instrument) * 2 >= books.sides.size:
+        return _I(_UNKNOWN_INSTRUMENT)
+    if event.side > 1:
+        return _I(_BAD_SIDE)
+    return _I(_BAD_QTY) if event.qty <= 0 else _I(_QTY_OVERFLOW)
+
+
+@outlined
+def _leave_by_level(books: Any, bs: Any) -> Any:
+    """An order for a side that was by level: fine if that is empty."""
+    if books.sides[bs].summary != _ZERO:
+        return _I(_WRONG_BOOK)
+    books.sides[bs].flags &= np.uint32(~np.uint32(_BY_LEVEL))
+    return _I(0)
+
+
+@inlined
+def _rest(books: Any, hash: Any, bs: Any, event: Any) -> Any:
+    """Rest a new order on side `bs`; returns 0 or a refusal, in which case nothing has changed but perhaps the tick."""
+    index = _place(books, hash)
+    if index < 0:
+        return index
+    if books.sides[bs].flags & _BY_LEVEL and _leave_by_level(books, bs) < 0:
+        return _I(_WRONG_BOOK)
+    refusal = _exact(books, bs, event.price)
+    if refusal < 0:
+        return refusal
+    key = _key_of_ticks(bs, _ticks_of(books.sides[bs], event.price))
+    refusal = _level_add(books, bs, key, _U(event.qty))
+    if refusal < 0:
+        return refusal
+    _write_order(books, index, hash, bs, key, event.qty)
+    return _I(0)
+
+
+@inlined
+def _add(books: Any, event: Any) -> Any:
+    bs = _I(event.instrument) * 2 + _I(event.side)
+    if _I(event.instrument) * 2 >= books.sides.size or event.side > 1 or _U(event.qty - 1) >= _ORDER_QTY_MAX:
+        return _add_refusal(books, event)
+    return _rest(books, _hash(books, event.id, event.instrument), bs, event)
+
+
+@inlined
+def _is_of(event: Any, bs: Any) -> Any:
+    """Whether an event that names an order names its instrument too, or none."""
+    return _I(event.instrument) == bs >> 1 or event.instrument == NO_INSTRUMENT
+
+
+@inlined
+def _reduce(books: Any, event: Any) -> Any:
+    """EXECUTE, CANCEL, DELETE: take quantity off a resting order, and complete the event."""
+    hash = _hash(books, event.id, event.instrument)
+    index = _find(books, hash)
+    if index < 0:
+        return _I(_UNKNOWN_ORDER)
+    order = books.orders[index]
+    bs, key, resting = _I(order.word & _BS_MASK), _I(order.key), _I(order.qty)
+    qty = resting if event.kind == _DELETE else event.qty
+    if _U(qty - 1) >= _U(resting):
+        return _I(_BAD_QTY) if qty <= 0 else _I(_QTY_EXCEEDS_ORDER)
+    if not _is_of(event, bs):
+        return _I(_OTHER_INSTRUMENT)
+    event.instrument = bs >> 1
+    event.side = bs & 1
+    event.qty = qty
+    if (event.flags & _PRICED) == 0:
+        event.price = _price_of(books.sides[bs], bs, key)
+    if qty == resting:
+        _erase_order(books, index, hash)
+        _level_take(books, bs, key, _ONE_ORDER + _U(qty))
+    else:
+        order.qty = resting - qty
+        _level_take(books, bs, key, _U(qty))
+    return _I(0)
+
+
+@outlined
+def _remove(books: Any, index: Any, hash: Any) -> Any:
+    order = books.orders[index]
+    bs, key, qty = _I(order.word & _BS_MASK), _I(order.key), _U(order.qty)
+    _erase_order(books, index, hash)
+    _level_take(books, bs, key, _ONE_ORDER + qty)
+
+
+@outlined
+def _replace(books: Any, event: Any) -> Any:
+    """Order `aux` becomes order `id`: all or nothing."""
+    hash = _hash(books, _U(event.aux), event.instrument)
+    index = _find(books, hash)
+    if index < 0:
+        return _I(_UNKNOWN_ORDER)
+    bs = _I(books.orders[index].word & _BS_MASK)
+    if not _is_of(event, bs):
+        return _I(_OTHER_INSTRUMENT)
+    if _U(event.aux) == event.id:
+        return _change(books, event, index, hash, bs)
+    if _U(event.qty - 1) >= _ORDER_QTY_MAX:
+        return _I(_BAD_QTY) if event.qty <= 0 else _I(_QTY_OVERFLOW)
+    refusal = _rest(books, _hash(books, event.id, event.instrument), bs, event)
+    if refusal < 0:
+        return refusal
+    _remove(books, index, hash)
+    event.instrument = bs >> 1
+    event.side = bs & 1
+    return _I(0)
+
+
+@outlined
+def _change(books: Any, event: Any, index: Any, hash: Any, to: Any) -> Any:
+    """Give an order that keeps its id a new price and quantity on side `to`: all or nothing."""
+    if _U(event.qty - 1) >= _ORDER_QTY_MAX:
+        return _I(_BAD_QTY) if event.qty <= 0 else _I(_QTY_OVERFLOW)
+    refusal = _exact(books, to, event.price)
+    if refusal < 0:
+        return refusal
+    order = books.orders[index]
+    bs, key, qty = _I(order.word & _BS_MASK), _I(order.key), _U(order.qty)
+    target = _key_of_ticks(to, _ticks_of(books.sides[to], event.price))
+    if target == key and to == bs:
+        _level_take(books, bs, key, _ONE_ORDER + qty)
+        refusal = _level_add(books, bs, key, _U(event.qty))
+        if refusal < 0:
+            _level_add(books, bs, key, qty)
+            return refusal
+    else:
+        if books.sides[to].flags & _BY_LEVEL and _leave_by_level(books, to) < 0:
+            return _I(_WRONG_BOOK)
+        refusal = _level_add(books, to, target, _U(event.qty))
+        if refusal < 0:
+            return refusal
+        _level_take(books, bs, key, _ONE_ORDER + qty)
+    order.word = (_tag(books, hash) << _TAG_SHIFT) | _U(to)
+    order.key = target
+    order.qty = event.qty
+    event.instrument = to >> 1
+    event.side = to & 1
+    return _I(0)
+
+
+@outlined
+def _modify(books: Any, event: Any) -> Any:
+    hash = _hash(books, event.id, event.instrument)
+    index = _find(books, hash)
+    if index < 0:
+        return _I(_UNKNOWN_ORDER)
+    bs = _I(books.orders[index].word & _BS_MASK)
+    if not _is_of(event, bs):
+        return _I(_OTHER_INSTRUMENT)
+    if event.side > NO_SIDE:
+        return _I(_BAD_SIDE)
+    to = bs if event.side == NO_SIDE else (bs & ~1) | _I(event.side)
+    return _change(books, event, index, hash, to)
+
+
+@outlined
+def _set_level_outside(books: Any, bs: Any, key: Any, qty: Any) -> Any:
+    """:func:`_set_level` for a key that is not in the window."""
+    node = _far_find(books, bs, key)
+    if node != 0:
+        if qty == _ZERO:
+            _far_remove(books, node)
+        else:
+            books.far[node].word = qty
+        return _I(0)
+    if qty == _ZERO:
+        return _I(0)
+    covered = _cover(books, bs, key)
+    if covered == 0:
+        _far_insert(books, bs, key, qty)
+    elif covered == 1:
+        books.levels[_level_index(books, bs, key)] = qty
+        _mark(books, bs, key)
+        return _I(0)
+    return covered
+
+
+@outlined
+def _set_level(books: Any, event: Any) -> Any:
+    """LEVEL: set the quantity at a price; removing a level that is not there is no fault."""
+    if _I(event.instrument) * 2 >= books.sides.size or event.side > 1:
+        return _I(_BAD_SIDE) if event.side > 1 else _I(_UNKNOWN_INSTRUMENT)
+    if event.qty < 0:
+        return _I(_BAD_QTY)
+    bs = _I(event.instrument) * 2 + _I(event.side)
+    side = books.sides[bs]
+    if (side.flags & _BY_LEVEL) == 0:
+        if side.summary != _ZERO:
+            return _I(_WRONG_BOOK)
+        side.flags |= np.uint32(_BY_LEVEL)
+    refusal = _exact(books, bs, event.price)
+    if refusal < 0:
+        return refusal
+    key = _key_of_ticks(bs, _ticks_of(side, event.price))
+    if not _in_window(books, side, key):
+        return _set_level_outside(books, bs, key, _U(event.qty))
+    index = _level_index(books, bs, key)
+    before = books.levels[index]
+    books.levels[index] = _U(event.qty)
+    if before == _ZERO and event.qty != 0:
+        _mark(books, bs, key)
+    elif before != _ZERO and event.qty == 0:
+        _unmark(books, bs, key)
+    return _I(0)
+
+
+@outlined
+def _clear_levels(books: Any, bs: Any) -> Any:
+    """Empty the levels of a side; its published BBO stays as the last word to subscribers."""
+    side = books.sides[bs]
+    for block in range(1 << (books.window_bits - 6)):
+        index = _word_index(books, bs, _U(block))
+        if books.words[index] != _ZERO:
+            books.words[index] = _ZERO
+            for slot in range(block * 64, block * 64 + 64):
+                books.levels[_level_index(books, bs, slot)] = _ZERO
+    while side.far_head != 0:
+        _far_remove(books, _I(side.far_head))
+    side.summary = _ZERO
+    side.flags &= np.uint32(~np.uint32(_BY_LEVEL))
+
+
+@outlined
+def _clear_orders(books: Any, first: Any, end: Any, side: Any) -> Any:
+    """Forget the orders of the sides first <= bs < end (`side` only, unless that is NO_SIDE): one pass over the table."""
+    slots = _ONE << _U(books.slot_bits)
+    for at in range(books.orders.size):
+        order = books.orders[at]
+        bs = _I(order.word & _BS_MASK)
+        # a spilled order that is erased may be replaced by a later one: look at the place again
+        while order.qty != 0 and first <= bs < end and (side == NO_SIDE or bs & 1 == side):
+            order.qty = 0
+            if _U(at) >= slots or ((order.word >> _TAG_SHIFT) ^ _U(at)) & _THREE != _ZERO:
+                _erase_displaced(books, at)
+            bs = _I(order.word & _BS_MASK)
+
+
+@outlined
+def _clear(books: Any, event: Any) -> Any:
+    """CLEAR: empty one side or both, of one instrument or of all; both sides: no longer stale."""
+    if event.side > NO_SIDE:
+        return _I(_BAD_SIDE)
+    every = event.instrument == ALL_INSTRUMENTS
+    if not every and _I(event.instrument) * 2 >= books.sides.size:
+        return _I(_UNKNOWN_INSTRUMENT)
+    first = _I(0) if every else _I(event.instrument) * 2
+    end = _I(books.sides.size) if every else first + 2
+    orders = False
+    for bs in range(first, end):
+        if event.side == NO_SIDE or bs & 1 == event.side:
+            if books.sides[bs].summary != _ZERO:
+                orders = orders or (books.sides[bs].flags & _BY_LEVEL) == 0
+                _clear_levels(books, bs)
+            if event.side == NO_SIDE:
+                books.sides[bs].flags &= np.uint32(~np.uint32(_STALE))
+                books.sides[bs].generation = books.state[_GENERATION]
+    if orders:
+        _clear_orders(books, first, end, _I(event.side))
+    return _I(0)
+
+
+@outlined
+def _status(books: Any, event: Any) -> Any:
+    """STATUS: halted or not; an unknown status changes nothing."""
+    if _I(event.instrument) * 2 >= books.sides.size:
+        return _I(_UNKNOWN_INSTRUMENT)
+    bid = books.sides[_I(event.instrument) * 2]
+    code = event.aux
+    if code in (_STATUS_HALTED, _STATUS_PAUSED, _STATUS_QUOTE_ONLY):
+        bid.flags |= np.uint32(_HALTED)
+    elif code != _STATUS_UNKNOWN:
+        bid.flags &= np.uint32(~np.uint32(_HALTED))
+    return _I(0)
+
+
+@outlined
+def _gap(books: Any, event: Any) -> Any:
+    """GAP: one book is stale, or all of them (those not seen yet too) until a CLEAR of both sides."""
+    if event.instrument == ALL_INSTRUMENTS:
+        books.state[_GENERATION] += 1
+        return _I(0)
+    if _I(event.instrument) * 2 >= books.sides.size:
+        return _I(_UNKNOWN_INSTRUMENT)
+    books.sides[_I(event.instrument) * 2].flags |= np.uint32(_STALE)
+    return _I(0)
+
+
+@outlined
+def _apply_rare(books: Any, event: Any) -> Any:
+    kind = event.kind
+    if kind == _REPLACE:
+        return _replace(books, event)
+    if kind == _LEVEL:
+        return _set_level(books, event)
+    if kind == _MODIFY:
+        return _modify(books, event)
+    if kind == _CLEAR:
+        return _clear(books, event)
+    if kind == _STATUS:
+        return _status(books, event)
+    if kind == _GAP:
+        return _gap(books, event)
+    return _I(0)
+
+
+@inlined
+def book_apply(books: Any, event: Any) -> Any:
+    """Apply one event to its book and complete in place what the wire leaves out.
+
+    Args:
+        books: the :class:`Books`.
+        event: an ``EVENT`` record. EXECUTE, CANCEL, DELETE get instrument, side, price (unless PRICED) and, DELETE, quantity of their order;
+            REPLACE and MODIFY get instrument and side.
+
+    Returns:
+        int64: 0, or the negative of a :class:`Refusal`, which is counted; a refused event changes no order and no level.
+        Kinds that do not concern books (TRADE, QUOTE, TIMER, ...) return 0.
+    """
+    kind = event.kind
+    if kind == _ADD:
+        result = _add(books, event)
+    elif kind == _DELETE or kind == _EXECUTE or kind == _CANCEL:
+        result = _reduce(books, event)
+    else:
+        result = _apply_rare(books, event)
+    if result < 0:
+        books.counters[-result] += 1
+    return result
+
+
+@inlined
+def book_prefetch_order(books: Any, event: Any) -> Any:
+    """Hint, to be given some 16 to 32 events ahead: the order that an event names will be looked up."""
+    id = _U(event.aux) if event.kind == _REPLACE else event.id
+    prefetch(books.orders, _I(_preferred(books, _hash(books, id, event.instrument))))
+    prefetch(books.sides, _I(min(_I(event.instrument) * 2, _I(books.sides.size) - 1)))
+
+
+@inlined
+def book_prefetch_level(books: Any, event: Any) -> Any:
+    """Hint, to be given some 4 to 12 events ahead, after :func:`book_prefetch_order`: the level that an event changes will be looked up."""
+    kind = event.kind
+    if kind == _ADD or kind == _LEVEL:
+        bs = min(_I(event.instrument) * 2, _I(books.sides.size) - 2) + _I(event.side & 1)
+        key = _key_of_ticks(bs, _ticks_of(books.sides[bs], event.price))
+    else:
+        id = _U(event.aux) if kind == _REPLACE else event.id
+        order = books.orders[_preferred(books, _hash(books, id, event.instrument))]
+        bs = _I(order.word & _BS_MASK)
+        key = _I(order.key)
+    prefetch(books.sides, bs)
+    prefetch(books.levels, _I(_level_index(books, bs, key)))
+
+
+# ---------------------------------------------------------------- the best bid and offer
+
+
+@inlined
+def _level_qty(books: Any, bs: Any, word: Any) -> Any:
+    return _I(word) if books.sides[bs].flags & _BY_LEVEL else _I(word & _QTY_MASK)
+
+
+@inlined
+def book_best(books: Any, instrument: Any, side: Any) -> Any:
+    """Best price (i64, 1e-9) and quantity (i64) of a side; (NO_PRICE, 0) where there is none."""
+    bs = _I(instrument) * 2 + _I(side)
+    record = books.sides[bs]
+    if record.summary == _ZERO:
+        return _I(NO_PRICE), _I(0)
+    key = _I(record.best)
+    return _price_of(record, bs, key), _level_qty(books, bs, books.levels[_level_index(books, bs, key)])
+
+
+@inlined
+def book_state(books: Any, instrument: Any) -> Any:
+    """State flags of an instrument, u32: ``Flag.STALE``, ``Flag.HALTED``."""
+    bid = books.sides[_I(instrument) * 2]
+    stale = np.uint32(_STALE) if _I(bid.generation) != books.state[_GENERATION] else np.uint32(0)
+    return (bid.flags & np.uint32(_STALE | _HALTED)) | stale
+
+
+@inlined
+def bbo_update(books: Any, instrument: Any) -> Any:
+    """Whether the BBO (prices, quantities, STALE, HALTED) differs from the last time this was asked; remembers it.
+
+    The first call for an instrument returns true unless its book is empty and in no special state.
+    """
+    bid, ask = books.sides[_I(instrument) * 2], books.sides[_I(instrument) * 2 + 1]
+    bid_price, bid_qty = book_best(books, instrument, 0)
+    ask_price, ask_qty = book_best(books, instrument, 1)
+    state = book_state(books, instrument)
+    if bid.published_flags == _ZERO and bid_qty | ask_qty == 0 and state == 0:
+        return False
+    state |= np.uint32(_PUBLISHED)
+    if (
+        bid_price == bid.published_price
+        and bid_qty == bid.published_qty
+        and ask_price == ask.published_price
+        and ask_qty == ask.published_qty
+        and state == bid.published_flags
+    ):
+        return False
+    bid.published_price = bid_price
+    bid.published_qty = bid_qty
+    ask.published_price = ask_price
+    ask.published_qty = ask_qty
+    bid.published_flags = state
+    return True
+
+
+@inlined
+def bbo_fill(books: Any, instrument: Any, out: Any) -> Any:
+    """Write the BBO into `out` (an ``EVENT`` record, read as ``QUOTE``): kind, instrument, side, flags, prices and quantities.
+
+    An absent side has price NO_PRICE and quantity 0. Flags: CROSSED (counted), LOCKED, STALE, HALTED. `seq` and times are the caller's.
+    """
+    bid_price, bid_qty = book_best(books, instrument, 0)
+    ask_price, ask_qty = book_best(books, instrument, 1)
+    flags = book_state(books, instrument)
+    if bid_price != NO_PRICE and ask_price != NO_PRICE:
+        if bid_price > ask_price:
+            flags |= np.uint32(_CROSSED_FLAG)
+            books.counters[_CROSSED] += 1
+        elif bid_price == ask_price:
+            flags |= np.uint32(_LOCKED)
+    out.instrument = instrument
+    out.kind = _BBO
+    out.side = NO_SIDE
+    out.flags = flags
+    out.price = bid_price
+    out.qty = bid_qty
+    out.aux = ask_price
+    out.id = ask_qty
+
+
+# ---------------------------------------------------------------- for people: whole books from Python
+
+
+def book_tick(books: Books, instrument: int) -> int:
+    """The tick (1e-9) that the book counts in now: the configured one, or a finer one that all its prices are multiples of."""
+    return int(books.sides[2 * instrument]["tick"]) or int(books.ticks[instrument]) or DEFAULT_TICK
+
+
+def _side_levels(books: Books, bs: int) -> list[tuple[int, int, int]]:
+    """(price, qty, orders) of every level of a side, best first."""
+    side = books.sides[bs]
+    size = 1 << books.window_bits
+    window = books.levels[bs * size : (bs + 1) * size]
+    base = int(side["base"])
+    found = [(base + ((int(slot) - base) & (size - 1)), int(window[slot])) for slot in np.flatnonzero(window)]
+    node = int(side["far_head"])
+    while node:
+        found.append((int(books.far[node]["key"]), int(books.far[node]["word"])))
+        node = int(books.far[node]["next"])
+    tick, by_level = int(side["tick"]), bool(side["flags"] & _BY_LEVEL)
+    return [
+        ((~key if bs & 1 else key) * tick, word if by_level else word & int(_QTY_MASK), 0 if by_level else word >> _QTY_BITS)
+        for key, word in sorted(found, reverse=True)
+    ]
+
+
+def top(books: Books, instrument: int, depth: int) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+    """The best `depth` levels of each side, best first, as (price in 1e-9, quantity, orders); orders is 0 in a book by level."""
+    return _side_levels(books, 2 * instrument)[:depth], _side_levels(books, 2 * instrument + 1)[:depth]
+
+
+def levels_count(books: Books, instrument: int) -> tuple[int, int]:
+    """Number of bid and ask levels."""
+    return len(_side_levels(books, 2 * instrument)), len(_side_levels(books, 2 * instrument + 1))
+
+
+def resting_orders(books: Books, instrument: int | None = None) -> int:
+    """Number of resting orders of an instrument, or of all."""
+    if instrument is None:
+        return int(np.count_nonzero(books.orders["qty"]))
+    return sum(level[2] for bs in (2 * instrument, 2 * instrument + 1) for level in _side_levels(books, bs))
+
+
+def counts(books: Books) -> dict[str, int]:
+    """The counters by name: refusals by reason, window moves, tick refinements, crossed BBOs."""
+    return {name: int(value) for name, value in zip(COUNTER_NAMES[1:], books.counters[1:], strict=True)}

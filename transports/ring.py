@@ -237,6 +237,15 @@ def _reader_base(reader: Any) -> Any:
 
 
 @inlined
+def _show_life(words: Any, base: Any, available: Any) -> Any:
+    """Count a poll. The clock costs as much as copying ten records: read once per 64 polls, and always when half a ring behind."""
+    polls = words[base + R_POLLS] + _ONE
+    store_release(words, base + R_POLLS, polls)
+    if polls & _POLLS_PER_HEARTBEAT_MASK == _ZERO or np.uint64(available) > words[W_CAPACITY] >> _ONE:
+        words[base + R_HEARTBEAT_NS] = np.uint64(monotonic_ns())
+
+
+@inlined
 def ring_available(ring: Any, reader: Any) -> Any:
     """How many published records this reader has not consumed yet (i64)."""
     return np.int64(load_acquire(ring.words, W_PUBLISHED) - ring.words[_reader_base(reader) + R_CURSOR])
@@ -259,7 +268,7 @@ def ring_release(ring: Any, reader: Any, count: Any) -> Any:
     """Give `count` records read in place back to the writer. False: this reader was released meanwhile, what it read may be torn."""
     words = ring.words
     base = _reader_base(reader)
-    store_release(words, base + R_HEARTBEAT_NS, np.uint64(monotonic_ns()))
+    _show_life(words, base, ring_available(ring, reader))
     if load_acquire(words, base + R_STATE) != _ACTIVE:
         return False
     store_release(words, base + R_CURSOR, words[base + R_CURSOR] + np.uint64(count))
@@ -288,7 +297,7 @@ def _read_checked(ring: Any, base: Any, out: Any, maximum: Any) -> Any:
         if claimed <= cursor + capacity:  # else lapped already: copying would be wasted
             for i in range(count):
                 copy_record(out, i, slots, (cursor + np.uint64(i)) & (capacity - _ONE))
-            store_release(words, base + R_POLLS, words[base + R_POLLS] + _ONE)  # keeps the copy before the second look
+            _show_life(words, base, count)  # its store keeps the copy before the second look
             claimed = load_acquire(words, W_CLAIMED)
         else:
             count = np.int64(0)
@@ -323,7 +332,7 @@ def _read_copy(ring: Any, base: Any, out: Any, maximum: Any, available: Any) -> 
     count = min(np.int64(available), np.int64(maximum))
     for i in range(count):
         copy_record(out, i, slots, (cursor + np.uint64(i)) & mask)
-    store_release(words, base + R_HEARTBEAT_NS, np.uint64(monotonic_ns()))
+    _show_life(words, base, available)  # its store keeps the copy before the look at the state
     if load_acquire(words, base + R_STATE) != _ACTIVE:
         return _read_after_doubt(ring, base, out, maximum)
     store_release(words, base + R_CURSOR, cursor + np.uint64(count))
@@ -341,9 +350,7 @@ def ring_read_batch(ring: Any, reader: Any, out: Any, maximum: Any) -> Any:
     cursor = words[base + R_CURSOR]
     available = np.int64(load_acquire(words, W_PUBLISHED) - cursor)
     if available == 0:
-        words[base + R_POLLS] += _ONE
-        if words[base + R_POLLS] & _POLLS_PER_HEARTBEAT_MASK == _ZERO:
-            words[base + R_HEARTBEAT_NS] = np.uint64(monotonic_ns())
+        _show_life(words, base, available)
         return np.int64(0)
     if words[W_MODE] != _ZERO or cursor < words[base + R_CHECK_UNTIL] or load_acquire(words, base + R_STATE) != _ACTIVE:
         return _read_after_doubt(ring, base, out, maximum)

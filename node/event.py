@@ -28,7 +28,7 @@ def _view(price: str, qty: str, id: str, aux: str, aux_type: str = "<i8") -> np.
 
 EVENT = _view("price", "qty", "id", "aux")
 """The plain event. Every other dtype here is a view of the same 64 bytes."""
-assert EVENT.fields is not None
+assert EVENT.fields is not None and EVENT.names is not None
 assert [EVENT.fields[n][1] for n in EVENT.names or ()] == [0, 8, 16, 24, 28, 29, 30, 32, 40, 48, 56]
 
 ORDER = _view("price", "qty", "order_id", "previous_id")
@@ -49,6 +49,24 @@ BAR = np.dtype(
 REFERENCE = np.dtype([*_HEADER, ("tick_size", "<i8"), ("symbol", "S24")])
 """An instrument's definition: `side` holds the quantity exponent, `tick_size` is in 1e-9. First event of every instrument in a journal."""
 assert BAR.itemsize == REFERENCE.itemsize == 64
+
+_ALL_BODIES = [
+    ("price", "<i8", 32), ("bid", "<i8", 32), ("open", "<i8", 32),
+    ("qty", "<i8", 40), ("bid_qty", "<i8", 40), ("volume", "<i8", 40), ("threshold", "<f8", 40),
+    ("id", "<u8", 48), ("order_id", "<u8", 48), ("match_id", "<u8", 48), ("calculation", "<u8", 48), ("ask_qty", "<i8", 48),
+    ("high_ticks", "<u4", 48), ("low_ticks", "<u4", 52),
+    ("aux", "<i8", 56), ("previous_id", "<i8", 56), ("ask", "<i8", 56), ("reason", "<i8", 56), ("value", "<f8", 56),
+    ("close_ticks", "<i4", 56), ("trades", "<u4", 60),
+]  # fmt: skip
+ANY_VIEW = np.dtype(
+    {
+        "names": [*EVENT.names[:7], *(body[0] for body in _ALL_BODIES)],
+        "formats": [*(kind for _, kind in _HEADER), *(body[1] for body in _ALL_BODIES)],
+        "offsets": [*(EVENT.fields[name][1] for name in EVENT.names[:7]), *(body[2] for body in _ALL_BODIES)],
+        "itemsize": 64,
+    }
+)
+"""Every view's names over the same 64 bytes at once: what calculations read and fill (`threshold` = the f64 in `threshold_bits`)."""
 
 EventArray = npt.NDArray[np.void]
 
@@ -114,6 +132,8 @@ class Flag(IntFlag):
     PRICED = 512
     """EXECUTE: `price` is given and may differ from the order's."""
     REFUSED = 1024
+    ROUNDED = 2048
+    """BAR: a price was no multiple of the tick, or too far from the open; it is rounded to what fits."""
 
 
 class TradingStatus(IntEnum):
@@ -141,6 +161,7 @@ class RiskReason(IntEnum):
     NO_BOOK = 6
     STALE_BOOK = 7
     BAD_INTENT = 8
+    HALTED_BOOK = 9
 
 
 BID, ASK, NO_SIDE = 0, 1, 2

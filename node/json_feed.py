@@ -1,0 +1,704 @@
+"""JSON feeds of venues: Binance spot, OKX v5 and Bybit v5 messages to events, books kept in step by the venue's own rules.
+
+``venue_feed(name, options, table, source)`` makes the decoder of a venue; its :meth:`VenueFeed.feed` takes one websocket message or
+HTTP response and appends events to a batch. It never raises on what the venue sends: a malformed message is counted by reason
+and leaves neither half its events nor a changed state behind.
+
+Books come by level. A snapshot is CLEAR + LEVELs (flag SNAPSHOT), an update is LEVELs; all but the last carry MORE. When the venue's
+sequence or checksum shows that an update is missing, a GAP event marks the book stale, updates are held back, and the symbol is in
+:attr:`VenueFeed.snapshots_wanted` until a new snapshot has come.
+
+Prices and quantities go from the venue's decimal text to integers, exactly. Where neither the tick size nor the quantity exponent
+is configured they are inferred from the first message of the symbol (the book refines a tick that proves too coarse).
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import orjson
+from tickmesh.control.config import Source
+from tickmesh.node.event import ASK, BID, NO_PRICE, NO_SIDE, PRICE_DECIMALS, Flag, Kind
+from tickmesh.node.event_batch import EventBatch
+from tickmesh.node.fixed_point import BadNumber, decimals_of, fixed_point
+from tickmesh.node.instruments import InstrumentTable, InstrumentTableFull, SymbolFiltered
+
+LEVELS_MAX = 20_000
+"""Most levels of one message; a message with more is malformed."""
+HELD_LEVELS_MAX = 40_000
+"""Most levels of updates held back until a snapshot comes; the oldest update goes first."""
+TRADES_MAX = 10_000
+MESSAGE_TYPES_MAX = 256
+"""Most distinct message types that are counted by name."""
+
+_MS = 1_000_000
+_DEFAULT_EXPONENT = 8
+_SNAPSHOT, _MORE = int(Flag.SNAPSHOT), int(Flag.MORE)
+
+
+class Malformed(Exception):
+    """A message cannot be used; never leaves this module's `feed`.
+
+    Attributes:
+        reason: what it is counted under.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Filtered(Exception):
+    """The symbol of a message is not wanted."""
+
+
+class Level(NamedTuple):
+    """One level of a message: `price` in 1e-9, `qty` in the instrument's exponent, `orders` resting there (0 = unknown)."""
+
+    side: int
+    price: int
+    qty: int
+    orders: int
+
+
+class Update(NamedTuple):
+    """A depth update: venue update ids `first`..`last`, `previous` = the id that it must follow (-1: `first` - 1)."""
+
+    first: int
+    last: int
+    previous: int
+    ts_event: int
+    ts_recv: int
+    levels: list[Level]
+
+
+@dataclass
+class Listing:
+    """An instrument as one feed knows it."""
+
+    symbol: str
+    instrument: int
+    qty_exponent: int
+    last_id: int | None = None
+    """Update id that the book is at; None while it waits for a snapshot."""
+    fresh_snapshot: bool = False
+    """No update has been applied since the snapshot: the next may reach back before it."""
+    held: deque[Update] = field(default_factory=deque)
+    held_levels: int = 0
+    texts: tuple[_Ladder, _Ladder] | None = None
+
+
+def tick_of(prices: Iterable[int]) -> int:
+    """A tick size (1e-9) inferred from some prices: the largest power of ten that divides all of them, at most the fifth digit."""
+    seen = [abs(p) for p in prices if p]
+    if not seen:
+        return 1
+    divisor, tick = math.gcd(*seen), 1
+    while divisor % (tick * 10) == 0 and tick * 100_000 <= min(seen):
+        tick *= 10
+    return tick
+
+
+def exponent_of(price: int, quantities: Iterable[str]) -> int:
+    """A quantity exponent inferred from a price (1e-9) and quantity texts: 8, less where cheap units trade in huge numbers."""
+    digits = len(str(price)) if price > 0 else PRICE_DECIMALS
+    usual = _DEFAULT_EXPONENT if digits >= PRICE_DECIMALS - 2 else max(2, digits + 1)
+    return min(18, max([usual, *(decimals_of(q) for q in quantities)]))
+
+
+# ---------------------------------------------------------------- the common part
+
+
+class VenueFeed:
+    """One source's decoder of a venue's JSON.
+
+    Args:
+        options: the source's configuration (symbols, tick sizes, exponents).
+        table: where instruments are interned.
+        source: the source's index, part of an instrument's identity.
+        shard: placement by hand: symbol -> shard, or None for the usual placement.
+
+    Attributes:
+        messages: how many of each type came, ignored ones included.
+        malformed: refused messages by reason.
+        counters: what happened to books: `gaps`, `checksums_checked`, `checksums_failed`, `updates_applied`, `updates_old`,
+            `updates_held`, `updates_dropped`, `snapshots`, `snapshots_old`, `filtered`, `refused_instruments`, …
+        snapshots_wanted: symbols whose book waits for a snapshot (Binance: request one; OKX and Bybit: subscribe again).
+        events_max: most events that one :meth:`feed` appends; flush the batch when it has less room.
+    """
+
+    venue = ""
+    events_max = 2 * LEVELS_MAX + 2 * HELD_LEVELS_MAX
+
+    def __init__(self, options: Source, table: InstrumentTable, source: int = 0, shard: Callable[[str], int | None] | None = None) -> None:
+        self.options, self.table, self.source = options, table, source
+        self.messages: Counter[str] = Counter()
+        self.malformed: Counter[str] = Counter()
+        self.counters: Counter[str] = Counter()
+        self.snapshots_wanted: set[str] = set()
+        self._listings: dict[str, Listing] = {}
+        self._new: list[Listing] = []
+        self._unwanted: set[str] = set()
+        self._shard = shard
+
+    def feed(self, payload: bytes, recv_ns: int, out: EventBatch) -> None:
+        """Append the events of one message.
+
+        Args:
+            payload: the message, UTF-8 JSON.
+            recv_ns: when it was received, nanoseconds since 1970.
+            out: with room for :attr:`events_max`.
+        """
+        self._guarded(out, lambda: self._message(_parsed(payload), recv_ns, out))
+
+    def _guarded(self, out: EventBatch, work: Callable[[], None]) -> None:
+        """Run `work`; whatever is wrong with the input is counted, and its events and new instruments are taken back."""
+        mark = out.count
+        self._new.clear()
+        try:
+            work()
+            return
+        except Filtered:
+            self.counters["filtered"] += 1
+        except Malformed as error:
+            self.malformed[error.reason] += 1
+        except BadNumber as error:
+            self.malformed[f"number_{error.reason}"] += 1
+        except KeyError:
+            self.malformed["missing_field"] += 1
+        except (TypeError, ValueError, IndexError, AttributeError, OverflowError):
+            self.malformed["wrong_type"] += 1
+        out.count = mark
+        for listing in self._new:
+            del self._listings[listing.symbol]
+            self.table.record(listing.instrument)["announced"] = 0
+
+    def _message(self, message: Any, recv_ns: int, out: EventBatch) -> None:
+        raise NotImplementedError
+
+    def _count_message(self, kind: str) -> None:
+        known = kind in self.messages or len(self.messages) < MESSAGE_TYPES_MAX
+        self.messages[kind if known else "other"] += 1
+
+    # ---- instruments
+
+    def _listing(self, symbol: Any, recv_ns: int, out: EventBatch, prices: list[str], quantities: list[str]) -> Listing:
+        """The instrument of a symbol; the first time it is interned and its REFERENCE event goes ahead."""
+        found = self._listings.get(symbol) if isinstance(symbol, str) else None
+        return found or self._new_listing(symbol, recv_ns, out, prices, quantities)
+
+    def _new_listing(self, symbol: Any, recv_ns: int, out: EventBatch, prices: list[str], quantities: list[str]) -> Listing:
+        if not isinstance(symbol, str) or not 0 < len(symbol) <= 24 or not symbol.isascii() or not symbol.isprintable():
+            raise Malformed("bad_symbol")
+        if symbol in self._unwanted or not self.options.takes(symbol):
+            raise Filtered
+        fixed = [fixed_point(p, PRICE_DECIMALS) for p in prices]
+        tick = self.options.tick_size_of(symbol)
+        exponent = self.options.quantity_exponent_of(symbol)
+        tick = tick_of(fixed) if tick is None else tick
+        exponent = exponent_of(max(fixed, default=0), quantities) if exponent is None else exponent
+        for quantity in quantities:
+            fixed_point(quantity, exponent)  # refuse the message before the instrument is known
+        listing = Listing(symbol, self._intern(symbol, tick, exponent), exponent)
+        record = self.table.record(listing.instrument)
+        if not record["announced"]:
+            record["announced"] = 1
+            out.append_reference(listing.instrument, recv_ns, symbol.encode(), int(record["tick_size"]), int(record["qty_exponent"]))
+        listing.qty_exponent = int(record["qty_exponent"])
+        self._listings[symbol] = listing
+        self._new.append(listing)
+        return listing
+
+    def _intern(self, symbol: str, tick: int, exponent: int) -> int:
+        placed = self._shard(symbol) if self._shard else None
+        try:
+            return self.table.intern(symbol, self.source, tick, exponent, placed)
+        except SymbolFiltered:
+            if len(self._unwanted) < 1 << 16:
+                self._unwanted.add(symbol)
+            raise Filtered from None
+        except InstrumentTableFull:
+            self.counters["refused_instruments"] += 1
+            raise Filtered from None
+
+    # ---- books
+
+    def _emit_levels(self, listing: Listing, update: Update, out: EventBatch, flags: int) -> None:
+        last = len(update.levels) - 1
+        for i, (side, price, qty, orders) in enumerate(update.levels):
+            out.append(
+                Kind.LEVEL, listing.instrument, update.ts_event, update.ts_recv, side, price, qty, 0, orders,
+                flags if i == last else flags | _MORE, update.last,
+            )  # fmt: skip
+
+    def _emit_snapshot(self, listing: Listing, snapshot: Update, out: EventBatch) -> None:
+        flags = _SNAPSHOT | (_MORE if snapshot.levels else 0)
+        out.append(Kind.CLEAR, listing.instrument, snapshot.ts_event, snapshot.ts_recv, NO_SIDE, 0, 0, 0, 0, flags, snapshot.last)
+        self._emit_levels(listing, snapshot, out, _SNAPSHOT)
+        listing.last_id, listing.fresh_snapshot = snapshot.last, True
+        self.counters["snapshots"] += 1
+        self.snapshots_wanted.discard(listing.symbol)
+
+    def _emit_gap(self, listing: Listing, update: Update, first: int, last: int, out: EventBatch) -> None:
+        """Updates `first`..`last` are missing (0..0: unknown which): the book is stale until a snapshot comes."""
+        if last < first or not last:
+            first, last = 0, 0
+        missing = last - first + 1 if last else 0
+        out.append(Kind.GAP, listing.instrument, update.ts_event, update.ts_recv, NO_SIDE, 0, missing, first, last, 0, update.last)
+        listing.last_id = None
+        self.counters["gaps"] += 1
+        self.snapshots_wanted.add(listing.symbol)
+
+    def _apply(self, listing: Listing, update: Update, out: EventBatch) -> None:
+        self._emit_levels(listing, update, out, 0)
+        listing.last_id, listing.fresh_snapshot = update.last, False
+        self.counters["updates_applied"] += 1
+
+    def _emit_trade(
+        self, listing: Listing, ts_event: int, recv_ns: int, buyer_is_aggressor: bool, price: str, qty: str, trade_id: int, out: EventBatch
+    ) -> None:
+        fixed, units = fixed_point(price, PRICE_DECIMALS), fixed_point(qty, listing.qty_exponent)
+        if fixed <= 0 or units < 0:
+            raise Malformed("number_negative")
+        if trade_id < 0 or trade_id >= 1 << 64:
+            raise Malformed("bad_id")
+        out.append(Kind.TRADE, listing.instrument, ts_event, recv_ns, BID if buyer_is_aggressor else ASK, fixed, units, trade_id)
+
+    def _emit_quote(
+        self, listing: Listing, ts_event: int, recv_ns: int, bid: tuple[str, str], ask: tuple[str, str], seq: int, out: EventBatch
+    ) -> None:
+        """A QUOTE of the venue; an empty text is an absent side."""
+        bid_price, bid_qty = _quote_side(bid, listing.qty_exponent)
+        ask_price, ask_qty = _quote_side(ask, listing.qty_exponent)
+        out.append(Kind.QUOTE, listing.instrument, ts_event, recv_ns, NO_SIDE, bid_price, bid_qty, ask_qty, ask_price, 0, seq)
+
+
+def _quote_side(side: tuple[str, str], exponent: int) -> tuple[int, int]:
+    if not side[0]:
+        return NO_PRICE, 0
+    price, qty = fixed_point(side[0], PRICE_DECIMALS), fixed_point(side[1], exponent)
+    return (price, qty) if qty > 0 else (NO_PRICE, 0)
+
+
+def _parsed(payload: bytes) -> Any:
+    try:
+        return orjson.loads(payload)
+    except orjson.JSONDecodeError:
+        raise Malformed("bad_json") from None
+
+
+def _id(value: Any) -> int:
+    """An update id or sequence number: an integer in the range of an event's `seq`."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise Malformed("bad_id")
+    return value
+
+
+def _time_ns(milliseconds: Any) -> int:
+    """Milliseconds since 1970, as a number or text, in nanoseconds."""
+    value = fixed_point(milliseconds, 0) if isinstance(milliseconds, str) else milliseconds
+    if type(value) is not int or not 0 <= value < (1 << 63) // _MS:
+        raise Malformed("bad_time")
+    return value * _MS
+
+
+def _levels(bids: Any, asks: Any, exponent: int, orders_at: int | None = None) -> list[Level]:
+    """Levels of a message, bids first, prices and quantities as integers."""
+    if not isinstance(bids, list) or not isinstance(asks, list):
+        raise Malformed("wrong_type")
+    if len(bids) + len(asks) > LEVELS_MAX:
+        raise Malformed("too_many_levels")
+    levels = []
+    for side, entries in ((BID, bids), (ASK, asks)):
+        for entry in entries:
+            if type(entry) is not list:
+                raise Malformed("wrong_type")
+            price, qty = fixed_point(entry[0], PRICE_DECIMALS), fixed_point(entry[1], exponent)
+            if price <= 0 or qty < 0:
+                raise Malformed("number_negative")
+            orders = fixed_point(entry[orders_at], 0) if orders_at is not None and len(entry) > orders_at else 0
+            levels.append(Level(side, price, qty, orders))
+    return levels
+
+
+def _texts(bids: Any, asks: Any, column: int) -> list[str]:
+    """One column of the levels of a message, as text."""
+    if not isinstance(bids, list) or not isinstance(asks, list):
+        raise Malformed("wrong_type")
+    return [entry[column] for entry in (*bids, *asks)]
+
+
+# ---------------------------------------------------------------- Binance
+
+
+class BinanceFeed(VenueFeed):
+    """Binance spot (and USD-M futures) market streams, raw or combined.
+
+    Depth updates are joined to a REST snapshot as the venue prescribes ("How to manage a local order book correctly"): updates are
+    held until a snapshot comes, those with ``u <= lastUpdateId`` are dropped, the first applied must have
+    ``U <= lastUpdateId + 1 <= u``, each later one ``U == previous u + 1`` (futures: ``pu == previous u``).
+
+    A REST snapshot does not name its symbol: give it to :meth:`snapshot`. One that comes through :meth:`feed` (a recording) is taken
+    for the only symbol that waits for one.
+    """
+
+    venue = "binance"
+    _IGNORED = frozenset(
+        {"kline", "continuous_kline", "24hrTicker", "24hrMiniTicker", "1hTicker", "4hTicker", "1dTicker", "avgPrice", "markPriceUpdate",
+         "forceOrder", "indexPriceUpdate", "compositeIndex", "contractInfo", "outboundAccountPosition", "serverShutdown"}
+    )  # fmt: skip
+
+    def _message(self, message: Any, recv_ns: int, out: EventBatch) -> None:
+        stream = ""
+        if isinstance(message, dict) and "data" in message and "stream" in message:
+            stream, message = message["stream"], message["data"]
+        if isinstance(message, list):
+            self._count_message("array")
+            return
+        if not isinstance(message, dict):
+            raise Malformed("not_an_object")
+        kind = message.get("e")
+        if kind is None:
+            self._nameless(message, stream, recv_ns, out)
+        elif kind == "depthUpdate":
+            self._count_message("depthUpdate")
+            self._depth(message, recv_ns, out)
+        elif kind in ("trade", "aggTrade"):
+            self._count_message(kind)
+            self._trade(message, message["t" if kind == "trade" else "a"], recv_ns, out)
+        elif kind == "bookTicker":
+            self._count_message("bookTicker")
+            self._book_ticker(message, recv_ns, out)
+        elif kind in self._IGNORED:
+            self._count_message(kind)
+        else:
+            raise Malformed("unknown_event")
+
+    def _nameless(self, message: dict[str, Any], stream: Any, recv_ns: int, out: EventBatch) -> None:
+        """Messages without an event name: spot bookTicker, snapshots, partial books, answers to requests."""
+        if "lastUpdateId" in message:
+            if stream:
+                self._count_message("partialDepth")
+                return
+            self._count_message("snapshot")
+            self._snapshot(self._waiting_symbol(), message, recv_ns, out)
+        elif "u" in message and "B" in message and "A" in message:
+            self._count_message("bookTicker")
+            self._book_ticker(message, recv_ns, out)
+        elif "result" in message or "id" in message:
+            self._count_message("answer")
+        else:
+            raise Malformed("unknown_event")
+
+    def snapshot(self, symbol: str, payload: bytes, recv_ns: int, out: EventBatch) -> None:
+        """Take the answer of ``GET /api/v3/depth`` for a symbol; as :meth:`feed` otherwise."""
+        self._count_message("snapshot")
+        self._guarded(out, lambda: self._snapshot(symbol, _parsed(payload), recv_ns, out))
+
+    def _waiting_symbol(self) -> str:
+        waiting = sorted(self.snapshots_wanted) or self.options.symbols
+        if len(waiting) != 1:
+            raise Malformed("snapshot_without_symbol")
+        return waiting[0]
+
+    def _book_ticker(self, message: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
+        bid, ask = (message["b"], message["B"]), (message["a"], message["A"])
+        listing = self._listing(message["s"], recv_ns, out, [bid[0], ask[0]], [bid[1], ask[1]])
+        time = message.get("T", message.get("E"))
+        self._emit_quote(listing, recv_ns if time is None else _time_ns(time), recv_ns, bid, ask, _id(message["u"]), out)
+
+    def _trade(self, message: dict[str, Any], trade_id: Any, recv_ns: int, out: EventBatch) -> None:
+        price, qty, buyer_is_maker = message["p"], message["q"], message["m"]
+        if type(buyer_is_maker) is not bool:
+            raise Malformed("wrong_type")
+        time, number = _time_ns(message["T"]), _id(trade_id)
+        listing = self._listing(message["s"], recv_ns, out, [price], [qty])
+        self._emit_trade(listing, time, recv_ns, not buyer_is_maker, price, qty, number, out)
+
+    def _depth(self, message: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
+        bids, asks = message["b"], message["a"]
+        first, last, time = _id(message["U"]), _id(message["u"]), _time_ns(message["E"])
+        previous = _id(message["pu"]) if "pu" in message else -1
+        if first > last:
+            raise Malformed("bad_id")
+        listing = self._listing(message["s"], recv_ns, out, _texts(bids, asks, 0), _texts(bids, asks, 1))
+        update = Update(first, last, previous, time, recv_ns, _levels(bids, asks, listing.qty_exponent))
+        if listing.last_id is None:
+            self._hold(listing, update)
+        else:
+            self._follow(listing, update, out)
+
+    def _hold(self, listing: Listing, update: Update) -> None:
+        listing.held.append(update)
+        listing.held_levels += len(update.levels) + 1
+        self.counters["updates_held"] += 1
+        self.snapshots_wanted.add(listing.symbol)
+        while listing.held_levels > HELD_LEVELS_MAX:
+            listing.held_levels -= len(listing.held.popleft().levels) + 1
+            self.counters["updates_dropped"] += 1
+
+    def _follow(self, listing: Listing, update: Update, out: EventBatch) -> None:
+        """Apply an update to a book that has its snapshot, if it is the next one."""
+        at = listing.last_id
+        assert at is not None
+        if update.last <= at:
+            self.counters["updates_old"] += 1
+        elif self._is_next(listing, update, at):
+            self._apply(listing, update, out)
+        else:
+            self._emit_gap(listing, update, at + 1, max(update.first - 1, at + 1), out)
+            self._hold(listing, update)
+
+    @staticmethod
+    def _is_next(listing: Listing, update: Update, at: int) -> bool:
+        if listing.fresh_snapshot:
+            return min(update.first, update.previous + 1 if update.previous >= 0 else update.first) <= at + 1 <= update.last
+        return update.first == at + 1 if update.previous < 0 else update.previous == at
+
+    def _snapshot(self, symbol: str, message: Any, recv_ns: int, out: EventBatch) -> None:
+        bids, asks, at = message["bids"], message["asks"], _id(message["lastUpdateId"])
+        time = _time_ns(message["E"]) if "E" in message else recv_ns
+        listing = self._listing(symbol, recv_ns, out, _texts(bids, asks, 0), _texts(bids, asks, 1))
+        snapshot = Update(at, at, -1, time, recv_ns, _levels(bids, asks, listing.qty_exponent))
+        held = [update for update in listing.held if update.last > at]
+        behind = listing.last_id is not None and at < listing.last_id
+        if behind or (held and held[0].first > at + 1):
+            self.counters["snapshots_old"] += 1  # older than the first update held: another one is needed
+            return
+        self.counters["updates_old"] += len(listing.held) - len(held)
+        listing.held.clear()
+        listing.held_levels = 0
+        self._emit_snapshot(listing, snapshot, out)
+        for update in held:
+            if listing.last_id is None:
+                self._hold(listing, update)
+            else:
+                self._follow(listing, update, out)
+
+
+# ---------------------------------------------------------------- OKX
+
+
+class _Ladder:
+    """One side of a book with the venue's own texts, best first: what OKX's checksum is computed over."""
+
+    def __init__(self, side: int) -> None:
+        self._sign = -1 if side == BID else 1
+        self._keys: list[int] = []
+        self._texts: dict[int, tuple[str, str]] = {}
+
+    def set(self, price: int, qty: int, texts: tuple[str, str]) -> None:
+        """Set or (`qty` 0) remove a level."""
+        rank = self._sign * price
+        if rank not in self._texts:
+            if qty:
+                self._keys.insert(bisect_left(self._keys, rank), rank)
+                self._texts[rank] = texts
+        elif qty:
+            self._texts[rank] = texts
+        else:
+            del self._keys[bisect_left(self._keys, rank)]
+            del self._texts[rank]
+
+    def best(self, count: int) -> list[tuple[str, str]]:
+        """Texts of the best levels."""
+        return [self._texts[rank] for rank in islice(self._keys, count)]
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def okx_checksum(bids: list[tuple[str, str]], asks: list[tuple[str, str]]) -> int:
+    """CRC32, signed, of ``bid:size:ask:size:…`` over at most 25 levels a side, best first (OKX API v5, "Checksum")."""
+    parts: list[str] = []
+    for i in range(25):
+        for side in (bids, asks):
+            if i < len(side):
+                parts += side[i]
+    value = crc32(":".join(parts).encode())
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+class OkxFeed(VenueFeed):
+    """OKX API v5 public channels: books (snapshot and update, checksum verified), trades, tickers.
+
+    Every book message that carries a checksum is verified over the best 25 levels; a wrong one, or an update whose `prevSeqId` is
+    not the last `seqId`, makes the book stale until the channel is subscribed again.
+    """
+
+    venue = "okx"
+    _BOOKS = frozenset({"books", "books-l2-tbt", "books50-l2-tbt"})
+    _WHOLE_BOOKS = frozenset({"books5", "bbo-tbt"})
+
+    def _message(self, message: Any, recv_ns: int, out: EventBatch) -> None:
+        if not isinstance(message, dict):
+            raise Malformed("not_an_object")
+        if "event" in message:
+            self._count_message(f"event:{str(message['event'])[:32]}")
+            return
+        arg, data = message["arg"], message["data"]
+        channel, symbol = arg["channel"], arg.get("instId")
+        if not isinstance(channel, str) or not isinstance(data, list):
+            raise Malformed("wrong_type")
+        if len(data) > TRADES_MAX:
+            raise Malformed("too_many_entries")
+        self._count_message(channel)
+        for entry in data:
+            if channel in self._BOOKS:
+                self._guarded(out, partial(self._book, symbol, message.get("action"), entry, recv_ns, out))
+            elif channel in self._WHOLE_BOOKS:
+                self._guarded(out, partial(self._book, symbol, "snapshot", entry, recv_ns, out))
+            elif channel in ("trades", "trades-all"):
+                self._guarded(out, partial(self._trade, entry, recv_ns, out))
+            elif channel == "tickers":
+                self._guarded(out, partial(self._ticker, entry, recv_ns, out))
+
+    def _trade(self, entry: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
+        price, qty, side, time = entry["px"], entry["sz"], entry["side"], _time_ns(entry["ts"])
+        if side not in ("buy", "sell"):
+            raise Malformed("bad_side")
+        number = fixed_point(entry["tradeId"], 0)
+        listing = self._listing(entry["instId"], recv_ns, out, [price], [qty])
+        self._emit_trade(listing, time, recv_ns, side == "buy", price, qty, number, out)
+
+    def _ticker(self, entry: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
+        bid, ask = (entry["bidPx"], entry["bidSz"]), (entry["askPx"], entry["askSz"])
+        time = _time_ns(entry["ts"])
+        given = [side for side in (bid, ask) if side[0]]
+        listing = self._listing(entry["instId"], recv_ns, out, [s[0] for s in given], [s[1] for s in given])
+        self._emit_quote(listing, time, recv_ns, bid, ask, 0, out)
+
+    def _book(self, symbol: Any, action: Any, entry: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
+        bids, asks, time = entry["bids"], entry["asks"], _time_ns(entry["ts"])
+        sequence = entry.get("seqId")
+        previous = entry.get("prevSeqId")
+        checksum = entry.get("checksum")
+        if action not in ("snapshot", "update"):
+            raise Malformed("bad_action")
+        listing = self._listing(symbol, recv_ns, out, _texts(bids, asks, 0), _texts(bids, asks, 1))
+        levels = _levels(bids, asks, listing.qty_exponent, 3)
+        number = _id(sequence) if sequence is not None else 0
+        update = Update(number, number, previous if type(previous) is int else -1, time, recv_ns, levels)
+        if action == "snapshot":
+            listing.texts = (_Ladder(BID), _Ladder(ASK))
+            self._set_texts(listing, update, bids, asks)
+            self._emit_snapshot(listing, update, out)
+        elif listing.last_id is None or listing.texts is None:
+            self.counters["updates_dropped"] += 1
+            self.snapshots_wanted.add(listing.symbol)
+            return
+        elif update.previous >= 0 and sequence is not None and update.previous != listing.last_id:
+            self._emit_gap(listing, update, listing.last_id + 1, update.previous, out)
+            return
+        else:
+            self._set_texts(listing, update, bids, asks)
+            self._apply(listing, update, out)
+        self._verify(listing, update, checksum, out)
+
+    @staticmethod
+    def _set_texts(listing: Listing, update: Update, bids: list[Any], asks: list[Any]) -> None:
+        assert listing.texts is not None
+        for level, entry in zip(update.levels, (*bids, *asks), strict=True):
+            listing.texts[level.side].set(level.price, level.qty, (entry[0], entry[1]))
+
+    def _verify(self, listing: Listing, update: Update, checksum: Any, out: EventBatch) -> None:
+        if type(checksum) is not int:
+            self.counters["checksums_absent"] += 1
+            return
+        assert listing.texts is not None
+        bids, asks = listing.texts
+        self.counters["checksums_checked"] += 1
+        if okx_checksum(bids.best(25), asks.best(25)) != checksum:
+            self.counters["checksums_failed"] += 1
+            listing.texts = None
+            self._emit_gap(listing, update, 0, 0, out)
+
+
+# ---------------------------------------------------------------- Bybit
+
+
+class BybitFeed(VenueFeed):
+    """Bybit API v5 public topics: orderbook (snapshot and delta, update ids without a gap), publicTrade; tickers are counted only."""
+
+    venue = "bybit"
+
+    def _message(self, message: Any, recv_ns: int, out: EventBatch) -> None:
+        if not isinstance(message, dict):
+            raise Malformed("not_an_object")
+        if "topic" not in message:
+            self._count_message(f"answer:{str(message['op'])[:32]}")
+            return
+        topic = message["topic"].split(".")[0]
+        if topic == "orderbook":
+            self._count_message("orderbook")
+            self._book(message, recv_ns, out)
+        elif topic == "publicTrade":
+            self._count_message("publicTrade")
+            self._trades(message["data"], recv_ns, out)
+        elif topic in ("tickers", "kline", "liquidation", "allLiquidation", "kline_lt", "tickers_lt", "lt"):
+            self._count_message(topic)
+        else:
+            raise Malformed("unknown_event")
+
+    def _trades(self, entries: Any, recv_ns: int, out: EventBatch) -> None:
+        if not isinstance(entries, list) or len(entries) > TRADES_MAX:
+            raise Malformed("too_many_entries")
+        for entry in entries:
+            self._guarded(out, partial(self._trade, entry, recv_ns, out))
+
+    def _trade(self, entry: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
+        price, qty, side, time = entry["p"], entry["v"], entry["S"], _time_ns(entry["T"])
+        if side not in ("Buy", "Sell"):
+            raise Malformed("bad_side")
+        listing = self._listing(entry["s"], recv_ns, out, [price], [qty])
+        self._emit_trade(listing, time, recv_ns, side == "Buy", price, qty, _trade_number(entry["i"]), out)
+
+    def _book(self, message: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
+        data, kind, time = message["data"], message["type"], _time_ns(message["ts"])
+        bids, asks, number = data["b"], data["a"], _id(data["u"])
+        if kind not in ("snapshot", "delta"):
+            raise Malformed("bad_action")
+        listing = self._listing(data["s"], recv_ns, out, _texts(bids, asks, 0), _texts(bids, asks, 1))
+        update = Update(number, number, -1, time, recv_ns, _levels(bids, asks, listing.qty_exponent))
+        if kind == "snapshot" or number == 1:  # u = 1: the venue's service has restarted, the message is a whole book
+            self._emit_snapshot(listing, update, out)
+        elif listing.last_id is None:
+            self.counters["updates_dropped"] += 1
+            self.snapshots_wanted.add(listing.symbol)
+        elif number <= listing.last_id:
+            self.counters["updates_old"] += 1
+        elif number == listing.last_id + 1:
+            self._apply(listing, update, out)
+        else:
+            self._emit_gap(listing, update, listing.last_id + 1, number - 1, out)
+
+
+def _trade_number(text: Any) -> int:
+    """A trade id as a number: its digits, or for a UUID its first 63 bits."""
+    if not isinstance(text, str):
+        raise Malformed("bad_id")
+    return fixed_point(text, 0) if text.isdigit() else uuid.UUID(text).int >> 65
+
+
+VENUE_FEEDS: dict[str, type[VenueFeed]] = {feed.venue: feed for feed in (BinanceFeed, OkxFeed, BybitFeed)}
+"""Decoders by the name that `data_format` gives them."""
+
+
+def venue_feed(
+    options: Source, table: InstrumentTable, source: int = 0, shard: Callable[[str], int | None] | None = None
+) -> VenueFeed:  # fmt: skip
+    """The decoder of a source whose `data_format` is a venue's name.
+
+    Raises:
+        KeyError: no venue has this name.
+    """
+    return VENUE_FEEDS[options.data_format or ""](options, table, source, shard)

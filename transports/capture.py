@@ -149,7 +149,8 @@ _MAPPED_IPV4 = 0xFFFF << 32
 _HASH = 0x9E3779B97F4A7C15
 
 _NULL, _ETHERNET, _LOOP, _SLL, _SLL2 = 0, 1, 108, 113, 276
-_RAW_LINKS = (12, 14, 101, 228, 229)
+_LINKS = (_ETHERNET, _SLL, _SLL2, _NULL, _LOOP, 101, 228, 229, 12, 14)
+"""The link types that are read; from the sixth on raw IP, under several numbers."""
 _IPV4, _IPV6, _SHORT, _OTHER = 0x0800, 0x86DD, -1, 0
 _TCP, _UDP, _FRAGMENT, _TOO_SHORT = 6, 17, 44, -1
 _R_FRAMES, _R_DATAGRAMS, _R_BYTES, _R_SEGMENTS = (int(r) for r in _TAKEN)
@@ -318,14 +319,14 @@ def _next_block(buf: Any, scan: Any) -> Any:
 @inlined
 def _link_header(buf: Any, at: Any, end: Any, link: Any) -> Any:
     """``(start of the network header, ethertype)``; the type is _SHORT if the frame ends before, _OTHER if unknown."""
-    if link == _ETHERNET or link == _SLL:
+    if link in (_ETHERNET, _SLL):
         size = 14 if link == _ETHERNET else 16
         if end - at < size:
             return at, np.int64(_SHORT)
         return at + size, np.int64(be16(buf, at + size - 2))
     if link == _SLL2:
         return (at + 20, np.int64(be16(buf, at))) if end - at >= 20 else (at, np.int64(_SHORT))
-    size = 4 if link == _NULL or link == _LOOP else 0
+    size = 4 if link in (_NULL, _LOOP) else 0
     if end - at <= size:
         return at, np.int64(_SHORT)
     version = buf[at + size] >> 4  # the address family of a loopback header differs by system; the IP version says the same
@@ -482,8 +483,7 @@ def _take_frame(buf: Any, scan: Any, packets: Any, segments: Any) -> Any:
     """Look into the current frame: one datagram or segment is taken, or the reason why not is counted."""
     s = scan.state[0]
     link = s.frame_link
-    raw = link == 101 or link == 12 or link == 14 or link == 228 or link == 229
-    if not (raw or link == _ETHERNET or link == _SLL or link == _SLL2 or link == _NULL or link == _LOOP):
+    if link not in _LINKS:
         scan.counters[_R_LINK] += 1
         return
     at, ethertype = _link_header(buf, s.frame, s.frame_end, link)
@@ -917,8 +917,15 @@ def datagrams(buffer: Bytes, packets: Packets) -> Iterator[Datagram]:
 _DATAGRAM_BYTES_MAX = 65507
 
 
-def write_pcap(path: str | os.PathLike[str], datagrams: Iterable[tuple[int, str, int, bytes]], *, source: tuple[str, int] = ("192.0.2.1", 30001)) -> int:
+def write_pcap(
+    path: str | os.PathLike[str], datagrams: Iterable[tuple[int, str, int, bytes]], *, source: tuple[str, int] = ("192.0.2.1", 30001)
+) -> int:
     """Write UDP datagrams (IPv4) as a pcap file with nanosecond times, Ethernet framed, checksums set; returns how many.
+
+    Args:
+        path: file to write.
+        datagrams: :class:`Datagram`, or plain ``(ts_ns, address, port, payload)``.
+        source: sender's address and port.
 
     Raises:
         ValueError: a payload over 65,507 bytes, or an address that is not IPv4.

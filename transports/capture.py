@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tickmesh.transports.recording import LIMIT_BYTES, SLACK, Bytes, Problem, read_bytes
-from tickmesh.transports.toolbox import be16, be32, be64, inlined, le16, le32, le64, loop
+from tickmesh.transports.toolbox import be16, be32, be64, inlined, le16, le32, le64, loop, prefetch
 
 PACKET = np.dtype(
     [
@@ -143,6 +143,9 @@ _FLOW_SLOTS = 1 << 16
 _FLOWS_MAX = _FLOW_SLOTS // 2
 _FRAME_BYTES_MAX = 1 << 18
 """The largest snapshot length of libpcap; a longer record means that the file is damaged."""
+_AHEAD_BYTES, _AHEAD_LINES = 2048, 4
+"""The memory asked for while a frame is looked into: where the next record is stands in the one before, so waiting for it would be
+the cost of a frame. A hint past the end of the file does nothing."""
 _TAGS_MAX = 4
 _EXTENSIONS_MAX = 8
 _MAPPED_IPV4 = 0xFFFF << 32
@@ -521,6 +524,8 @@ def index_frames(buf: Any, scan: Any, packets: Any, segments: Any) -> Any:
         if scan.counters[_R_FRAMES] == 0:
             s.first_ns = s.ts_ns
         scan.counters[_R_FRAMES] += 1
+        for i in range(_AHEAD_LINES):
+            prefetch(buf, s.frame_end + _AHEAD_BYTES + 64 * i)
         _take_frame(buf, scan, packets, segments)
     return s.packets + s.segments
 

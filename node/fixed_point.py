@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+CACHED_TEXTS = 1 << 16
+"""Texts whose numbers are remembered: a feed names the same prices again and again."""
 INT64_MAX = (1 << 63) - 1
 _POWERS: list[int] = [10**n for n in range(40)]
 
@@ -18,6 +22,7 @@ class BadNumber(ValueError):
         self.reason = reason
 
 
+@lru_cache(maxsize=CACHED_TEXTS)
 def fixed_point(text: str, decimals: int) -> int:
     """Decimal text -> integer scaled by ``10**decimals``, e.g. ``fixed_point("61837.63000000", 9) == 61837630000000``.
 
@@ -28,7 +33,7 @@ def fixed_point(text: str, decimals: int) -> int:
     """
     whole, _, fraction = text.partition(".")
     digits = whole + fraction
-    if not (digits.isascii() and digits.isdigit() and whole):
+    if not (digits.isdigit() and digits.isascii() and whole):
         return _unusual(text, decimals)
     missing = decimals - len(fraction)
     if missing < 0:

@@ -308,6 +308,9 @@ def _check_state(made: Calculation) -> None:
         dtype = made.state_dtype()
     except (TypeError, ValueError, KeyError) as error:
         raise DefinitionError(made.name, f"state is not a list of numpy fields: {error}", 'like [("value", "f8"), ("n", "i8")]') from None
+    taken = [name for name in dtype.names or () if hasattr(np.record, name)]
+    if taken:
+        raise DefinitionError(made.name, f"state field {taken[0]!r} has the name of a numpy method", "rename it, say total for sum")
     if dtype.hasobject:
         raise DefinitionError(made.name, "state holds Python objects", "use numbers and fixed-size arrays of numbers")
 

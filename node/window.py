@@ -31,7 +31,7 @@ def capacity(window: int) -> int:
 def window_fields(window: int) -> list[tuple[Any, ...]]:
     """State fields of a window of at most `window` values: the ring, the live sums, the sums being built."""
     counts = [(name, "i8") for name in ("window", "n", "pushed", "next_n")]
-    sums = [(name, "f8") for name in ("anchor", "sum", "squares", "peak", "next_anchor", "next_sum", "next_squares")]
+    sums = [(name, "f8") for name in ("anchor", "total", "squares", "peak", "next_anchor", "next_total", "next_squares")]
     return [*counts, *sums, ("ring", "f8", (capacity(window),))]
 
 
@@ -43,12 +43,12 @@ def window_resize(state: Any, window: Any) -> None:
     first = state.pushed - state.n
     state.window = window
     state.anchor = state.ring[first & mask]
-    state.sum = 0.0
+    state.total = 0.0
     state.squares = 0.0
     state.next_n = 0
     for k in range(state.n):
         distance = state.ring[(first + k) & mask] - state.anchor
-        state.sum += distance
+        state.total += distance
         state.squares += distance * distance
     state.peak = state.squares
 
@@ -65,11 +65,11 @@ def window_push(state: Any, x: Any, window: Any) -> None:
     distance = x - state.anchor
     if state.n < window:
         state.n += 1
-        state.sum += distance
+        state.total += distance
         state.squares += distance * distance
     else:
         oldest = state.ring[(state.pushed - window) & mask] - state.anchor
-        state.sum += distance - oldest
+        state.total += distance - oldest
         state.squares += distance * distance - oldest * oldest
     state.peak = max(state.peak, state.squares)
     state.ring[state.pushed & mask] = x
@@ -82,15 +82,15 @@ def _renew(state: Any, x: Any, window: Any) -> None:
     """Add `x` to the sums being built; when they cover the window they become the live ones."""
     if state.next_n == 0:
         state.next_anchor = x
-        state.next_sum = 0.0
+        state.next_total = 0.0
         state.next_squares = 0.0
     distance = x - state.next_anchor
-    state.next_sum += distance
+    state.next_total += distance
     state.next_squares += distance * distance
     state.next_n += 1
     if state.next_n == window:
         state.anchor = state.next_anchor
-        state.sum = state.next_sum
+        state.total = state.next_total
         state.squares = state.next_squares
         state.peak = state.next_squares
         state.next_n = 0
@@ -99,14 +99,14 @@ def _renew(state: Any, x: Any, window: Any) -> None:
 @inlined
 def window_mean(state: Any) -> Any:
     """Mean of the values in the window, which must not be empty."""
-    return state.anchor + state.sum / np.float64(state.n)
+    return state.anchor + state.total / np.float64(state.n)
 
 
 @inlined
 def window_deviations(state: Any) -> Any:
     """Sum of squared deviations from the mean; 0 where it is below the rounding error."""
     n = np.float64(state.n)
-    value = state.squares - state.sum * state.sum / n
+    value = state.squares - state.total * state.total / n
     return value if value > _ROUNDING * (n + 4.0) * state.peak else 0.0
 
 
@@ -151,7 +151,7 @@ def regression_push(state: Any, x: Any, window: Any) -> None:
     if renewed:
         state.products = state.next_products
     elif was_full:
-        state.products += np.float64(state.n) * (x - state.anchor) - state.sum
+        state.products += np.float64(state.n) * (x - state.anchor) - state.total
     else:
         state.products += np.float64(state.n - 1) * (x - state.anchor)
 
@@ -164,7 +164,7 @@ def regression_line(state: Any) -> Any:
         return np.nan, np.nan, np.nan
     centre = (n - 1.0) * 0.5
     spread = n * (n * n - 1.0) / 12.0
-    shared = state.products - centre * state.sum
+    shared = state.products - centre * state.total
     slope = shared / spread
     deviations = window_deviations(state)
     r2 = min(1.0, shared * slope / deviations) if deviations > 0.0 else np.nan

@@ -132,6 +132,17 @@ def trim_spaces(word: Any) -> Any:
     return word & (_ALL_ONES >> (count_leading_zeros(x) & np.uint64(0x38)))
 
 
+@inlined
+def trim_words(w0: Any, w1: Any, w2: Any) -> Any:
+    """A symbol's words from space-padded text: trailing spaces become zeros."""
+    w2 = trim_spaces(w2)
+    if w2 == _ZERO:
+        w1 = trim_spaces(w1)
+        if w1 == _ZERO:
+            w0 = trim_spaces(w0)
+    return w0, w1, w2
+
+
 @outlined
 def code_words(code: Any) -> Any:
     """The symbol ``#<code>`` of an instrument known by its numeric code only: ``(w0, w1, w2)``."""

@@ -1,0 +1,772 @@
+"""Turns a protocol spec and a framing into a compiled decoder: generates a readable module, specialised for both, and loads it.
+
+The module offers (see :data:`Decoder`)::
+
+    decode_stream(buf, pos, end, ts_recv, feed, out) -> (pos, n)            framings that carry a stream
+    decode_packets(buf, packets, first, count, feed, out) -> (next, n)      framings that carry packets
+    decode_flush(now_ns, feed, out) -> n                                    the same; time passes without packets
+
+`buf` is a writable, contiguous uint8 array with 64 bytes of slack after `end`; `out` an EVENT array of at least 3. Malformed input is
+counted by reason and skipped; nothing outside ``[pos, end)`` and the slack is read; every call that can make progress does.
+
+* ``decode_stream`` returns where it stopped: `out` is nearly full, or the rest is not a whole message. Called again with more bytes (or
+  more room) it goes on; at the end of a recording tell :func:`end_of_stream` how many bytes are left over.
+* ``decode_packets`` decodes ``packets[first:count]`` and returns the index of the first packet that it has not finished. Until it
+  returns ``(count, 0)`` call it again with `first` = that index and the same buffer: held packets may still be waiting for room.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from tickmesh.node import arbiter, feed
+from tickmesh.node.event import NO_PRICE, NO_SIDE
+from tickmesh.node.feed import REASONS, Feed
+from tickmesh.node.instruments import FILTERED, InstrumentTable
+from tickmesh.node.protocol import KINDS, Case, Field, Framing, Message, Spec, fields_of
+from tickmesh.transports.codecache import load_generated
+
+RESERVE = 2
+"""Events one message may make (REFERENCE and its own): decoding stops while there is room for that many."""
+_I64_MAX = (1 << 63) - 1
+
+
+class Decoder(Protocol):
+    """What a generated module offers; the functions of the other kind of framing are absent."""
+
+    decode_stream: Callable[..., tuple[int, int]]
+    decode_packets: Callable[..., tuple[int, int]]
+    decode_flush: Callable[..., int]
+
+
+class MappingError(Exception):
+    """A source's `fields` or `messages` do not fit its protocol.
+
+    Attributes:
+        problems: what does not fit, one line each.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def load_decoder(
+    spec: Spec,
+    framing: Framing,
+    *,
+    fields: Mapping[str, str] | Sequence[str] = (),
+    messages: Iterable[str] = (),
+    progress: Callable[[str], None] | None = None,
+) -> Decoder:
+    """The compiled decoder of a protocol in a framing, compiled in a helper process if it is not in the cache.
+
+    Args:
+        fields: a table of protocol field -> event field (``{"attribution": "aux"}``) that replaces the spec's mapping in every message
+            that has the field; or a list of event fields (or symbol, volume, size, timestamp) that the protocol must provide.
+        messages: names of the messages to turn into events; others are counted only. Empty: all.
+        progress: see :func:`tickmesh.transports.codecache.load_generated`.
+
+    Raises:
+        MappingError: `fields` or `messages` name something the protocol does not have.
+        CompileError: the generated module does not compile.
+    """
+    chosen = select(spec, fields, messages)
+    return load_generated(f"decoder_{spec.name}_{framing.name}", decoder_source(chosen, framing), progress)  # type: ignore[return-value]
+
+
+# ---------------------------------------------------------------- a source's own mapping
+
+_EVENT_NAMES = {"volume": "qty", "size": "qty", "quantity": "qty", "order_id": "id"}
+_ALWAYS = ("symbol", "instrument", "timestamp", "ts_event", "ts_recv", "seq", "kind", "flags")
+
+
+def select(spec: Spec, fields: Mapping[str, str] | Sequence[str], messages: Iterable[str]) -> Spec:
+    """The spec as a source wants it: see :func:`load_decoder`."""
+    problems: list[str] = []
+    wanted = set(messages)
+    for name in sorted(wanted - {m.name for m in spec.messages}):
+        problems.append(f"messages: {spec.name} has no message {name!r}; it has {', '.join(m.name for m in spec.messages)}")
+    changes = {k: _EVENT_NAMES.get(v, v) for k, v in fields.items()} if isinstance(fields, Mapping) else {}
+    every = {name for m in spec.messages for name in m.fields}
+    for source, target in changes.items():
+        if source not in every:
+            problems.append(f"fields.{source}: {spec.name} has no such field; it has {', '.join(sorted(every))}")
+        if target not in ("side", "price", "qty", "id", "aux"):
+            problems.append(f"fields.{source}: {target!r} is not an event field: side, price, qty, id, aux")
+    if not isinstance(fields, Mapping):
+        given = {k for m in spec.messages for c in m.cases for k in c.values}
+        for name in fields:
+            if name not in _ALWAYS and _EVENT_NAMES.get(name, name) not in given:
+                problems.append(f"fields: {spec.name} gives no {name!r}; it gives {', '.join(sorted({*given, *_ALWAYS}))}")
+    if not problems:
+        chosen = tuple(_remap(m, changes, problems) if not wanted or m.name in wanted else _silent(m) for m in spec.messages)
+    if problems:
+        raise MappingError(problems)
+    return dataclasses.replace(spec, messages=chosen)
+
+
+def _silent(message: Message) -> Message:
+    """The message, counted only; directory and time messages keep working, since other messages need them."""
+    kept = tuple(c if c.kind in ("reference", "time") else dataclasses.replace(c, kind="nothing", values={}, flag_rules=()) for c in message.cases)
+    return dataclasses.replace(message, cases=kept)
+
+
+def _remap(message: Message, changes: Mapping[str, str], problems: list[str]) -> Message:
+    cases = []
+    for case in message.cases:
+        values = dict(case.values)
+        for source, target in changes.items():
+            field = message.fields.get(source)
+            if field is None or case.kind not in KINDS or case.kind == "reference":
+                continue
+            if field.text and field.size > 8:
+                problems.append(f"fields.{source}: text of {field.size} bytes does not fit an event field of 8")
+            elif target == "side" and not field.map:
+                problems.append(f"fields.{source}: has no map to a side")
+            elif target == "price" and field.decimals < 0:
+                problems.append(f"fields.{source}: has no decimals, so it is not a price")
+            values[target] = source
+        cases.append(dataclasses.replace(case, values=values))
+    return dataclasses.replace(message, cases=tuple(cases))
+
+
+# ---------------------------------------------------------------- feeds
+
+
+def make_feed(
+    spec: Spec,
+    instruments: InstrumentTable,
+    source_id: int = 0,
+    *,
+    framing: Framing | None = None,
+    midnight_ns: int = 0,
+    gap_wait_ns: int = 50_000_000,
+    hold_packets: int = 1024,
+    hold_bytes: int = 2048,
+    start_sequence: int = 0,
+    restart_distance: int = 65536,
+) -> Feed:
+    """State of one source's decoder.
+
+    Args:
+        framing: needed for packet framings.
+        midnight_ns: midnight (venue's time zone) of the session as nanoseconds since the epoch, for protocols that count from midnight.
+        gap_wait_ns: how long a missing packet may take to come on the other line.
+        hold_packets, hold_bytes: how many packets wait for a missing one, and the longest that can.
+        start_sequence: first sequence expected; 0 takes the first that comes.
+        restart_distance: see :mod:`tickmesh.node.arbiter`; only for framings without a session id.
+    """
+    size = next((m.fields[spec.code].size for m in spec.messages if spec.code in m.fields), 0) if spec.code else 0
+    packets = framing is not None and framing.packets
+    return feed.make_arrays(
+        instruments.arrays,
+        source=source_id,
+        counters=len(spec.counters),
+        direct_codes=1 << (8 * size) if size in (1, 2) else 0,
+        hashed_codes=instruments.arrays.index.size if size > 2 else 0,
+        header_bytes=framing.header_bytes if framing else 0,
+        midnight_ns=midnight_ns,
+        tick_size=spec.tick_size,
+        qty_exponent=spec.qty_exponent,
+        rebind=_rebinds(spec),
+        gap_wait_ns=gap_wait_ns,
+        hold_packets=hold_packets if packets else 0,
+        hold_bytes=hold_bytes if packets else 0,
+        start_sequence=start_sequence,
+        restart_distance=0 if framing is None or framing.session else restart_distance,
+    )
+
+
+def _rebinds(spec: Spec) -> bool:
+    """Whether a message other than a directory carries the symbol's text beside the code."""
+    return bool(spec.code) and any(spec.symbol in m.fields and any(c.kind != "reference" for c in m.cases) for m in spec.messages)
+
+
+def message_counts(state: Feed, spec: Spec) -> dict[str, int]:
+    """How many of each message (each case, where a message has several) came: ``{"add_order": 12, …}``, those that came only."""
+    return {name: int(n) for name, n in zip(spec.counters, state.counts) if n}
+
+
+def malformed(state: Feed) -> dict[str, int]:
+    """How many messages or packets were refused, by reason; those that occurred only."""
+    return {name: int(n) for name, n in zip(REASONS, state.malformed) if n}
+
+
+def filtered(state: Feed) -> int:
+    """How many messages belonged to symbols that the source's filter does not let through."""
+    return int(state.state[feed.FILTERED_MESSAGES])
+
+
+def arbitration(state: Feed) -> dict[str, int]:
+    """Counters of the A/B arbitration: gaps, missing, duplicates (total, and ``duplicates_0`` … by line), held packets and so on."""
+    result = {name: int(state.arbiter.state[index]) for name, index in arbiter.COUNTERS.items()}
+    result["expected"] = int(state.arbiter.state[arbiter.EXPECTED])
+    result["held_now"] = int(state.arbiter.state[arbiter.HELD_COUNT])
+    names = (("packets", arbiter.LINE_PACKETS), ("duplicates", arbiter.LINE_DUPLICATES), ("held", arbiter.LINE_HELD), ("messages", arbiter.LINE_MESSAGES))
+    for name, column in names:
+        result[name] = int(state.arbiter.lines[:, column].sum())
+        result.update({f"{name}_{line}": int(n) for line, n in enumerate(state.arbiter.lines[:, column]) if n})
+    return result
+
+
+def end_of_stream(state: Feed, left_over: int) -> None:
+    """Count what ``decode_stream`` left at the end of a recording: a message cut short."""
+    if left_over:
+        state.malformed[feed.TRUNCATED] += np.uint64(1)
+
+
+def bind_symbol(state: Feed, spec: Spec, instruments: InstrumentTable, code: int, symbol: str) -> int:
+    """Tell a feed the symbol of a numeric code from outside (a definition file, a recording's metadata); returns the instrument.
+
+    Raises:
+        ValueError: the protocol has no numeric codes, or the code does not fit.
+        SymbolFiltered, InstrumentTableFull: see :meth:`InstrumentTable.intern`.
+    """
+    if not spec.code or (state.code_keys.size == 1 and not 0 <= code < state.codes.size):
+        raise ValueError(f"{spec.name} knows no instrument code {code}")
+    found = instruments.intern(symbol, int(state.state[feed.SOURCE]), spec.tick_size, spec.qty_exponent)
+    feed.bind_unannounced(state, np.uint64(code), np.uint32(found))
+    return found
+
+
+def dbn_symbols(data: bytes | memoryview) -> dict[int, str]:
+    """Instrument id -> raw symbol, from the metadata of a DBN file (versions 1 to 3; the last mapping of an id counts).
+
+    Raises:
+        ValueError: not a DBN file, or its metadata is cut short.
+    """
+    raw = bytes(data[:8])
+    if raw[:3] != b"DBN" or len(raw) < 8:
+        raise ValueError("not a DBN file: it does not start with 'DBN' and a length")
+    version, size = raw[3], int.from_bytes(raw[4:8], "little")
+    meta = bytes(data[8 : 8 + size])
+    if len(meta) < size or size < 100:
+        raise ValueError(f"the DBN metadata is cut short: {len(meta)} of {size} bytes")
+    width = 22 if version == 1 else 71
+    at = 100 + int.from_bytes(meta[96:100], "little")  # the fixed part, then the length and bytes of a schema definition
+    for _ in range(3):  # symbols, partial, not found: lists of fixed-width text
+        at += 4 + width * int.from_bytes(meta[at : at + 4], "little")
+    found: dict[int, str] = {}
+    mappings = int.from_bytes(meta[at : at + 4], "little")
+    at += 4
+    for _ in range(min(mappings, size // width)):
+        symbol = meta[at : at + width].split(b"\0")[0].decode("ascii", errors="replace")
+        intervals = int.from_bytes(meta[at + width : at + width + 4], "little")
+        at += width + 4
+        for _ in range(min(intervals, size // width)):
+            code = meta[at + 8 : at + 8 + width].split(b"\0")[0]
+            at += 8 + width
+            if code.isdigit():
+                found[int(code)] = symbol
+    return found
+
+
+# ---------------------------------------------------------------- generating: source text
+
+
+class _Source:
+    """Lines of Python with an indentation level."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.depth = 0
+
+    def __call__(self, text: str = "") -> None:
+        self.lines.extend("    " * self.depth + line if line else "" for line in text.split("\n"))
+
+    def indent(self, by: int = 1) -> None:
+        self.depth += by
+
+
+_IMPORTS = '''
+import numpy as np
+
+from tickmesh.node import arbiter as A
+from tickmesh.node.arbiter import emit_clear, emit_gap, hold, next_step, offer, release
+from tickmesh.node.event import EVENT
+from tickmesh.node.feed import (
+    BAD_FIELD, BAD_LENGTH, BAD_PREAMBLE, BAD_SEQUENCE, ENDS, LENGTH_PAST_END, MIDNIGHT_NS, NEXT_SEQ, PRICE_OVERFLOW, RESOLVED_BELOW,
+    SHORT_PACKET, SOURCE, STARTED, TIME_BASE_NS, TRAILING_BYTES, TRUNCATED, UNBOUND, UNKNOWN_MESSAGE, ZERO_LENGTH, FILTERED_MESSAGES,
+    find_code, make_arrays, resolve_code, resolve_symbol,
+)
+from tickmesh.node.instruments import InstrumentTable, find_instrument, trim_words
+from tickmesh.transports.toolbox import be16, be32, be64, inlined, le16, le32, le64, loop, outlined
+
+_ONE, _ZERO = np.uint64(1), np.uint64(0)
+_NO_PRICE = np.int64({no_price})
+_BAD = np.int64({bad})
+_ALL = np.uint32(0xFFFFFFFF)
+'''
+_BAD = -(1 << 62) - 1
+"""In a map's table: no such raw value."""
+
+
+def decoder_source(spec: Spec, framing: Framing) -> str:
+    """Source of the decoder module."""
+    out = _Source()
+    out(f'"""Decoder of {spec.title} in {framing.title}: generated from {spec.name}.toml and {framing.name}."""')
+    out(_IMPORTS.strip("\n").format(no_price=NO_PRICE, bad=_BAD))
+    writer = _DecoderWriter(spec, framing, out)
+    writer.tables()
+    writer.total()
+    writer.messages()
+    if framing.packets:
+        writer.packets()
+    else:
+        writer.stream()
+    writer.warm()
+    return "\n".join(out.lines) + "\n"
+
+
+def _load(field: Field, base: str) -> str:
+    """Expression for a field's raw value: an unsigned numpy type of its size, or signed if the field is."""
+    at = f"{base} + {field.offset}" if field.offset else base
+    order = "be" if field.big else "le"
+    if field.size == 1:
+        raw = f"buf[np.uint64({at})]"
+    elif field.size == 3:
+        raw = f"(np.uint32(be16(buf, {at})) << np.uint32(8) | np.uint32(buf[np.uint64({at} + 2)]))" if field.big else (
+            f"(np.uint32(le16(buf, {at})) | np.uint32(buf[np.uint64({at} + 2)]) << np.uint32(16))")
+    elif field.size == 6:
+        raw = f"(be64(buf, {at}) >> np.uint64(16))" if field.big else f"(le64(buf, {at}) & np.uint64(0xFFFFFFFFFFFF))"
+    elif field.text:
+        raw = _text_word(field, base, 0)
+    else:
+        raw = f"{order}{8 * field.size}(buf, {at})"
+    return f"np.int{8 * field.size}({raw})" if field.signed else raw
+
+
+def _text_word(field: Field, base: str, word: int) -> str:
+    """Expression for eight bytes of a text field as a little-endian u64; bytes beyond the field are zero."""
+    left = field.size - 8 * word
+    if left <= 0:
+        return "_ZERO"
+    load = f"le64(buf, {base} + {field.offset + 8 * word})"
+    return load if left >= 8 else f"({load} & np.uint64({hex((1 << (8 * left)) - 1)}))"
+
+
+def _words(field: Field, base: str) -> str:
+    return f"trim_words({', '.join(_text_word(field, base, w) for w in range(3))})"
+
+
+def _equals(raw: str, field: Field, values: Sequence[int]) -> str:
+    kind = "np.uint64" if field.size > 4 and not field.signed else ""
+    return " or ".join(f"{raw} == {kind}({v})" if kind else f"{raw} == {v}" for v in values)
+
+
+class _DecoderWriter:
+    """Writes the functions of one decoder module."""
+
+    def __init__(self, spec: Spec, framing: Framing, out: _Source) -> None:
+        self.spec, self.framing, self.out = spec, framing, out
+        self.maps: dict[tuple[tuple[tuple[int, int], ...], int | None], str] = {}
+        for message in spec.messages:
+            for case in message.cases:
+                for name in fields_of(case):
+                    f = message.fields[name]
+                    if f.map is not None and f.size == 1 and not self._pair(f):
+                        self.maps.setdefault((tuple(f.map.items()), f.map_default), f"_MAP_{len(self.maps)}")
+
+    @staticmethod
+    def _pair(field: Field) -> bool:
+        return field.map is not None and len(field.map) <= 2 and field.map_default is None
+
+    def tables(self) -> None:
+        for (items, default), name in self.maps.items():
+            table = [_BAD if default is None else default] * 256
+            for raw, value in items:
+                table[raw] = value
+            self.out(f"{name} = np.array({table}, np.int64)")
+        self.out()
+
+    # ---- framing
+
+    def total(self) -> None:
+        """``_total``: bytes from a message's length field to the next one, at least 1."""
+        fr, out = self.framing, self.out
+        add = 0 if fr.length_includes_itself else fr.message_offset
+        unit = f" * {fr.length_unit}" if fr.length_unit != 1 else ""
+        out("\n@inlined\ndef _total(buf, pos):")
+        out(f'    """Bytes from one message\'s start to the next."""\n    return np.int64({_load(fr.length, "pos")}){unit}' + (f" + {add}" if add else ""))
+        out()
+
+    def messages(self) -> None:
+        fr, out = self.framing, self.out
+        prefix = fr.length.offset + fr.length.size
+        out("\n@outlined\ndef _decode(buf, pos, end, left, seq, ts_recv, feed, out, n):")
+        out.indent()
+        out('"""Decode up to `left` messages; returns (pos, left, seq, n) where it stopped."""')
+        out("room = np.int64(out.size) - %d\ncounts, malformed = feed.counts, feed.malformed" % RESERVE)
+        if not self.spec.code:
+            out("source = np.uint32(feed.state[SOURCE])")
+        if self.spec.timestamp_since != "epoch":
+            out(f"base = feed.state[{'MIDNIGHT_NS' if self.spec.timestamp_since == 'midnight' else 'TIME_BASE_NS'}]")
+        out(f"while left > 0 and n <= room:\n    if pos + {prefix} > end:\n        break\n    total = _total(buf, pos)")
+        out.indent()
+        out(f"if total <= {fr.message_offset}:")
+        if fr.zero_length_is_end:
+            out(f"    feed.state[ENDS] += 1\n    pos += {max(fr.message_offset, prefix)}\n    continue")
+        else:
+            out(f"    malformed[ZERO_LENGTH] += _ONE\n    pos += max(total, {max(fr.length_unit, prefix)})\n    seq += 1\n    left -= 1\n    continue")
+        out("if pos + total > end:\n    break")
+        out(f"m = pos{f' + {fr.message_offset}' if fr.message_offset else ''}\nlength = total{f' - {fr.message_offset}' if fr.message_offset else ''}")
+        self._dispatch()
+        out("pos += total\nseq += 1\nleft -= 1")
+        out.indent(-1)
+        out("return pos, left, seq, n")
+        out.indent(-1)
+        out()
+
+    def _dispatch(self) -> None:
+        out, tf = self.out, self.spec.type_field
+        if tf.offset + tf.size > 1:
+            out(f"if length < {tf.offset + tf.size}:\n    malformed[BAD_LENGTH] += _ONE\n    pos += total\n    seq += 1\n    left -= 1\n    continue")
+        out(f"code = {_load(tf, 'm')}")
+        counter, word = 0, "if"
+        for message in self.spec.messages:
+            out(f"{word} code == {message.code}:  # {message.name}")
+            out.indent()
+            self._message(message, counter)
+            out.indent(-1)
+            counter += len(message.cases)
+            word = "elif"
+        out("else:\n    malformed[UNKNOWN_MESSAGE] += _ONE" if self.spec.messages else "malformed[UNKNOWN_MESSAGE] += _ONE")
+
+    def _message(self, message: Message, counter: int) -> None:
+        out = self.out
+        out(f"if length < {message.length}:\n    malformed[BAD_LENGTH] += _ONE")
+        if len(message.cases) == 1 and not message.cases[0].when:
+            self._case(message, message.cases[0], counter)
+            return
+        out("else:")
+        out.indent()
+        word, open_end = "if", True
+        for number, case in enumerate(message.cases):
+            test = " and ".join(f"({_equals(_load(message.fields[k], 'm'), message.fields[k], v)})" for k, v in case.when.items())
+            out(f"{word} {test}:" if test else ("else:" if word == "elif" else "if True:"))
+            out.indent()
+            out("if False:\n    pass")
+            self._case(message, case, counter + number)
+            out.indent(-1)
+            word, open_end = "elif", bool(test)
+            if not test:
+                break
+        if open_end:
+            out("else:\n    malformed[BAD_FIELD] += _ONE")
+        out.indent(-1)
+
+    # ---- one event
+
+    def _case(self, message: Message, case: Case, counter: int) -> None:
+        """The rest of an if-chain: refusals of bad values, then the event."""
+        out = self.out
+        values: dict[str, str] = {}
+        for name, source in case.values.items():
+            values[name], refusals = self._value(message, name, source)
+            for test, reason in refusals:
+                out(f"elif {test}:\n    malformed[{reason}] += _ONE")
+        out("else:")
+        out.indent()
+        out(f"counts[{counter}] += _ONE")
+        if case.kind == "time":
+            out(f"base = feed.state[MIDNIGHT_NS] + ({values['seconds']}) * 1000000000\nfeed.state[TIME_BASE_NS] = base")
+        elif case.kind == "reference":
+            self._times(message)
+            self._resolve(message, directory=True, tick=values.get("tick_size"))
+        elif case.kind != "nothing":
+            self._times(message)
+            if case.all_instruments:
+                self._event(message, case, values, "_ALL")
+            else:
+                self._resolve(message, directory=False, tick=None)
+                out("if instrument < RESOLVED_BELOW:")
+                out.indent()
+                self._event(message, case, values, "instrument")
+                out.indent(-1)
+        out.indent(-1)
+
+    def _times(self, message: Message) -> None:
+        spec, out = self.spec, self.out
+        stamp = message.fields.get(spec.timestamp or "")
+        if stamp is None:
+            out("ts_event = ts_recv")
+        else:
+            unit = f" * {spec.timestamp_unit_ns}" if spec.timestamp_unit_ns != 1 else ""
+            base = "" if spec.timestamp_since == "epoch" else "base + "
+            out(f"ts_event = {base}np.int64({_load(stamp, 'm')}){unit}")
+        received = message.fields.get(spec.received or "")
+        out(f"received = np.int64({_load(received, 'm')})" if received else "received = ts_recv")
+
+    def _resolve(self, message: Message, directory: bool, tick: str | None) -> None:
+        """Set `instrument`, with a REFERENCE event before the message's own if it is new."""
+        spec, out = self.spec, self.out
+        code, symbol = message.fields.get(spec.code or ""), message.fields.get(spec.symbol or "")
+        rest = f"np.int64({tick or spec.tick_size}), seq, ts_event, received, out, n"
+        if code is None:
+            assert symbol is not None
+            out(f"w0, w1, w2 = {_words(symbol, 'm')}\ninstrument = find_instrument(feed.instruments, source, w0, w1, w2)")
+            out("if instrument >= RESOLVED_BELOW or feed.instruments.records[instrument].announced == np.uint32(0):")
+            out(f"    instrument, n = resolve_symbol(feed, w0, w1, w2, {rest})")
+            return
+        words = _words(symbol, "m") if symbol else "_ZERO, _ZERO, _ZERO"
+        number = _load(code, "m")
+        if directory:
+            out(f"w0, w1, w2 = {words}\ninstrument, n = resolve_code(feed, UNBOUND, np.uint64({number}), w0, w1, w2, {rest})")
+            return
+        out(f"number = {number}\ninstrument = {'feed.codes[number]' if code.size <= 2 else 'find_code(feed, number)'}")
+        out(f"if instrument >= RESOLVED_BELOW:\n    w0, w1, w2 = {words}")
+        out(f"    instrument, n = resolve_code(feed, instrument, np.uint64(number), w0, w1, w2, {rest})")
+
+    def _event(self, message: Message, case: Case, values: Mapping[str, str], instrument: str) -> None:
+        out = self.out
+        side = f"np.uint8({values['side']})" if "side" in values else f"np.uint8({NO_SIDE})"
+        flags = " | ".join([str(case.flags), *(self._flag(message, rule) for rule in case.flag_rules)])
+        out("e = out[np.uint64(n)]\ne.seq = np.uint64(seq)\ne.ts_event = ts_event\ne.ts_recv = received")
+        out(f"e.instrument = {instrument}\ne.kind = np.uint8({int(KINDS[case.kind])})  # {case.kind}\ne.side = {side}\ne.flags = np.uint16({flags})")
+        for name in ("price", "qty", "id", "aux"):
+            cast = "np.uint64" if name == "id" else "np.int64"
+            out(f"e.{name} = {cast}({values.get(name, '0')})")
+        out("n += 1")
+
+    def _flag(self, message: Message, rule: Any) -> str:
+        raw = _load(message.fields[rule.field], "m")
+        test = f"({raw} & {rule.bits}) {'==' if rule.wanted else '!='} {rule.equals}"
+        return f"({rule.flag} if {test} else 0)"
+
+    def _value(self, message: Message, target: str, source: str | int) -> tuple[str, list[tuple[str, str]]]:
+        """Expression for an event field, and when to refuse: (test, reason)."""
+        if isinstance(source, int):
+            return (str(source if target != "id" else source & ((1 << 64) - 1)), [])
+        field = message.fields[source]
+        raw = _load(field, "m")
+        if field.map is not None:
+            return self._mapped(field, raw)
+        if field.decimals >= 0:
+            return self._scaled(field, raw)
+        refusals = []
+        if target in ("qty", "price", "seconds", "tick_size") and field.size == 8 and not field.signed and not field.text:
+            guard = f"{raw} != np.uint64({field.null}) and " if field.null is not None else ""
+            refusals.append((f"{guard}{raw} > np.uint64({_I64_MAX})", "BAD_FIELD"))
+        if field.null is not None:
+            cast = "np.uint64" if target == "id" else "np.int64"
+            return f"({cast}(0) if {_equals(raw, field, [field.null])} else {cast}({raw}))", refusals
+        return (raw if target == "id" else f"np.int64({raw})"), refusals
+
+    def _mapped(self, field: Field, raw: str) -> tuple[str, list[tuple[str, str]]]:
+        assert field.map is not None
+        items = list(field.map.items())
+        if field.size == 1 and not self._pair(field):
+            table = self.maps[(tuple(items), field.map_default)]
+            lookup = f"{table}[{raw}]"
+            return lookup, ([] if field.map_default is not None else [(f"{lookup} == _BAD", "BAD_FIELD")])
+        last = str(items[-1][1] if field.map_default is None else field.map_default)
+        chain = items if field.map_default is not None else items[:-1]
+        for code, value in reversed(chain):
+            last = f"({value} if {_equals(raw, field, [code])} else {last})"
+        refuse = f"not ({_equals(raw, field, [c for c, _ in items])})"
+        return last, ([] if field.map_default is not None else [(refuse, "BAD_FIELD")])
+
+    def _scaled(self, field: Field, raw: str) -> tuple[str, list[tuple[str, str]]]:
+        """A decimal field in 1e-9: exact, or refused where it does not fit 64 bits."""
+        factor = 10 ** (9 - field.decimals)
+        limit = _I64_MAX // factor
+        value = f"np.int64({raw}) * {factor}" if factor > 1 else f"np.int64({raw})"
+        test = ""
+        if field.signed and field.size == 8 and factor > 1:
+            test = f"({raw} > {limit} or {raw} < {-limit})"
+        elif not field.signed and (1 << (8 * field.size)) - 1 > limit:
+            test = f"{raw} > np.uint64({limit})"
+        if field.null is None:
+            return value, [(test, "PRICE_OVERFLOW")] if test else []
+        null = _equals(raw, field, [field.null])
+        return f"(_NO_PRICE if {null} else {value})", [(f"{test} and not ({null})", "PRICE_OVERFLOW")] if test else []
+
+    # ---- entry points
+
+    def stream(self) -> None:
+        out, fr = self.out, self.framing
+        out("\n@loop\ndef decode_stream(buf, pos, end, ts_recv, feed, out):")
+        out.indent()
+        out('"""Decode length-prefixed messages of ``buf[pos:end]`` into `out`; returns (pos, n)."""')
+        out("pos, end = np.int64(pos), min(np.int64(end), np.int64(buf.size))")
+        if fr.preamble_length is not None:
+            need = max(len(fr.preamble_magic), fr.preamble_length.offset + fr.preamble_length.size)
+            test = " and ".join(f"buf[np.uint64(pos + {i})] == {b}" for i, b in enumerate(fr.preamble_magic))
+            out(f"if feed.state[STARTED] == 0:\n    if pos + {need} > end:\n        return pos, np.int64(0)\n    if {test}:")
+            out(f"        skip = {fr.preamble_fixed} + np.int64({_load(fr.preamble_length, 'pos')})")
+            out("        if pos + skip > end:\n            return pos, np.int64(0)\n        pos += skip\n    else:\n        feed.malformed[BAD_PREAMBLE] += _ONE")
+            out("    feed.state[STARTED] = 1")
+        out("pos, left, seq, n = _decode(buf, pos, end, np.int64(1 << 62), feed.state[NEXT_SEQ], np.int64(ts_recv), feed, out, np.int64(0))")
+        out("feed.state[NEXT_SEQ] = seq\nreturn pos, n")
+        out.indent(-1)
+        out()
+
+    def packets(self) -> None:
+        fr, prefix = self.framing, self.framing.length.offset + self.framing.length.size
+        least = max(fr.length_unit, prefix)
+        self.out(_CURRENT.format(prefix=prefix, least=least, reserve=RESERVE, offset=fr.message_offset))
+        self._accept()
+        self.out(_PACKETS.format(reserve=RESERVE))
+
+    def _accept(self) -> None:
+        """``_accept``: read one packet's header and act on the arbiter's verdict; returns whether the packet is done with."""
+        fr, out = self.framing, self.out
+        assert fr.sequence is not None
+        assert fr.count is not None
+        out("\n@inlined\ndef _accept(buf, packet, feed):")
+        out.indent()
+        out('"""Read a packet\'s header and act on the arbiter\'s verdict; true if the packet is done with."""')
+        out("arb = feed.arbiter\ns = arb.state\np, size, line = np.int64(packet.offset), np.int64(packet.length), np.int64(packet.line) & 3")
+        out("s[A.NOW] = max(s[A.NOW], packet.ts_recv)")
+        short = "feed.malformed[SHORT_PACKET] += _ONE\n    return True"
+        heart = fr.heartbeat_when
+        least = fr.header_bytes
+        if heart:
+            least = max(f.offset + f.size for f in (heart[0], fr.sequence, *fr.session))
+        out(f"if size < {least} or p + size > np.int64(buf.size):\n    {short}")
+        out("count = np.int64(0)")
+        if heart:
+            out(f"if not ({_equals(_load(heart[0], 'p'), heart[0], heart[1])}):")
+            out.indent()
+        if fr.data_when:
+            out(f"if not ({_equals(_load(fr.data_when[0], 'p'), fr.data_when[0], fr.data_when[1])}):\n    return True")
+        if heart:
+            out(f"if size < {fr.header_bytes}:\n    {short}")
+        out(f"count = np.int64({_load(fr.count, 'p')})")
+        if heart:
+            out.indent(-1)
+        out(f"seq = np.int64({_load(fr.sequence, 'p')})")
+        if fr.end_count is not None:
+            out(f"ended = count == {fr.end_count}\nif ended:\n    count = np.int64(0)")
+        if fr.unsequenced is not None:
+            out(f"if seq == {fr.unsequenced}:\n    s[A.UNSEQUENCED] += 1\n    s[A.CURRENT], s[A.CURRENT_SEQ] = A.FROM_UNSEQUENCED, feed.state[NEXT_SEQ]")
+            out(f"    s[A.CURRENT_POS], s[A.CURRENT_END], s[A.CURRENT_LEFT], s[A.CURRENT_SKIP] = p + {fr.header_bytes}, p + size, count, 0\n    return False")
+        session = " ^ ".join(f"np.int64({_load(f, 'p')}) << {17 * i}" if i else f"np.int64({_load(f, 'p')})" for i, f in enumerate(fr.session)) or "np.int64(0)"
+        out(f"session = {session}\nverdict = offer(arb, seq, count, session, line)")
+        if fr.end_count is not None:
+            out("if ended and verdict == A.CONSUMED:\n    s[A.ENDS] += 1")
+        out("if verdict == A.DECODE:")
+        out(f"    s[A.CURRENT], s[A.CURRENT_POS], s[A.CURRENT_END] = A.FROM_PACKET, p + {fr.header_bytes}, p + size")
+        out("    s[A.CURRENT_LEFT], s[A.CURRENT_SEQ], s[A.CURRENT_SKIP] = count, seq, s[A.EXPECTED] - seq")
+        out("    s[A.OVERLAPS] += s[A.CURRENT_SKIP] > 0\n    return False")
+        out("if verdict == A.HOLD:\n    return hold(arb, buf, p, size, seq, count, line, packet.ts_recv)")
+        out("if verdict == A.BAD:\n    feed.malformed[BAD_SEQUENCE] += _ONE\n    return True\nreturn verdict == A.CONSUMED")
+        out.indent(-1)
+        out()
+
+    def warm(self) -> None:
+        out, size = self.out, 0
+        if self.spec.code:
+            size = next((m.fields[self.spec.code].size for m in self.spec.messages if self.spec.code in m.fields), 0)
+        out("\ndef warm():")
+        out.indent()
+        out('"""Call each entry point once, so that it is compiled."""')
+        direct, hashed = (1 << 8 * size if size in (1, 2) else 0), (4 if size > 2 else 0)
+        out(f"feed = make_arrays(InstrumentTable(1).arrays, source=0, counters={len(self.spec.counters)}, direct_codes={direct}, hashed_codes={hashed})")
+        out("buf, out = np.zeros(64, np.uint8), np.zeros(4, EVENT)")
+        if self.framing.packets:
+            out("decode_packets(buf, feed.arbiter.no_packets, 0, 0, feed, out)\ndecode_flush(0, feed, out)")
+        else:
+            out("decode_stream(buf, 0, 0, 0, feed, out)")
+        out.indent(-1)
+
+
+_CURRENT = '''
+
+@outlined
+def _skip(buf, s):
+    """Step over the messages of the current packet that the other line has brought already."""
+    pos, end = s[A.CURRENT_POS], s[A.CURRENT_END]
+    while s[A.CURRENT_SKIP] > 0 and pos + {prefix} <= end:
+        total = _total(buf, pos)
+        step = total if total > {offset} else max(total, {least})
+        if pos + step > end:
+            break
+        pos += step
+        s[A.CURRENT_SKIP] -= 1
+        s[A.CURRENT_LEFT] -= 1
+        s[A.CURRENT_SEQ] += 1
+    s[A.CURRENT_POS], s[A.CURRENT_SKIP] = pos, 0
+
+
+@outlined
+def _go_on(buf, ts_recv, line, feed, out, n):
+    """Decode on in the current packet; returns n. Nothing is current afterwards, unless `out` was full."""
+    s = feed.arbiter.state
+    if s[A.CURRENT_SKIP] > 0:
+        _skip(buf, s)
+    first, end = s[A.CURRENT_SEQ], s[A.CURRENT_END]
+    pos, left, seq, n = _decode(buf, s[A.CURRENT_POS], end, s[A.CURRENT_LEFT], first, ts_recv, feed, out, n)
+    feed.arbiter.lines[line, A.LINE_MESSAGES] += np.uint64(seq - first)
+    if s[A.CURRENT] == A.FROM_UNSEQUENCED:
+        feed.state[NEXT_SEQ] = seq
+    elif seq > s[A.EXPECTED]:
+        s[A.EXPECTED] = seq
+    if left > 0 and n > np.int64(out.size) - {reserve}:
+        s[A.CURRENT_POS], s[A.CURRENT_LEFT], s[A.CURRENT_SEQ] = pos, left, seq
+        return n
+    if left > 0:
+        feed.malformed[LENGTH_PAST_END if pos + {prefix} <= end else TRUNCATED] += _ONE
+    elif pos < end:
+        feed.malformed[TRAILING_BYTES] += _ONE
+    s[A.CURRENT] = A.NOTHING_CURRENT
+    return n
+'''
+
+_PACKETS = '''
+
+@outlined
+def _advance(buf, packets, first, count, feed, out):
+    arb = feed.arbiter
+    s = arb.state
+    i, n, room = np.int64(first), np.int64(0), np.int64(out.size) - {reserve}
+    while n <= room:
+        step = next_step(arb)
+        if step == A.CONTINUE:
+            if s[A.CURRENT] == A.FROM_HELD:
+                index = s[A.CURRENT_INDEX]
+                n = _go_on(arb.bytes, arb.held[index].ts_recv, np.int64(arb.held[index].line), feed, out, n)
+                if s[A.CURRENT] == A.NOTHING_CURRENT:
+                    release(arb, index)
+            else:
+                line = np.int64(packets[np.uint64(i)].line) & 3
+                n = _go_on(buf, packets[np.uint64(i)].ts_recv, line, feed, out, n)
+                if s[A.CURRENT] == A.NOTHING_CURRENT:
+                    arb.lines[line, A.LINE_PACKETS] += _ONE
+                    i += 1
+        elif step == A.EMIT_GAP:
+            n = emit_gap(arb, out, n)
+        elif step == A.EMIT_CLEAR:
+            n = emit_clear(arb, out, n)
+        elif i >= count:
+            break
+        else:
+            line = np.int64(packets[np.uint64(i)].line) & 3
+            if _accept(buf, packets[np.uint64(i)], feed):
+                arb.lines[line, A.LINE_PACKETS] += _ONE
+                i += 1
+    return i, n
+
+
+@loop
+def decode_packets(buf, packets, first, count, feed, out):
+    """Decode ``packets[first:count]`` into `out`; returns (next, n)."""
+    return _advance(buf, packets, np.int64(first), np.int64(count), feed, out)
+
+
+@loop
+def decode_flush(now_ns, feed, out):
+    """Time passes without packets: give up what has waited too long; returns n. Call again while it returns more than 0."""
+    s = feed.arbiter.state
+    if s[A.CURRENT] == A.FROM_PACKET or s[A.CURRENT] == A.FROM_UNSEQUENCED:
+        return np.int64(0)
+    s[A.NOW] = max(s[A.NOW], np.int64(now_ns))
+    i, n = _advance(feed.arbiter.bytes, feed.arbiter.no_packets, np.int64(0), np.int64(0), feed, out)
+    return n
+'''
+__all__ = ["FILTERED", "Decoder", "MappingError", "arbitration", "bind_symbol", "dbn_symbols", "decoder_source", "end_of_stream", "filtered",
+           "load_decoder", "make_feed", "malformed", "message_counts", "select"]  # fmt: skip

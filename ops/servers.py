@@ -143,7 +143,7 @@ class NatsServerOptions:
     port: int = 0
     host: str = "127.0.0.1"
     memory_bytes_max: int = 256 << 20
-    store_bytes_max: int = 8 << 30
+    store_bytes_max: int = 16 << 30
     sync_always: bool = False
     free_bytes_min: int = 64 << 20
     ready_timeout_s: float = 15.0

@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from nats.js.errors import NotFoundError
 from nats_fixtures import cluster, nats_server, own_nats_server  # noqa: F401
 from tickmesh.ops.servers import NatsServer, NatsServerOptions
 from tickmesh.transports.nats import (
@@ -41,7 +40,7 @@ def message(first: int, count: int, missing: int, body: bytes | memoryview) -> b
 
 
 def stream(cluster: str) -> OutputStream:  # noqa: F811
-    return OutputStream(f"S_{cluster}", f"s.{cluster}", "0")
+    return OutputStream(f"S_{cluster}", f"s.{cluster}", "0", bytes_max=64 << 20)
 
 
 @asynccontextmanager
@@ -66,25 +65,24 @@ async def publishing(link: NatsLink, to: OutputStream, **options: object) -> Asy
 async def stored(link: NatsLink, to: OutputStream) -> tuple[list[int], list[tuple[int, int]]]:
     """Every record in the stream in order, and the (first, count) of every gap marker."""
     jetstream = link.client.jetstream()
-    info = await jetstream.stream_info(to.name)
+    last = (await jetstream.stream_info(to.name)).state.last_seq
     found: list[int] = []
     gaps: list[tuple[int, int]] = []
-    for sequence in range(info.state.first_seq, info.state.last_seq + 1):
-        try:
-            one = await jetstream.get_msg(to.name, sequence)
-        except NotFoundError:
-            continue  # deleted by the test
-        if (one.headers or {}).get("Kind") == "fence":
-            continue
-        data = one.data or b""
-        first, count, missing = HEAD.unpack_from(data)
-        body = data[HEAD.size :]
-        assert len(body) == count * RECORD.size
-        run = [RECORD.unpack_from(body, i * RECORD.size)[0] for i in range(count)]
-        assert run == list(range(first, first + count))
-        found += run
-        if missing:
-            gaps.append((first, missing))
+    subscription = await jetstream.subscribe(to.subject, ordered_consumer=True)
+    while True:
+        one = await subscription.next_msg(5)
+        if (one.headers or {}).get("Kind") != "fence":
+            first, count, missing = HEAD.unpack_from(one.data)
+            body = one.data[HEAD.size :]
+            assert len(body) == count * RECORD.size
+            run = [RECORD.unpack_from(body, i * RECORD.size)[0] for i in range(count)]
+            assert run == list(range(first, first + count))
+            found += run
+            if missing:
+                gaps.append((first, missing))
+        if one.metadata.sequence.stream == last:
+            break
+    await subscription.unsubscribe()
     return found, gaps
 
 
@@ -324,6 +322,16 @@ def test_foreign_stream_is_refused(nats_server: NatsServer, cluster: str) -> Non
             await link.client.jetstream().publish(stream(cluster).subject, b"hello")
             with pytest.raises(ForeignStream):
                 async with publishing(link, stream(cluster)):
+                    pass
+
+    asyncio.run(run())
+
+
+def test_stream_larger_than_the_store_is_refused(nats_server: NatsServer, cluster: str) -> None:  # noqa: F811
+    async def run() -> None:
+        async with linked(nats_server) as link:
+            with pytest.raises(PublishRefused, match="do not fit"):
+                async with publishing(link, OutputStream(f"S_{cluster}", f"s.{cluster}", "0", bytes_max=1 << 50)):
                     pass
 
     asyncio.run(run())

@@ -348,6 +348,7 @@ Encode = Callable[[int, int, int, "bytes | memoryview"], "bytes"]
 Acked = Callable[[int, int, int], None]
 """Told (first, last, sent_ns) when the stream has stored a message; `sent_ns` is monotonic."""
 
+_NO_ROOM = 10047
 WINDOW_MAX = 256
 """Messages a writer may have under way, and messages of a fence. The same for all writers of a stream, for good."""
 _NEVER = frozenset({10054, 10174})
@@ -371,7 +372,7 @@ class OutputStream:
     name: str
     subject: str
     writer: str
-    bytes_max: int = 1 << 30
+    bytes_max: int = 512 << 20
     replicas: int = 1
     duplicate_window_s: float = 120.0
 
@@ -793,4 +794,9 @@ class OutputPublisher:
                 info = await jetstream.add_stream(self._stream.config())
             except js_errors.BadRequestError as error:
                 raise PublishRefused(self._stream.name, error.err_code or 0, error.description or "it cannot be made") from error
+            except js_errors.ServerError as error:
+                if error.err_code != _NO_ROOM:
+                    raise
+                what = f"{error.description}: its {self._stream.bytes_max >> 20} MiB do not fit into the server's store; make either fit"
+                raise PublishRefused(self._stream.name, _NO_ROOM, what) from error
         return _Last(int(info.state.last_seq), None, 0, "")

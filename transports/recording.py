@@ -38,6 +38,8 @@ NOTES_MAX = 10_000
 _PIECE_BYTES = 4096
 """Compressed bytes decoded at once: bounds the memory that hostile input can claim in one step (bzip2, the worst, to ~80 MB)."""
 _CHUNK_BYTES = 1 << 20
+_FOLDERS_MAX = 64
+"""Folder entries before the one file of a zip archive without directory."""
 
 Bytes = npt.NDArray[np.uint8]
 ProblemKind = Literal["truncated", "damaged", "trailing"]
@@ -260,12 +262,16 @@ def _unzip(file: BinaryIO, report: _Report) -> Iterator[bytes]:
 def _unzip_start(file: BinaryIO, report: _Report) -> Iterator[bytes]:
     """Decode the first member by its local header (APPNOTE 4.3.7): the directory at the archive's end is missing."""
     file.seek(0)
-    header = file.read(30)
-    method = int.from_bytes(header[8:10], "little")
-    if len(header) < 30 or header[6] & 1 or method not in (0, 8):
-        report.problem("truncated", len(header), "no directory, and the first file's header cannot be used")
-        return
-    file.seek(30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"))
+    for _ in range(_FOLDERS_MAX):
+        header = file.read(30)
+        method, name_bytes = int.from_bytes(header[8:10], "little"), int.from_bytes(header[26:28], "little")
+        name = file.read(name_bytes)
+        if len(header) < 30 or len(name) < name_bytes or header[6] & 1 or method not in (0, 8):
+            report.problem("truncated", file.tell(), "no directory, and the first file's header cannot be used")
+            return
+        file.seek(int.from_bytes(header[28:30], "little"), os.SEEK_CUR)
+        if not name.endswith(b"/"):
+            break
     if method == 8:
         quiet = _Report(report.path, report.limit_bytes, [])
         for chunk in _inflate(file, _MAKE["deflate"], quiet, members=False):

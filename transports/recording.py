@@ -272,6 +272,7 @@ def _unzip_start(file: BinaryIO, report: _Report) -> Iterator[bytes]:
         file.seek(int.from_bytes(header[28:30], "little"), os.SEEK_CUR)
         if not name.endswith(b"/"):
             break
+        file.seek(int.from_bytes(header[18:22], "little"), os.SEEK_CUR)
     if method == 8:
         quiet = _Report(report.path, report.limit_bytes, [])
         for chunk in _inflate(file, _MAKE["deflate"], quiet, members=False):

@@ -513,7 +513,7 @@ class _AddressRange:
         self.slot_bytes, self.size = slot_bytes, slot_bytes * slots
         self.address = self._map(None, self.size, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1, 0)
         buffer = (ctypes.c_ubyte * self.size).from_address(self.address)
-        self.array = np.frombuffer(buffer, np.uint8)
+        self.array = np.frombuffer(memoryview(buffer), np.uint8)
         weakref.finalize(buffer, _libc.munmap, self.address, self.size)
 
     @staticmethod

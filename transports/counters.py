@@ -4,7 +4,8 @@ The file describes itself: a fixed header, then JSON text with every label, kind
 Counters of one `group` (one writing thread) lie together; groups are 128 bytes apart, so that threads do not disturb each other.
 
 A histogram has 32 buckets per power of two (the layout of HdrHistogram with 5 bits): exact below 32, then no bucket is wider than 3.2 %
-of its values, and the middle of a bucket, which is what percentiles report, is within 1.6 %. Values are clamped to 0 .. 2^48 - 1 (78 h in ns).
+of its values, and the middle of a bucket, which is what percentiles report, is within 1.6 %. Values are clamped to 0 .. 2^48 - 1 (in ns
+78 hours).
 
 Each counter and each histogram has one writer.
 """

@@ -470,7 +470,7 @@ def test_another_file_is_refused_with_where_and_what(tmp_path: Path, content: by
     assert (caught.value.path, caught.value.offset, caught.value.found) == (path, 0, content[:12])
 
 
-@pytest.mark.parametrize(("address", "port", "line"), [("239.1.1", 1, 0), ("239.1.1.1", 0, 0), ("10.0.0.1", 1 << 16, 0), ("10.0.0.1", 1, 256)])
+@pytest.mark.parametrize(("address", "port", "line"), [("239.1.1", 1, 0), ("239.1.1.1", 0, 0), ("10.0.0.1", 1 << 16, 0), ("::1", 1, 256)])
 def test_lines_that_make_no_sense_are_refused(address: str, port: int, line: int) -> None:
     with pytest.raises(ValueError):
         opened(pcap_file([])).packets({(address, port): line})

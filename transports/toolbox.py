@@ -19,6 +19,8 @@ from typing import Any
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
 from numba.core.extending import intrinsic
 
 import tickmesh.transports.codecache  # noqa: F401  (registers where compiled loops are cached)
@@ -29,14 +31,57 @@ _FLAGS: dict[str, Any] = {"_nrt": False, "error_model": "numpy", "nogil": True, 
 _I64, _I32, _I8 = ir.IntType(64), ir.IntType(32), ir.IntType(8)
 
 
+class _PartLibrary(JITCodeLibrary):  # type: ignore[misc]
+    """Code that only ever becomes a part of a loop: kept as it was lowered, optimised once, inside the loop.
+
+    numba would optimise every helper, and every helper that calls it, by itself: minutes instead of seconds for a whole shard loop.
+    """
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+
+class _PartCompiler(Compiler):  # type: ignore[misc]
+    """numba's pipeline without machine code at the end."""
+
+    def __init__(self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Any, locals: Any) -> None:
+        flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+        super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
+        self.state.library = _PartLibrary(targetctx.codegen(), "part")
+
+
+def _part(function: Any, **options: Any) -> Any:
+    """A dispatcher for use inside loops; called from Python (tests do) it compiles a complete twin."""
+    part = njit(function, pipeline_class=_PartCompiler, **options)
+    complete: list[Any] = []
+
+    def add_overload(result: Any) -> None:
+        identity = object()  # callers find the code by it; a complete function has its address here
+        part.overloads[tuple(result.signature.args)] = result._replace(entry_point=identity)
+        part.targetctx.insert_user_function(identity, result.fndesc, [result.library])
+
+    def compile_for_python(*args: Any, **kwargs: Any) -> Any:
+        if not complete:
+            complete.append(njit(function, **options))
+        return complete[0]
+
+    part.add_overload = add_overload
+    part._compile_for_args = compile_for_python
+    return part
+
+
 def inlined(function: Any) -> Any:
     """Compile a small helper that LLVM always inlines into its caller."""
-    return njit(function, forceinline=True, **_FLAGS)
+    return _part(function, forceinline=True, **_FLAGS)
 
 
 def outlined(function: Any) -> Any:
     """Compile a step that stays out of line: rare paths, and work done once per batch."""
-    return njit(function, **_FLAGS)
+    return _part(function, **_FLAGS)
 
 
 def loop(function: Any) -> Any:

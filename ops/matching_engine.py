@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tickmesh.node.event import ASK, BID
+from tickmesh.node import event
 from tickmesh.transports.toolbox import count_leading_zeros, count_trailing_zeros, inlined, loop, outlined
 
 ORDER_SLOT = np.dtype([
@@ -37,9 +37,11 @@ ENGINE_STATE = np.dtype([
 _lowest_bit: Any = count_trailing_zeros
 _zeros_above: Any = count_leading_zeros
 
-LIMIT, IOC, MARKET, POST_ONLY = 0, 1, 2, 3
-NOTHING_RESTS = 0
-REFUSED_BAND, REFUSED_QTY, REFUSED_FULL, REFUSED_WOULD_CROSS, REFUSED_HALTED, REFUSED_UNKNOWN = -1, -2, -3, -4, -5, -6
+# np.int64, because numba compiles a version of a kernel for every plain constant that it is called with
+BID, ASK = np.int64(event.BID), np.int64(event.ASK)
+LIMIT, IOC, MARKET, POST_ONLY = (np.int64(kind) for kind in range(4))
+NOTHING_RESTS = np.int64(0)
+REFUSED_BAND, REFUSED_QTY, REFUSED_FULL, REFUSED_WOULD_CROSS, REFUSED_HALTED, REFUSED_UNKNOWN = (np.int64(-code) for code in range(1, 7))
 REFUSALS = {
     REFUSED_BAND: "price outside the band",
     REFUSED_QTY: "quantity is not positive",
@@ -101,12 +103,13 @@ def make_engine(instruments: int, *, ticks: int = 8192, capacity: int = 512, fil
 
 
 @inlined
-def _mark(engine: Any, index: Any, present: Any) -> Any:
-    bit = np.uint64(1) << np.uint64(index & 63)
-    if present:
-        engine.occupied[index >> 6] |= bit
-    else:
-        engine.occupied[index >> 6] &= ~bit
+def _mark(engine: Any, index: Any) -> Any:
+    engine.occupied[index >> 6] |= np.uint64(1) << np.uint64(index & 63)
+
+
+@inlined
+def _clear(engine: Any, index: Any) -> Any:
+    engine.occupied[index >> 6] &= ~(np.uint64(1) << np.uint64(index & 63))
 
 
 @inlined
@@ -158,7 +161,7 @@ def rest(engine: Any, instrument: Any, side: Any, qty: Any, tick: Any, mpid: Any
     state.next_ref += 1
     if level.tail == 0:
         level.head = slot
-        _mark(engine, index, True)
+        _mark(engine, index)
         if side == BID:
             touch.best_bid = max(touch.best_bid, tick)
         else:
@@ -190,7 +193,7 @@ def unlink(engine: Any, slot: Any) -> Any:
     level.qty -= order.qty
     level.orders -= 1
     if level.head == 0:
-        _mark(engine, index, False)
+        _clear(engine, index)
         if tick == touch.best_bid:
             touch.best_bid = _occupied_to(engine, instrument, tick - 1)
         elif tick == touch.best_ask:
@@ -239,7 +242,7 @@ def _match(engine: Any, instrument: Any, side: Any, qty: Any, tick: Any) -> Any:
 @inlined
 def _refuse(engine: Any, code: Any) -> Any:
     engine.state[0].refused += 1
-    return np.int64(code)
+    return code
 
 
 @outlined
@@ -265,10 +268,10 @@ def submit(engine: Any, instrument: Any, side: Any, qty: Any, tick: Any, kind: A
             return _refuse(engine, REFUSED_HALTED)
         state.remaining = _match(engine, instrument, side, qty, tick)
     if state.remaining == 0 or kind in (IOC, MARKET):
-        return np.int64(NOTHING_RESTS)
+        return NOTHING_RESTS
     if crosses(engine, instrument, side, tick):
         state.dropped += 1
-        return np.int64(NOTHING_RESTS)
+        return NOTHING_RESTS
     return rest(engine, instrument, side, state.remaining, tick, mpid)
 
 

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tickmesh.node.event import ASK, BID
+from tickmesh.node import event
 from tickmesh.ops.itch_writer import (
     FRAME_BYTES_MAX,
+    code_word,
     put_add,
     put_add_attributed,
     put_auction_collar,
@@ -56,7 +57,8 @@ CLOCK = np.dtype([
     ("halt_stage", "<i8"), ("halt_messages", "<i8"), ("halt_odds", "<i8"), ("break_odds", "<i8"), ("last_match", "<i8"),
     ("last_match_of", "<i8"),
 ])  # fmt: skip
-"""Global state. ``gap_q8`` = mean nanoseconds between messages times 256; odds are per 2**30 transactions; ``halted`` = instrument or -1."""
+"""Global state. ``gap_q8`` = mean nanoseconds between messages times 256; odds are per 2**30
+transactions; ``halted`` = instrument or -1."""
 
 
 class Market(NamedTuple):
@@ -95,7 +97,8 @@ _CALM, _BURST, _TREND = 0, 1, 2
 _TICK = 65536
 _GOLDEN, _MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _LOW_16 = np.uint64(0xFFFF)
-_REASON_NONE, _REASON_NEWS, _REASON_PAUSE, _REASON_RESUME = 0x20202020, 0x20203154, 0x5044554C, 0x20203354  # "    ", "T1  ", "LUDP", "T3  "
+BID, ASK = np.int64(event.BID), np.int64(event.ASK)
+_REASON_NONE, _REASON_NEWS, _REASON_PAUSE, _REASON_RESUME = (np.int64(code_word(text)) for text in ("", "T1", "LUDP", "T3"))
 _lowest_bit: Any = count_trailing_zeros
 
 
@@ -130,7 +133,7 @@ def draw(m: Any) -> Any:
 
 @inlined
 def below(m: Any, bound: Any) -> Any:
-    """A random integer in ``[0, bound)``, bound < 2**31."""
+    """A random integer in ``[0, bound)``, bound < 2**31 (an np.int64: a plain constant would compile a version of its own)."""
     return np.int64(((draw(m) >> np.uint64(32)) * np.uint64(bound)) >> np.uint64(32))
 
 
@@ -227,9 +230,9 @@ def emit_imbalance(m: Any, i: Any, cross: Any) -> Any:
     """I around the fair value."""
     clock, flow = m.clock[0], m.flows[i]
     price = _price(m, i, flow.fair // _TICK)
-    paired, imbalance = 100 * below(m, 400), 100 * below(m, 60)
-    direction = ord("N") if imbalance == 0 else ord("B") if below(m, 2) else ord("S")
-    near, far = price + 100 * (below(m, 5) - 2), price + 100 * (below(m, 9) - 4)
+    paired, imbalance = 100 * below(m, np.int64(400)), 100 * below(m, np.int64(60))
+    direction = ord("N") if imbalance == 0 else ord("B") if below(m, np.int64(2)) else ord("S")
+    near, far = price + 100 * (below(m, np.int64(5)) - 2), price + 100 * (below(m, np.int64(9)) - 4)
     end = put_imbalance(
         m.out, clock.position, i + 1, clock.tracking, clock.now_ns, paired, imbalance, direction, flow.stock, far, near, price, cross
     )
@@ -249,13 +252,12 @@ def emit_cross(m: Any, i: Any, shares: Any, price: Any, cross: Any) -> Any:
 
 @outlined
 def emit_priced_execution(m: Any, i: Any, slot: Any, qty: Any, price: Any, printable: Any) -> Any:
-    """C: `qty` of a resting order trades at `price`."""
+    """C: `qty` of a resting order trades at `price`; `printable` is Y or N."""
     clock, ref, match = m.clock[0], np.int64(m.engine.orders[slot].ref), _take_match(m)
     reduce(m.engine, slot, qty)
-    letter = ord("Y") if printable else ord("N")
-    end = put_executed_priced(m.out, clock.position, i + 1, clock.tracking, clock.now_ns, ref, qty, match, letter, price)
+    end = put_executed_priced(m.out, clock.position, i + 1, clock.tracking, clock.now_ns, ref, qty, match, printable, price)
     _sent(m, ord("C"), end)
-    if printable:
+    if printable == ord("Y"):
         _printed(m, i, match, qty, price)
 
 
@@ -271,25 +273,25 @@ def _move_sectors(m: Any) -> Any:
             return
         clock.factor_ns += STEP_NS
         clock.market_drift += (bell(m) >> 8) - (clock.market_drift >> 8)
-        market = clock.market_drift + (bell(m) >> 3)
+        market = clock.market_drift + (bell(m) >> 1)
         for s in range(len(m.sectors)):
-            m.sectors[s] += market + (bell(m) >> 2)
+            m.sectors[s] += market + (bell(m) >> 1)
     clock.factor_ns = clock.now_ns + STEP_NS
 
 
 @outlined
 def _change_regime(m: Any, i: Any) -> Any:
     clock, flow = m.clock[0], m.flows[i]
-    dice = below(m, 100)
+    dice = below(m, np.int64(100))
     flow.drift = 0
     if dice < 68:
-        flow.regime, seconds = _CALM, 3 + below(m, 12)
+        flow.regime, seconds = _CALM, 3 + below(m, np.int64(12))
     elif dice < 86:
-        flow.regime, seconds = _BURST, 1 + below(m, 3)
+        flow.regime, seconds = _BURST, 1 + below(m, np.int64(3))
     else:
-        flow.regime, seconds = _TREND, 2 + below(m, 8)
-        drift = flow.volatility * (4 + below(m, 8)) >> 6
-        flow.drift = drift if below(m, 2) else -drift
+        flow.regime, seconds = _TREND, 2 + below(m, np.int64(8))
+        drift = flow.volatility * (4 + below(m, np.int64(8))) >> 6
+        flow.drift = drift if below(m, np.int64(2)) else -drift
     flow.regime_ns = clock.now_ns + seconds * 1_000_000_000
 
 
@@ -329,7 +331,7 @@ def _choose_qty(m: Any) -> Any:
     """Round lots mostly; one in five is an odd lot."""
     word = draw(m)
     if word % np.uint64(5) == np.uint64(0):
-        return 1 + below(m, 99)
+        return 1 + below(m, np.int64(99))
     return 100 * (1 + min(np.int64(_lowest_bit(word >> np.uint64(3))), np.int64(9)))
 
 
@@ -361,7 +363,7 @@ def _choose_cancel(m: Any, i: Any) -> Any:
     """An order to cancel: of two, mostly the one nearer to trading, since quotes near the touch live shortest."""
     one = _choose_order(m, i)
     other = _choose_order(m, i)
-    if one and below(m, 4) and _eagerness(m, i, other) > _eagerness(m, i, one):
+    if one and below(m, np.int64(4)) and _eagerness(m, i, other) > _eagerness(m, i, one):
         return other
     return one
 
@@ -397,14 +399,14 @@ def _send(m: Any, i: Any, side: Any, qty: Any, tick: Any, kind: Any, mpid: Any) 
 
 @outlined
 def quote(m: Any, i: Any, passive: Any) -> Any:
-    """A new limit order; if `passive`, behind the other side's best."""
+    """A new limit order; if `passive` (not 0), behind the other side's best."""
     touch, ticks = m.engine.touches[i], m.engine.state[0].ticks
-    side = below(m, 2)
+    side = below(m, np.int64(2))
     tick = _choose_tick(m, i, side)
     if passive:
         tick = min(tick, np.int64(touch.best_ask) - 1) if side == BID else max(tick, np.int64(touch.best_bid) + 1)
     tick = min(max(tick, np.int64(0)), ticks - 1)
-    mpid = 1 + below(m, len(m.mpids)) if below(m, 16) == 0 else np.int64(0)
+    mpid = 1 + below(m, len(m.mpids)) if below(m, np.int64(16)) == 0 else np.int64(0)
     _send(m, i, side, _choose_qty(m), tick, POST_ONLY if passive else LIMIT, mpid)
 
 
@@ -458,13 +460,13 @@ def aggress(m: Any, i: Any, sweep: Any) -> Any:
     """Take liquidity: a small order at the touch, or a sweep through several levels; now and then at any price."""
     touch, flow = m.engine.touches[i], m.flows[i]
     middle = (np.int64(touch.best_bid) + np.int64(touch.best_ask)) * (_TICK // 2)
-    side = BID if below(m, 1024) < 512 + min(max((flow.fair - middle) >> 8, np.int64(-400)), np.int64(400)) else ASK
+    side = BID if below(m, np.int64(1024)) < 512 + min(max((flow.fair - middle) >> 8, np.int64(-400)), np.int64(400)) else ASK
     best, qty, through = np.int64(touch.best_ask if side == BID else touch.best_bid), _choose_qty(m), np.int64(0)
     if sweep:
-        qty, through = qty + 100 * (5 + below(m, 20)), flow.depth * (2 + below(m, 4))
+        qty, through = qty + 100 * (5 + below(m, np.int64(20))), flow.depth * (2 + below(m, np.int64(4)))
     tick = best + through if side == BID else best - through
     tick = min(max(tick, np.int64(0)), m.engine.state[0].ticks - 1)
-    kind = MARKET if sweep and below(m, 8) == 0 else IOC if below(m, 4) else LIMIT
+    kind = MARKET if sweep and below(m, np.int64(8)) == 0 else IOC if below(m, np.int64(4)) else LIMIT
     _send(m, i, side, qty, tick, kind, np.int64(0))
 
 
@@ -473,9 +475,9 @@ def pick_off(m: Any, i: Any) -> Any:
     """Somebody fast takes quotes that the fair value has passed; returns whether there were any."""
     touch, fair = m.engine.touches[i], m.flows[i].fair // _TICK
     if touch.best_ask < fair:
-        _send(m, i, BID, _choose_qty(m) + 200, fair, IOC, np.int64(0))
+        _send(m, i, BID, _choose_qty(m) + 400, fair, IOC, np.int64(0))
     elif touch.best_bid > fair:
-        _send(m, i, ASK, _choose_qty(m) + 200, fair, IOC, np.int64(0))
+        _send(m, i, ASK, _choose_qty(m) + 400, fair, IOC, np.int64(0))
     else:
         return False
     return True
@@ -497,12 +499,12 @@ def trade_hidden(m: Any, i: Any) -> Any:
 def improve_price(m: Any, i: Any) -> Any:
     """C: the oldest order at the touch trades one tick better for it than it asked."""
     touch, engine = m.engine.touches[i], m.engine
-    side = below(m, 2)
+    side = below(m, np.int64(2))
     best = np.int64(touch.best_bid if side == BID else touch.best_ask)
     if 0 < best < engine.state[0].ticks:
         slot = np.int64(engine.levels[i * engine.state[0].ticks + best].head)
         qty = min(_choose_qty(m), np.int64(engine.orders[slot].qty))
-        emit_priced_execution(m, i, slot, qty, _price(m, i, best - 1 if side == BID else best + 1), True)
+        emit_priced_execution(m, i, slot, qty, _price(m, i, best - 1 if side == BID else best + 1), ord("Y"))
 
 
 @outlined
@@ -510,7 +512,7 @@ def announce(m: Any, i: Any) -> Any:
     """N or, rarely, a change of the short sale restriction (Y)."""
     clock, flow = m.clock[0], m.flows[i]
     at, tracking, now = clock.position, clock.tracking, clock.now_ns
-    dice = below(m, 32)
+    dice = below(m, np.int64(32))
     if dice == 0:
         flow.short_sale = ord("1") if flow.short_sale == ord("0") else ord("0")
         _sent(m, ord("Y"), put_short_sale(m.out, at, i + 1, tracking, now, flow.stock, flow.short_sale))
@@ -544,7 +546,7 @@ def _halt_span_ns(m: Any) -> Any:
 def halt(m: Any, i: Any) -> Any:
     """A news halt (H) or a volatility pause (P with an auction collar J)."""
     clock, flow = m.clock[0], m.flows[i]
-    if below(m, 2):
+    if below(m, np.int64(2)):
         emit_trading_action(m, i, ord("H"), _REASON_NEWS)
     else:
         emit_trading_action(m, i, ord("P"), _REASON_PAUSE)
@@ -573,17 +575,17 @@ def resume(m: Any) -> Any:
 def auction(m: Any, i: Any, cross: Any) -> Any:
     """A cross: hidden auction orders against each other and up to three displayed ones of one side (C, not printable), then Q."""
     engine, touch, ticks = m.engine, m.engine.touches[i], m.engine.state[0].ticks
-    side = below(m, 2)
+    side = below(m, np.int64(2))
     tick = np.int64(touch.best_bid if side == BID else touch.best_ask)
     if tick < 0 or tick >= ticks:
         tick = min(max(m.flows[i].fair // _TICK, np.int64(touch.best_bid) + 1), np.int64(touch.best_ask) - 1)
-    price, shares = _price(m, i, tick), 100 * (10 + below(m, 300))
-    for _ in range(below(m, 4)):
+    price, shares = _price(m, i, tick), 100 * (10 + below(m, np.int64(300)))
+    for _ in range(below(m, np.int64(4))):
         slot = np.int64(engine.levels[i * ticks + tick].head)
         if slot:
             qty = np.int64(engine.orders[slot].qty)
             shares += qty
-            emit_priced_execution(m, i, slot, qty, price, False)
+            emit_priced_execution(m, i, slot, qty, price, ord("N"))
     emit_cross(m, i, shares, price, cross)
 
 
@@ -596,7 +598,7 @@ def close_instrument(m: Any, i: Any) -> Any:
         emit_cross(m, i, np.int64(0), np.int64(0), ord("C"))
         return
     tick = min(max(m.flows[i].fair // _TICK, np.int64(touch.best_bid)), np.int64(touch.best_ask))
-    emit_cross(m, i, 100 * (20 + below(m, 800)), _price(m, i, tick), ord("C"))
+    emit_cross(m, i, 100 * (20 + below(m, np.int64(800))), _price(m, i, tick), ord("C"))
 
 
 # ---------------------------------------------------------------- the day
@@ -638,7 +640,7 @@ def _ceremony(m: Any) -> Any:
     clock, instruments = m.clock[0], len(m.flows)
     phase, cursor = np.int64(clock.phase), np.int64(clock.cursor)
     clock.cursor += 1
-    length = np.int64(1)
+    length = 1
     if phase == STARTING:
         _start(m)
     elif phase == DIRECTORY:
@@ -649,7 +651,7 @@ def _ceremony(m: Any) -> Any:
             emit_system(m, ord("S"))
     elif phase == PREOPEN:
         length = instruments * PREOPEN_ORDERS
-        quote(m, cursor % instruments, True)
+        quote(m, cursor % instruments, np.int64(1))
     elif phase == IMBALANCES:
         length = instruments
         emit_imbalance(m, cursor, ord("O"))
@@ -670,13 +672,13 @@ def _ceremony(m: Any) -> Any:
 @inlined
 def _act(m: Any, i: Any, dice: Any) -> Any:
     """One transaction of a trading instrument, in about the proportions of a venue's day."""
-    if dice >= 768 and pick_off(m, i):
+    if dice >= 1000 and pick_off(m, i):
         return
-    dice = below(m, 1024)
-    if dice < 36:
-        aggress(m, i, False)
-    elif dice < 40:
-        aggress(m, i, True)
+    dice = below(m, np.int64(1024))
+    if dice < 28:
+        aggress(m, i, np.int64(0))
+    elif dice < 31:
+        aggress(m, i, np.int64(1))
     elif dice < 52:
         trade_hidden(m, i)
     elif dice < 55:
@@ -688,7 +690,7 @@ def _act(m: Any, i: Any, dice: Any) -> Any:
     elif dice < 155:
         announce(m, i)
     else:
-        _balance(m, i, below(m, 8) != 0)
+        _balance(m, i, below(m, np.int64(8)))
 
 
 @inlined
@@ -697,8 +699,8 @@ def _balance(m: Any, i: Any, passive: Any) -> Any:
     live = np.int64(m.engine.touches[i].live)
     wanted = min(max(520 + (m.flows[i].target - live) * 4, np.int64(128)), np.int64(960))
     full = live >= m.engine.state[0].capacity
-    if live == 0 or (not full and below(m, 1024) < wanted):
-        quote(m, i, passive or live == 0)
+    if live == 0 or (not full and below(m, np.int64(1024)) < wanted):
+        quote(m, i, passive if live else np.int64(1))
     else:
         withdraw(m, i)
 
@@ -718,7 +720,7 @@ def _trade_step(m: Any) -> Any:
     clock.last = i
     _move_fair(m, i)
     if budget < len(m.engine.fills) + TRANSACTION_SLACK:
-        _balance(m, i, True)
+        _balance(m, i, np.int64(1))
         return
     rare = np.int64(draw(m) >> np.uint64(34))
     if rare < clock.break_odds:
@@ -728,7 +730,7 @@ def _trade_step(m: Any) -> Any:
     elif clock.halted >= 0 and clock.now_ns >= clock.halt_ns:
         resume(m)
     elif m.engine.touches[i].halted:
-        _balance(m, i, True)
+        _balance(m, i, np.int64(1))
     else:
         _act(m, i, rare & 1023)
 

@@ -51,8 +51,9 @@ RATE_MAX = 10_000_000
 SLACK_BYTES = 64
 MPIDS = ("TMAA", "TMBB", "TMCC", "TMDD", "TMEE", "TMFF", "TMGG", "TMHH")
 _NAMES = (
-    "ALFA BRVO CHRL DLTA EKKO FXTR GLFF HTEL INDY JULT KYLO LIMA MYKE NVMB OSKR PAPA QBEK ROMO SYRA TNGO UNFM VKTR WHSK XRAY YANK ZULU"
-).split()
+    "ALFA", "BRVO", "CHRL", "DLTA", "EKKO", "FXTR", "GLFF", "HTEL", "INDY", "JULT", "KYLO", "LIMA", "MYKE",
+    "NVMB", "OSKR", "PAPA", "QBEK", "ROMO", "SYRA", "TNGO", "UNFM", "VKTR", "WHSK", "XRAY", "YANK", "ZULU",
+)  # fmt: skip
 _SECTORS = 6
 _TICK_Q16 = 65536
 _MASK = (1 << 64) - 1
@@ -113,7 +114,7 @@ class SimulatorConfig:
         if self.messages is not None:
             least = messages_least(self.symbols, _FILLS_MAX)
             if self.messages < least:
-                raise SimulatorConfigError("messages", self.messages, f"at least {least}: a whole day of {self.symbols} symbols has that many")
+                raise SimulatorConfigError("messages", self.messages, f"at least {least}, a whole day of {self.symbols} symbols")
         if self.seconds is not None and not 0 < self.seconds <= 200_000:
             raise SimulatorConfigError("seconds", self.seconds, "more than 0 and at most 200000")
 
@@ -183,7 +184,7 @@ def _fill_flow(flow: Any, name: str, random: _Random, ticks: int, depth_orders: 
     flow["fair"] = flow["home"] = (home - base) * _TICK_Q16
     flow["low"] = max(256, (home - base) // 2) * _TICK_Q16
     flow["high"] = (ticks - 256) * _TICK_Q16
-    flow["volatility"] = dollars * (250 + random.below(450))
+    flow["volatility"] = dollars * (200 + random.below(350))
     flow["half_spread"] = 24_000 + dollars * (300 + random.below(700))
     flow["depth"] = 1 + dollars // 90
     flow["beta"] = dollars * 256 * (60 + random.below(90)) // 10_000
@@ -220,8 +221,8 @@ def _make_market(config: SimulatorConfig) -> Market:
         weights.append((1000 + random.below(3000)) * 8 // (i + 8) + 20)
     roots = np.array([math.isqrt(k * 65536) for k in range(1025)], np.int64)
     mpids = np.array([code_word(m) for m in MPIDS], np.uint32)
-    counts, waits = np.zeros(256, np.int64), np.array(_waits(), np.int64)
-    return Market(engine, flows, np.zeros(_SECTORS, np.int64), clock, counts, _activity(weights), waits, roots, mpids, np.zeros(0, np.uint8))
+    sectors, counts, waits = np.zeros(_SECTORS, np.int64), np.zeros(256, np.int64), np.array(_waits(), np.int64)
+    return Market(engine, flows, sectors, clock, counts, _activity(weights), waits, roots, mpids, np.zeros(0, np.uint8))
 
 
 # ---------------------------------------------------------------- what it offers
@@ -367,8 +368,9 @@ def write_itch(path: str | os.PathLike[str], config: SimulatorConfig, progress: 
     with open(partial, "wb") as file:
         while not simulator.finished:
             image, end = simulator.next_block(_BLOCK_MESSAGES)
-            file.write(memoryview(image)[:end])
-            digest.update(image[:end])
+            part = image[:end].data
+            file.write(part)
+            digest.update(part)
             size += end
             if progress:
                 progress(simulator.messages)

@@ -115,6 +115,15 @@ def decode_frame(payload: bytes | memoryview) -> tuple[FrameHeader, EventArray]:
     return header, np.frombuffer(payload, EVENT, count, HEADER_SIZE)
 
 
+def sequence_runs(events: EventArray) -> list[EventArray]:
+    """Cut a batch wherever its output sequences do not follow each other: what one frame may hold."""
+    seq = events["seq"]
+    if len(events) == 0 or int(seq[-1]) - int(seq[0]) == len(events) - 1:
+        return [events] if len(events) else []
+    cuts = np.flatnonzero(seq[1:] != seq[:-1] + np.uint64(1)) + 1
+    return list(np.split(events, cuts))
+
+
 # ---------------------------------------------------------------- instruments by id
 
 

@@ -365,6 +365,7 @@ class OutputStream:
         name, subject: of the stream; nobody else publishes to the subject.
         writer: starts the message ids.
         bytes_max: the oldest messages go when the stream is larger.
+        age_max_s: messages go when they are older; 0: never.
         replicas: 1, or 3 and more in a NATS cluster.
         duplicate_window_s: how long the server remembers message ids.
     """
@@ -373,6 +374,7 @@ class OutputStream:
     subject: str
     writer: str
     bytes_max: int = 512 << 20
+    age_max_s: float = 0.0
     replicas: int = 1
     duplicate_window_s: float = 120.0
 
@@ -385,6 +387,7 @@ class OutputStream:
             discard=DiscardPolicy.OLD,
             storage=StorageType.FILE,
             max_bytes=self.bytes_max,
+            max_age=self.age_max_s,
             num_replicas=self.replicas,
             duplicate_window=self.duplicate_window_s,
             allow_atomic=True,
@@ -481,7 +484,7 @@ class OutputPublisher:
         self._stored = 0
         self._next = 1
         self._failures = 0
-        self._open = False
+        self._open = self._opened = False
         self._trouble = asyncio.Event()
         self._progress = asyncio.Event()
         self._fatal: LinkError | None = None
@@ -505,8 +508,15 @@ class OutputPublisher:
         """Messages sent and not acknowledged yet."""
         return len(self._unacked)
 
+    @property
+    def recovering(self) -> bool:
+        """Whether it is finding out what the stream holds."""
+        return not self._open
+
     async def open(self) -> int:
         """Make the stream if absent, take it over, and continue after its last record.
+
+        Again after an error, it goes on with what was not acknowledged.
 
         Returns:
             The sequence of the last record in the stream, 0 if there is none.
@@ -516,14 +526,27 @@ class OutputPublisher:
             ForeignStream: it holds something else.
             PublishRefused: it cannot be made, or does not take our messages.
         """
-        self._link.on_disconnect(self._on_disconnect)
-        self._subscription = await self._link.client.subscribe(
-            self._inbox + ".*", cb=self._on_ack, pending_msgs_limit=0, pending_bytes_limit=0
-        )
-        await self._recover(first_time=True)
-        self._failures = 0
+        if self._subscription is None:
+            self._link.on_disconnect(self._on_disconnect)
+            self._subscription = await self._link.client.subscribe(
+                self._inbox + ".*", cb=self._on_ack, pending_msgs_limit=0, pending_bytes_limit=0
+            )
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+        self._fatal, self._open, self._failures = None, False, 0
+        await self._recover(first_time=not self._opened)
+        self._opened, self._failures = True, 0
         self._supervisor = asyncio.create_task(self._supervise())
         return self._stored
+
+    def check(self) -> None:
+        """Raise what ended publishing, if anything did.
+
+        Raises:
+            Fenced, ForeignStream, PublishRefused: nothing more can be published.
+        """
+        if self._fatal is not None:
+            raise self._fatal
 
     async def publish(self, first: int, records: bytes | memoryview) -> int:
         """Publish the records ``first, first + 1, …`` as one message; waits for a place in the window. What is in the stream is skipped.
@@ -549,7 +572,7 @@ class OutputPublisher:
         """
         end = time.monotonic() + timeout_s
         while self._unacked:
-            self._raise_fatal()
+            self.check()
             left = end - time.monotonic()
             if left <= 0:
                 return False
@@ -570,9 +593,9 @@ class OutputPublisher:
 
     async def _add(self, first: int, last: int, records: bytes | memoryview, *, missing: bool) -> int:
         while not self._open or len(self._unacked) >= self._window:
-            self._raise_fatal()
+            self.check()
             await self._wait_progress(0.5)
-        self._raise_fatal()
+        self.check()
         if first > self._next:
             raise SequenceGap(self._next, first)
         item = _Unacked(first, last, records, missing)
@@ -676,10 +699,6 @@ class OutputPublisher:
         self.last_error = str(error)
         self._progress.set()
 
-    def _raise_fatal(self) -> None:
-        if self._fatal is not None:
-            raise self._fatal
-
     async def _wait_progress(self, limit_s: float) -> None:
         self._progress.clear()
         with contextlib.suppress(asyncio.TimeoutError):
@@ -706,7 +725,7 @@ class OutputPublisher:
     async def _recover(self, *, first_time: bool) -> None:
         """Read what the stream holds, let go of that, send the rest again. Tries until it succeeds; the stream decides what is missing."""
         while not self._open:
-            self._raise_fatal()
+            self.check()
             if not first_time:
                 self.counters.recoveries += 1
             if self._failures:

@@ -1,0 +1,512 @@
+"""Delivery: the gateway that carries a node's outputs from its output rings to NATS.
+
+For each shard, runs of outputs become batch frames in the shard's JetStream stream ``TM_<cluster>_OUT_<shard>`` (subject
+``tm.<cluster>.out.<shard>``), each output exactly once and in order. Beside that, each output is published as a MessagePack map on
+``tm.<cluster>.<kind>.<symbol>``, at most once and within a rate limit: what exceeds it is skipped and counted.
+
+The output ring is the queue. When NATS is slow or away, the ring fills, and the ring's mode says what happens: a *lossless* ring makes the
+shard wait (``block``), a *lossy* one lets it go on and overwrites the oldest outputs (``drop_oldest``). The gateway notices those by their
+output sequence, counts them, and publishes a gap marker in their place. What has been read from the ring and not yet been acknowledged
+(a window of frames at most) is held here. After a restart, outputs that a replay of the journal makes again are skipped by their sequence.
+
+REFERENCE events are kept, one message per instrument, in the stream ``TM_<cluster>_REF``: a subscriber that starts now knows the symbols.
+The rings themselves are open to any process of the host: ``subscribe(ring=...)``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal
+
+import nats.errors
+import nats.js.errors as js_errors
+import numpy as np
+import numpy.typing as npt
+import uvloop
+from nats.js.api import DiscardPolicy, StorageType, StreamConfig
+from tickmesh.node.event import EVENT, EventArray
+from tickmesh.node.frames import (
+    EVENT_SIZE,
+    HEADER_SIZE,
+    CalculationNames,
+    EventEncoder,
+    FrameHeader,
+    InstrumentNames,
+    encode_frame,
+    sequence_runs,
+)
+from tickmesh.transports.nats import (
+    WINDOW_MAX,
+    Fenced,
+    LinkError,
+    Login,
+    NatsLink,
+    OutputPublisher,
+    OutputStream,
+    backoff_s,
+    connect,
+)
+from tickmesh.transports.ring import R_HEARTBEAT_NS, Reader, ReaderReleased, Ring
+
+State = Literal["connecting", "delivering", "waiting", "refused", "fenced", "stopped"]
+_HEARTBEAT_S = 0.25
+_RETRY_REFUSED_S = 5.0
+_ENCODE_CHUNK = 128
+_PENDING_BYTES_MAX = 4 << 20
+"""Per-event messages are skipped while the connection has more than this to send."""
+_MESSAGE_OVERHEAD_BYTES = 4096
+_LATENCIES_KEPT = 4096
+
+
+def stream_name(cluster: str, shard: int) -> str:
+    """Name of a shard's output stream."""
+    return f"TM_{cluster}_OUT_{shard}"
+
+
+def stream_subject(cluster: str, shard: int) -> str:
+    """Subject of a shard's batch frames."""
+    return f"tm.{cluster}.out.{shard}"
+
+
+def reference_stream_name(cluster: str) -> str:
+    """Name of the stream that keeps one REFERENCE event per instrument."""
+    return f"TM_{cluster}_REF"
+
+
+def reference_subject(cluster: str, shard: int | str, instrument: int | str) -> str:
+    """Subject of an instrument's REFERENCE event (64 bytes, raw); ``*`` for any."""
+    return f"tm.{cluster}.ref.{shard}.{instrument}"
+
+
+@dataclass(frozen=True)
+class DeliveryOptions:
+    """How to deliver.
+
+    Attributes:
+        cluster: first token of all subjects after ``tm``.
+        target: NATS address(es); see :func:`tickmesh.transports.nats.connect`.
+        epoch: fencing token of this node's leadership.
+        batch_max_events: events in a frame at most; less if the server takes smaller messages only.
+        batch_max_wait_ms: how long an output may wait for others to share its frame.
+        window: frames under way at a time, at most 256.
+        stream_max_bytes: the oldest frames go when a shard's stream is larger.
+        stream_max_age_s: frames go when they are older; 0: never. Once all are gone, a restarted node publishes from its replay anew.
+        replicas: of each stream; 3 in a NATS cluster.
+        per_event: kinds to publish as maps too; ``None`` for all, empty for none.
+        per_event_rate_max: maps per second and shard; a second's worth may come at once.
+        poll_min_ms, poll_max_ms: pauses between looks at an empty ring, growing from the one to the other.
+        drain_timeout_s: how long :meth:`Gateway.stop` tries to deliver what is left.
+    """
+
+    cluster: str
+    target: str = "nats://127.0.0.1:4222"
+    epoch: int = 1
+    batch_max_events: int = 512
+    batch_max_wait_ms: float = 1.0
+    window: int = 256
+    stream_max_bytes: int = 512 << 20
+    replicas: int = 1
+    stream_max_age_s: float = 0.0
+    per_event: frozenset[int] | None = None
+    per_event_rate_max: int = 20_000
+    poll_min_ms: float = 0.2
+    poll_max_ms: float = 4.0
+    drain_timeout_s: float = 5.0
+
+
+@dataclass
+class DeliveryCounters:
+    """What one shard's delivery has done, beside its publisher's counters."""
+
+    events_read: int = 0
+    overwritten: int = 0
+    """Outputs that the ring overwrote before they were read; each is covered by a gap marker."""
+    released: int = 0
+    """Times the ring's writer went on without us."""
+    per_event_published: int = 0
+    per_event_skipped: int = 0
+    """Maps not published: over the rate, or no connection."""
+    references: int = 0
+
+
+class _TokenBucket:
+    """At most `rate` per second, with a second's worth saved up."""
+
+    def __init__(self, rate: int) -> None:
+        self._rate = self._tokens = float(rate)
+        self._at = time.monotonic()
+
+    def take(self, wanted: int) -> int:
+        """How many of `wanted` are granted."""
+        now = time.monotonic()
+        self._tokens = min(self._rate, self._tokens + (now - self._at) * self._rate)
+        self._at = now
+        granted = min(wanted, int(self._tokens))
+        self._tokens -= granted
+        return granted
+
+
+class ShardDelivery:
+    """Carries one shard's output ring to NATS. Part of a :class:`Gateway`.
+
+    Attributes:
+        state, error: how it stands, and why; see docs/reference/delivery.md.
+        config_version: written into the frames.
+        names: the instruments seen so far.
+    """
+
+    def __init__(self, shard: int, reader: Reader, options: DeliveryOptions, calculations: CalculationNames | None) -> None:
+        self.shard, self.options = shard, options
+        self.counters = DeliveryCounters()
+        self.state: State = "connecting"
+        self.error = ""
+        self.config_version = 0
+        self.publisher: OutputPublisher | None = None
+        self.names = InstrumentNames()
+        self._reader = reader
+        self._encoder = EventEncoder(options.cluster, self.names, calculations)
+        self._bucket = _TokenBucket(options.per_event_rate_max)
+        self._references: dict[int, bytes] = {}
+        self._received: deque[tuple[int, int]] = deque()
+        self._latencies_ns: deque[int] = deque(maxlen=_LATENCIES_KEPT)
+        self._link: NatsLink | None = None
+        self._reconnects_seen = 0
+        self._batch = options.batch_max_events
+
+    # -- the life of a shard's delivery
+
+    async def serve(self, link: NatsLink, stopping: asyncio.Event) -> None:
+        """Deliver until stopped or fenced. What the server refuses is tried again every few seconds."""
+        self._link = link
+        self._batch = min(self.options.batch_max_events, (link.client.max_payload - _MESSAGE_OVERHEAD_BYTES - HEADER_SIZE) // EVENT_SIZE)
+        self.publisher = self._make_publisher(link)
+        try:
+            while not await self._serve_once(stopping):
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(stopping.wait(), _RETRY_REFUSED_S)
+                if stopping.is_set():
+                    return
+        finally:
+            await self.publisher.close()
+            if self.state != "fenced":
+                self.state = "stopped"
+
+    async def _serve_once(self, stopping: asyncio.Event) -> bool:
+        """True when there is nothing more to do."""
+        assert self.publisher is not None
+        try:
+            await self.publisher.open()
+            self.state, self.error = "delivering", ""
+            await self._pump(stopping)
+        except Fenced as error:
+            self.state, self.error = "fenced", str(error)
+        except LinkError as error:
+            self.state, self.error = "refused", str(error)
+            return False
+        return True
+
+    def _make_publisher(self, link: NatsLink) -> OutputPublisher:
+        o = self.options
+        stream = OutputStream(
+            name=stream_name(o.cluster, self.shard),
+            subject=stream_subject(o.cluster, self.shard),
+            writer=str(self.shard),
+            bytes_max=o.stream_max_bytes,
+            age_max_s=o.stream_max_age_s,
+            replicas=o.replicas,
+        )
+        window = min(o.window, WINDOW_MAX)
+        return OutputPublisher(link, stream, self._frame, epoch=o.epoch, record_bytes=EVENT_SIZE, window=window, acked=self._on_acked)
+
+    def _frame(self, first: int, count: int, missing: int, events: bytes | memoryview) -> bytes:
+        return encode_frame(FrameHeader(self.shard, self.options.epoch, self.config_version, first, count, missing), events)
+
+    # -- the ring's side
+
+    async def _pump(self, stopping: asyncio.Event) -> None:
+        assert self.publisher is not None
+        o, pause_ms = self.options, self.options.poll_min_ms
+        while not stopping.is_set():
+            lag = self._reader.lag
+            if lag == 0:
+                self.publisher.check()
+                self._refresh_references()
+                await asyncio.sleep(pause_ms / 1000)
+                pause_ms = min(o.poll_max_ms, pause_ms * 1.2)
+                continue
+            pause_ms = o.poll_min_ms
+            if lag < self._batch and o.batch_max_wait_ms > 0:
+                await asyncio.sleep(o.batch_max_wait_ms / 1000)
+            await self._deliver(self._read())
+        await self._finish()
+
+    async def _finish(self) -> None:
+        """Deliver what is left, within the limit."""
+        assert self.publisher is not None
+        end = time.monotonic() + self.options.drain_timeout_s
+        try:
+            async with asyncio.timeout(self.options.drain_timeout_s):
+                while self._reader.lag:
+                    await self._deliver(self._read())
+        except TimeoutError:
+            pass
+        if not await self.publisher.drain(max(0.1, end - time.monotonic())):
+            self.error = f"{self.publisher.in_flight} frames were not acknowledged before the end: a replay of the journal delivers them"
+
+    def _read(self) -> EventArray:
+        try:
+            events = self._reader.read(self._batch)
+        except ReaderReleased:
+            self.counters.released += 1
+            events = self._reader.read(self._batch)
+        return events.view(EVENT)
+
+    async def _deliver(self, events: EventArray) -> None:
+        if len(events) == 0:
+            return
+        self.counters.events_read += len(events)
+        for run in sequence_runs(events):
+            await self._deliver_run(run)
+
+    async def _deliver_run(self, events: EventArray) -> None:
+        """Publish events whose output sequences follow each other."""
+        assert self.publisher is not None
+        first = int(events["seq"][0])
+        expected = self.publisher.next_out_seq
+        if first > expected:
+            self.counters.overwritten += first - expected
+            await self.publisher.publish_gap(expected, first - 1)
+        news = self.names.learn(events)
+        self._received.append((int(events["seq"][-1]), int(events["ts_recv"][-1])))
+        fresh = await self.publisher.publish(first, events.view(np.uint8).data)
+        await self._publish_references(news)
+        if fresh and self.options.per_event != frozenset():
+            await self._publish_maps(events[len(events) - fresh :])
+
+    def _on_acked(self, first: int, last: int, sent_ns: int) -> None:
+        now = time.time_ns()
+        while self._received and self._received[0][0] <= last:
+            self._latencies_ns.append(now - self._received.popleft()[1])
+
+    # -- one map per event
+
+    async def _publish_maps(self, events: EventArray) -> None:
+        assert self._link is not None
+        wanted = events
+        if self.options.per_event is not None:
+            wanted = events[np.isin(events["kind"], np.fromiter(self.options.per_event, np.uint8))]
+        ready = self._link.connected and self._link.client.pending_data_size < _PENDING_BYTES_MAX
+        granted = self._bucket.take(len(wanted)) if ready else 0
+        self.counters.per_event_skipped += len(wanted) - granted
+        newest = wanted[len(wanted) - granted :]
+        for start in range(0, granted, _ENCODE_CHUNK):
+            await self._publish_chunk(newest[start : start + _ENCODE_CHUNK])
+
+    async def _publish_chunk(self, events: EventArray) -> None:
+        assert self._link is not None
+        publish = self._link.client.publish
+        done = 0
+        try:
+            for subject, payload in self._encoder.encode(events):
+                await publish(subject, payload)
+                done += 1
+        except (nats.errors.Error, OSError):
+            self.counters.per_event_skipped += len(events) - done
+        self.counters.per_event_published += done
+        await asyncio.sleep(0)  # frames of other shards, and acknowledgements, in between
+
+    # -- REFERENCE events for subscribers that start later
+
+    async def _publish_references(self, news: EventArray) -> None:
+        for one in news:
+            self._references[int(one["instrument"])] = one.tobytes()
+            await self._publish_reference(int(one["instrument"]))
+
+    def _refresh_references(self) -> None:
+        """After a reconnect, publish them again: the server may have missed some."""
+        assert self._link is not None
+        if self._link.reconnects != self._reconnects_seen and self._link.connected:
+            self._reconnects_seen = self._link.reconnects
+            self._again = asyncio.ensure_future(self._publish_all_references())
+
+    async def _publish_all_references(self) -> None:
+        for instrument in list(self._references):
+            await self._publish_reference(instrument)
+
+    async def _publish_reference(self, instrument: int) -> None:
+        assert self._link is not None
+        subject = reference_subject(self.options.cluster, self.shard, instrument)
+        with contextlib.suppress(nats.errors.Error, OSError):
+            await self._link.client.publish(subject, self._references[instrument])
+            self.counters.references += 1
+
+    # -- seen from outside
+
+    def show_alive(self) -> None:
+        """Keep a lossless ring's writer waiting for us while NATS is away."""
+        self._reader.ring.arrays.words[self._reader._base + R_HEARTBEAT_NS] = time.monotonic_ns()
+
+    def status(self) -> dict[str, Any]:
+        """State, counters and latency as plain data; see docs/reference/delivery.md."""
+        publisher = self.publisher
+        state: State = self.state
+        if state == "delivering" and publisher is not None and (self._link is None or not self._link.connected or publisher.recovering):
+            state = "waiting"
+        latencies = np.sort(np.array(self._latencies_ns, np.int64)) / 1000
+        return {
+            "shard": self.shard,
+            "state": state,
+            "error": self.error or (publisher.last_error if publisher and state == "waiting" else ""),
+            "ring_lag": self._reader.lag,
+            "ring_missed": self._reader.missed,
+            "last_out_seq": publisher.last_out_seq if publisher else 0,
+            "in_flight": publisher.in_flight if publisher else 0,
+            "reconnects": self._link.reconnects if self._link else 0,
+            "received_to_stored_us": {f"p{p}": _percentile(latencies, p) for p in (50, 99)},
+            **asdict(self.counters),
+            **(asdict(publisher.counters) if publisher else {}),
+        }
+
+
+def _percentile(ordered: npt.NDArray[np.float64], percent: int) -> float | None:
+    return float(ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]) if len(ordered) else None
+
+
+class Gateway:
+    """Delivers the outputs of all shards of a node. Run it in an event loop (:meth:`run`) or in a thread of its own (:meth:`start`).
+
+    Attributes:
+        shards: one :class:`ShardDelivery` per shard, by shard number.
+    """
+
+    def __init__(
+        self,
+        options: DeliveryOptions,
+        rings: Mapping[int, Ring],
+        *,
+        calculations: CalculationNames | None = None,
+        login: Login | None = None,
+    ) -> None:
+        """Registers a reader at each ring, which from then on holds a lossless ring's writer.
+
+        Args:
+            options: how to deliver.
+            rings: output ring by shard number; the events' `seq` is the shard's output sequence, from 1, without holes.
+            calculations: names of signals for the maps.
+            login: default: from the environment.
+        """
+        self.options = options
+        self.error = ""
+        self._login = login
+        self._readers = {shard: ring.reader("gateway", start="oldest") for shard, ring in rings.items()}
+        self.shards = {shard: ShardDelivery(shard, reader, options, calculations) for shard, reader in self._readers.items()}
+        self._stopping: asyncio.Event | None = None
+        self._stop_asked = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    async def run(self) -> None:
+        """Deliver until :meth:`ask_stop`. Waits for NATS as long as it takes; never raises for want of it."""
+        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        if self._stop_asked.is_set():
+            self._stopping.set()
+        alive = asyncio.create_task(self._show_alive())
+        link: NatsLink | None = None
+        try:
+            link = await self._connect()
+            if link is not None:
+                await self._serve(link, self._stopping)
+        finally:
+            alive.cancel()
+            for reader in self._readers.values():
+                reader.close()
+            if link is not None:
+                await link.close()
+
+    async def _serve(self, link: NatsLink, stopping: asyncio.Event) -> None:
+        serving = [asyncio.ensure_future(shard.serve(link, stopping)) for shard in self.shards.values()]
+        stopped = asyncio.ensure_future(stopping.wait())
+        everything: asyncio.Future[Any] = asyncio.gather(*serving)
+        await asyncio.wait({stopped, everything}, return_when=asyncio.FIRST_COMPLETED)
+        if stopping.is_set():
+            await asyncio.wait({everything}, timeout=self.options.drain_timeout_s + 1)
+        stopped.cancel()
+        if everything.done():
+            everything.result()
+        else:  # NATS is away: what is undelivered can be made again from the journal
+            everything.cancel()
+            await asyncio.wait(serving, timeout=2)
+
+    def ask_stop(self) -> None:
+        """End :meth:`run` after delivering what is in the rings, within `drain_timeout_s`. From any thread."""
+        self._stop_asked.set()
+        if self._loop is not None and self._stopping is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._stopping.set)
+
+    def start(self) -> Gateway:
+        """Run in a thread of its own."""
+        self._thread = threading.Thread(target=partial(uvloop.run, self.run()), name="gateway", daemon=True)
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """End the thread; what is left in the rings is delivered first, within `drain_timeout_s`."""
+        self.ask_stop()
+        if self._thread is not None:
+            self._thread.join(self.options.drain_timeout_s + 10)
+            self._thread = None
+
+    def set_config_version(self, version: int) -> None:
+        """Frames made from now on say that their events were made under this configuration."""
+        for shard in self.shards.values():
+            shard.config_version = version
+
+    def status(self) -> list[dict[str, Any]]:
+        """One map per shard; from any thread."""
+        return [{**shard.status(), **({"error": self.error} if self.error else {})} for shard in self.shards.values()]
+
+    async def _connect(self) -> NatsLink | None:
+        assert self._stopping is not None
+        attempt = 0
+        while not self._stopping.is_set():
+            try:
+                link = await connect(self.options.target, name=f"tickmesh {self.options.cluster}", login=self._login, wait_s=2.0)
+                await _make_reference_stream(link, self.options)
+                self.error = ""
+                return link
+            except (LinkError, nats.errors.Error, js_errors.Error, OSError) as error:
+                self.error = str(error) or type(error).__name__
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), backoff_s(attempt))
+            attempt += 1
+        return None
+
+    async def _show_alive(self) -> None:
+        while True:
+            for shard in self.shards.values():
+                shard.show_alive()
+            await asyncio.sleep(_HEARTBEAT_S)
+
+
+async def _make_reference_stream(link: NatsLink, options: DeliveryOptions) -> None:
+    jetstream, name = link.client.jetstream(timeout=2), reference_stream_name(options.cluster)
+    try:
+        await jetstream.stream_info(name)
+    except js_errors.NotFoundError:
+        await jetstream.add_stream(
+            StreamConfig(
+                name=name,
+                subjects=[reference_subject(options.cluster, "*", "*")],
+                storage=StorageType.FILE,
+                discard=DiscardPolicy.OLD,
+                max_msgs_per_subject=1,
+                num_replicas=options.replicas,
+            )
+        )

@@ -1,0 +1,468 @@
+"""Subscribing to a node's outputs: batches of events over JetStream, maps over core NATS, or the ring itself in shared memory.
+
+::
+
+    async with subscribe("nats://127.0.0.1:4222", cluster="demo", kinds=[Kind.BBO], from_sequence="all") as outputs:
+        async for batch in outputs:
+            print(batch.shard, batch.first, batch.events["price"])
+
+Batches come in the order of each shard's output sequence, each output once, over reconnects and server restarts; what is missing is
+reported as ``batch.missing``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Literal, Self, overload
+
+import msgpack  # type: ignore[import-untyped]
+import nats.errors
+import nats.js.errors as js_errors
+import numpy as np
+import numpy.typing as npt
+from tickmesh.node.delivery import reference_stream_name, stream_name, stream_subject
+from tickmesh.node.event import EVENT, EventArray
+from tickmesh.node.frames import EVENT_SIZE, FrameError, FrameHeader, InstrumentNames, decode_frame, sequence_runs
+from tickmesh.transports.nats import Login, NatsLink, StreamMissing, connect
+from tickmesh.transports.nats_reader import StreamReader, find_by_header, stream_bounds
+from tickmesh.transports.ring import ReaderReleased, Ring
+
+Start = int | Literal["now", "all"] | None
+_QUEUE_BATCHES = 64
+_POLL_MIN_S, _POLL_MAX_S = 0.0002, 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Events of one shard whose output sequences follow each other (unless a filter took some out).
+
+    Attributes:
+        shard, epoch, config_version: where, and under which leadership and configuration they were made.
+        first: output sequence of the first event before filtering; of the first missing one if `missing`.
+        events: EVENT array of shape ``(n,)``, read-only; empty if `missing`.
+        missing: outputs from `first` on that can no longer be had. Reported as a batch of its own.
+        stream_sequence: of the message in the stream; 0 for a ring.
+    """
+
+    shard: int
+    epoch: int
+    config_version: int
+    first: int
+    events: EventArray
+    missing: int = 0
+    stream_sequence: int = 0
+
+
+_NO_EVENTS: EventArray = np.zeros(0, EVENT)
+
+
+class ExactlyOnce:
+    """Makes each output of a shard appear once, and finds what is missing, by output sequence."""
+
+    def __init__(self, expected: int | None) -> None:
+        """`expected`: sequence of the first output wanted; ``None`` for whatever comes first."""
+        self.expected = expected
+
+    def take(self, header: FrameHeader, events: EventArray, stream_sequence: int = 0) -> list[Batch]:
+        """The batches that a frame contributes: none if all of it was seen, one for a gap before it, one for its new events."""
+        found: list[Batch] = []
+        first = header.first
+        if self.expected is None:
+            self.expected = first
+        if header.last < self.expected:
+            return found
+        batch = Batch(header.shard, header.epoch, header.config_version, first, events, 0, stream_sequence)
+        missing = max(0, first - self.expected) + (header.missing - max(0, self.expected - first) if header.missing else 0)
+        if missing:
+            found.append(replace(batch, first=self.expected, events=_NO_EVENTS, missing=missing))
+        if header.count:
+            seen = max(0, self.expected - first)
+            found.append(replace(batch, first=first + seen, events=events[seen:]))
+        self.expected = header.last + 1
+        return found
+
+
+class _Filter:
+    """Which events of a shard are wanted."""
+
+    def __init__(self, kinds: Iterable[int] | None, symbols: Iterable[str] | None) -> None:
+        self._kinds = None if kinds is None else np.fromiter({int(k) for k in kinds}, np.uint8)
+        self._symbols = None if symbols is None else frozenset(symbols)
+        self._ids: npt.NDArray[np.uint32] = np.zeros(0, np.uint32)
+        self.names = InstrumentNames()
+
+    def learn(self, events: EventArray) -> None:
+        """Take over symbols from REFERENCE events."""
+        if len(self.names.learn(events)) and self._symbols is not None:
+            self._ids = self.names.ids(self._symbols)
+
+    def wanted(self, events: EventArray) -> EventArray:
+        """The wanted ones, as a copy if not all are."""
+        if self._kinds is not None:
+            events = events[np.isin(events["kind"], self._kinds)]
+        if self._symbols is not None:
+            events = events[np.isin(events["instrument"], self._ids)]
+        return events
+
+
+class Subscription:
+    """An asynchronous iterator of :class:`Batch`. Made by :func:`subscribe`.
+
+    Attributes:
+        bad_frames: messages in the streams that were no frames, skipped.
+    """
+
+    def __init__(
+        self,
+        target: str,
+        cluster: str,
+        shard: int | None,
+        kinds: Iterable[int] | None,
+        symbols: Iterable[str] | None,
+        start: Start,
+        login: Login | None,
+    ) -> None:
+        self._target, self._cluster, self._shard, self._start, self._login = target, cluster, shard, start, login
+        self._kinds, self._symbols = (None if kinds is None else list(kinds)), (None if symbols is None else list(symbols))
+        self._filters: dict[int, _Filter] = {}
+        self._link: NatsLink | None = None
+        self._queue: asyncio.Queue[Batch | BaseException] = asyncio.Queue(_QUEUE_BATCHES)
+        self._tasks: list[asyncio.Task[None]] = []
+        self.bad_frames = 0
+
+    def names(self, shard: int) -> InstrumentNames:
+        """Symbols of a shard's instruments, as known so far."""
+        return self._filter(shard).names
+
+    async def open(self) -> Self:
+        """Connect and find the place to start at; iterating does it too.
+
+        Raises:
+            NatsUnreachable, NatsRefused: see :func:`tickmesh.transports.nats.connect`.
+            StreamMissing: no such cluster or shard.
+        """
+        if self._link is None:
+            self._link = await connect(self._target, name="tickmesh subscribe", login=self._login)
+            try:
+                await self._start_shards(self._link)
+            except BaseException:
+                await self.close()
+                raise
+        return self
+
+    async def close(self) -> None:
+        """Stop and disconnect."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        if self._link is not None:
+            await self._link.close()
+            self._link = None
+
+    async def run(self, callback: Callable[[Batch], Awaitable[None] | None]) -> None:
+        """Call `callback` (a function or a coroutine function) with every batch, until cancelled."""
+        async for batch in self:
+            result = callback(batch)
+            if inspect.isawaitable(result):
+                await result
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Batch:
+        await self.open()
+        found = await self._queue.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def _filter(self, shard: int) -> _Filter:
+        return self._filters.setdefault(shard, _Filter(self._kinds, self._symbols))
+
+    async def _start_shards(self, link: NatsLink) -> None:
+        shards = [self._shard] if self._shard is not None else await _shards(link, self._cluster)
+        await self._learn_symbols(link)
+        for shard in shards:
+            reader, once = await self._place(link, shard)
+            self._tasks.append(asyncio.create_task(self._follow(shard, reader, once)))
+
+    async def _place(self, link: NatsLink, shard: int) -> tuple[StreamReader, ExactlyOnce]:
+        name, subject = stream_name(self._cluster, shard), stream_subject(self._cluster, shard)
+        if isinstance(self._start, int):
+            at = await find_by_header(link, name, subject, "Out-Seq", self._start)
+            return StreamReader(link, name, at), ExactlyOnce(self._start)
+        first, last = await stream_bounds(link, name)
+        at = first if self._start == "all" else last + 1
+        return StreamReader(link, name, max(1, at)), ExactlyOnce(None)
+
+    async def _follow(self, shard: int, reader: StreamReader, once: ExactlyOnce) -> None:
+        wanted = self._filter(shard)
+        try:
+            while True:
+                message = await reader.next()
+                if not message.data:
+                    continue  # a fence
+                try:
+                    header, events = decode_frame(message.data)
+                except FrameError:
+                    self.bad_frames += 1
+                    continue
+                wanted.learn(events)
+                for batch in once.take(header, events, message.sequence):
+                    chosen = batch if batch.missing else replace(batch, events=wanted.wanted(batch.events))
+                    if chosen.missing or len(chosen.events):
+                        await self._queue.put(chosen)
+        except Exception as error:
+            await self._queue.put(error)
+        finally:
+            await reader.close()
+
+    async def _learn_symbols(self, link: NatsLink) -> None:
+        """Read the kept REFERENCE events of all shards; a cluster without that stream has them among its outputs only."""
+        name = reference_stream_name(self._cluster)
+        try:
+            _, last = await stream_bounds(link, name)
+        except StreamMissing:
+            return
+        if last == 0:
+            return
+        reader = StreamReader(link, name, 1)
+        try:
+            while True:
+                message = await asyncio.wait_for(reader.next(), 5)
+                shard = message.subject.split(".")[3]
+                if len(message.data) == EVENT_SIZE and shard.isdigit():
+                    self._filter(int(shard)).learn(np.frombuffer(message.data, EVENT))
+                if message.sequence >= last:
+                    return
+        except TimeoutError:
+            return
+        finally:
+            await reader.close()
+
+
+async def _shards(link: NatsLink, cluster: str) -> list[int]:
+    """Shards of a cluster that have a stream.
+
+    Raises:
+        StreamMissing: there is none.
+    """
+    prefix = stream_name(cluster, 0)[:-1]
+    try:
+        infos = await link.client.jetstream(timeout=3).streams_info()
+    except js_errors.NotFoundError:
+        infos = []
+    names = [str(info.config.name) for info in infos]
+    found = sorted(int(name.removeprefix(prefix)) for name in names if name.startswith(prefix) and name.removeprefix(prefix).isdigit())
+    if not found:
+        raise StreamMissing(prefix + "*")
+    return found
+
+
+class MapSubscription:
+    """An asynchronous iterator of (subject, map), one per event, at most once. Made by :func:`subscribe` with a `pattern`."""
+
+    def __init__(self, target: str, pattern: str, login: Login | None) -> None:
+        self._target, self._pattern, self._login = target, pattern, login
+        self._link: NatsLink | None = None
+        self._subscription: Any = None
+
+    async def open(self) -> Self:
+        """Connect and subscribe; iterating does it too. Raises as :func:`tickmesh.transports.nats.connect` does."""
+        if self._link is None:
+            self._link = await connect(self._target, name="tickmesh subscribe", login=self._login)
+            self._subscription = await self._link.client.subscribe(self._pattern)
+            await self._link.client.flush(2)
+        return self
+
+    async def close(self) -> None:
+        """Stop and disconnect."""
+        if self._link is not None:
+            await self._link.close()
+            self._link = None
+
+    async def run(self, callback: Callable[[str, dict[str, Any]], Awaitable[None] | None]) -> None:
+        """Call `callback` with every subject and map, until cancelled."""
+        async for subject, fields in self:
+            result = callback(subject, fields)
+            if inspect.isawaitable(result):
+                await result
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> tuple[str, dict[str, Any]]:
+        await self.open()
+        while True:
+            try:
+                message = await self._subscription.next_msg(timeout=3600)
+            except (TimeoutError, nats.errors.TimeoutError):
+                continue
+            with contextlib.suppress(ValueError, msgpack.UnpackException):
+                fields = msgpack.unpackb(message.data)
+                if isinstance(fields, dict):
+                    return message.subject, fields
+
+
+class RingSubscription:
+    """An asynchronous iterator of :class:`Batch` from an output ring of this host. Made by :func:`subscribe` with a `ring`.
+
+    A reader of a lossless ring holds its writer back when it is slow: a shard configured to ``block`` waits for its slowest reader.
+
+    Attributes:
+        released: times the ring's writer went on without us.
+    """
+
+    def __init__(self, ring: str, kinds: Iterable[int] | None, symbols: Iterable[str] | None, start: Start) -> None:
+        self._ring_name, self._start = ring, start
+        self._filter = _Filter(kinds, symbols)
+        self._once = ExactlyOnce(start if isinstance(start, int) else None)
+        self._ring: Ring | None = None
+        self._reader: Any = None
+        self._ready: list[Batch] = []
+        self.released = 0
+
+    @property
+    def names(self) -> InstrumentNames:
+        """Symbols of the instruments, as known so far."""
+        return self._filter.names
+
+    async def open(self) -> Self:
+        """Attach to the ring; iterating does it too.
+
+        Raises:
+            RingNotFound, RingLayoutMismatch, TooManyReaders: see :class:`tickmesh.transports.ring.Ring`.
+        """
+        if self._ring is None:
+            self._ring = Ring.attach(self._ring_name, EVENT)
+            start: Literal["newest", "oldest"] = "newest" if self._start in ("now", None) else "oldest"
+            self._reader = self._ring.reader(f"subscribe {os.getpid()}", start=start)
+        return self
+
+    async def close(self) -> None:
+        """Let the ring go."""
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
+
+    async def run(self, callback: Callable[[Batch], Awaitable[None] | None]) -> None:
+        """Call `callback` with every batch, until cancelled."""
+        async for batch in self:
+            result = callback(batch)
+            if inspect.isawaitable(result):
+                await result
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    def __aiter__(self) -> AsyncIterator[Batch]:
+        return self
+
+    async def __anext__(self) -> Batch:
+        await self.open()
+        pause_s = _POLL_MIN_S
+        while not self._ready:
+            events = self._read()
+            if len(events):
+                self._take(events)
+            else:
+                await asyncio.sleep(pause_s)
+                pause_s = min(_POLL_MAX_S, pause_s * 1.2)
+        return self._ready.pop(0)
+
+    def _read(self) -> EventArray:
+        try:
+            events: EventArray = self._reader.read()
+        except ReaderReleased:
+            self.released += 1
+            events = self._reader.read()
+        return events
+
+    def _take(self, events: EventArray) -> None:
+        self._filter.learn(events)
+        for run in sequence_runs(events):
+            header = FrameHeader(0, 0, 0, int(run["seq"][0]), len(run))
+            for batch in self._once.take(header, run):
+                chosen = batch if batch.missing else replace(batch, events=self._filter.wanted(batch.events))
+                if chosen.missing or len(chosen.events):
+                    self._ready.append(chosen)
+
+
+@overload
+def subscribe(
+    target: str = ...,
+    *,
+    cluster: str = ...,
+    shard: int | None = ...,
+    kinds: Iterable[int] | None = ...,
+    symbols: Iterable[str] | None = ...,
+    from_sequence: Start = ...,
+    login: Login | None = ...,
+) -> Subscription: ...
+@overload
+def subscribe(target: str = ..., *, pattern: str, login: Login | None = ...) -> MapSubscription: ...
+@overload
+def subscribe(
+    *, ring: str, kinds: Iterable[int] | None = ..., symbols: Iterable[str] | None = ..., from_sequence: Start = ...
+) -> RingSubscription: ...
+def subscribe(
+    target: str = "nats://127.0.0.1:4222",
+    *,
+    cluster: str = "demo",
+    shard: int | None = None,
+    kinds: Iterable[int] | None = None,
+    symbols: Iterable[str] | None = None,
+    from_sequence: Start = None,
+    pattern: str | None = None,
+    ring: str | None = None,
+    login: Login | None = None,
+) -> Subscription | MapSubscription | RingSubscription:
+    """Subscribe to outputs: an asynchronous iterator and context manager; ``await subscribe(...).run(callback)`` is the callback form.
+
+    Args:
+        target: NATS address.
+        cluster: as in the configuration.
+        shard: one shard, or ``None`` for all that exist now.
+        kinds, symbols: only these events; ``None`` for all.
+        from_sequence: ``"now"`` (or ``None``), ``"all"``, or the output sequence to start at.
+        pattern: instead of batches, maps of the subjects that match, e.g. ``"tm.demo.bbo.*"``.
+        ring: instead of NATS, the output ring of this name on this host, e.g. ``"demo-out-0"``.
+        login: default: from the environment.
+
+    Returns:
+        A :class:`Subscription`, a :class:`MapSubscription` (with `pattern`) or a :class:`RingSubscription` (with `ring`).
+
+    Raises:
+        ValueError: both `pattern` and `ring`, or a start that is none.
+    """
+    if pattern is not None and ring is not None:
+        raise ValueError("give either a pattern or a ring, not both")
+    if isinstance(from_sequence, str) and from_sequence not in ("now", "all"):
+        raise ValueError(f"from_sequence is a number, 'now' or 'all', not {from_sequence!r}")
+    if pattern is not None:
+        return MapSubscription(target, pattern, login)
+    if ring is not None:
+        return RingSubscription(ring, kinds, symbols, from_sequence)
+    return Subscription(target, cluster, shard, kinds, symbols, from_sequence, login)

@@ -1,0 +1,218 @@
+"""Reading a JetStream stream in order from any place on, each message once, over lost connections and restarted servers.
+
+A pull consumer asks for a bounded number of messages at a time, so a slow reader is never flooded. When the connection or the consumer is
+lost, a new consumer continues after the last message that was handed out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import nats.errors
+import nats.js.errors as js_errors
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+from tickmesh.transports.nats import LinkError, NatsLink, StreamMissing, backoff_s
+
+_EXPIRES_S, _HEARTBEAT_S = 5.0, 0.5
+_SILENCE_S = 3 * _HEARTBEAT_S
+_BYTES_PER_PULL = 32 << 20
+_INACTIVE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMessage:
+    """A message of a stream.
+
+    Attributes:
+        sequence: in the stream.
+        subject: as published.
+        headers: as published.
+        data: as published.
+    """
+
+    sequence: int
+    subject: str
+    headers: dict[str, str]
+    data: bytes
+
+
+class StreamReader:
+    """Reads one stream from stream sequence `start` on."""
+
+    def __init__(self, link: NatsLink, stream: str, start: int, *, batch: int = 256, subject: str | None = None) -> None:
+        """Nothing is asked for yet.
+
+        Args:
+            link: the connection; may be shared.
+            stream: name.
+            start: sequence of the first message wanted.
+            batch: messages asked for at a time.
+            subject: only messages on it.
+        """
+        self._link, self._stream, self._next, self._batch, self._subject = link, stream, start, batch, subject
+        self._left = 0
+        self._consumer = ""
+        self._inbox = ""
+        self._subscription: Any = None
+        self._lost = False
+        self._created_once = False
+        link.on_disconnect(self._on_disconnect)
+
+    async def next(self) -> StoredMessage:
+        """The next message; waits for it.
+
+        Raises:
+            StreamMissing: there is no such stream (only at first: one that is gone later is waited for).
+            NatsUnreachable: the link was closed.
+        """
+        attempt = 0
+        while True:
+            if not self._consumer or self._lost:
+                if not await self._continue(attempt):
+                    attempt += 1
+                    continue
+                attempt = 0
+            if self._left <= 0:
+                await self._ask()
+            found = await self._receive()
+            if found is not None:
+                return found
+
+    async def close(self) -> None:
+        """Stop; the server forgets the consumer."""
+        await self._forget()
+        if self._consumer and self._link.connected:
+            with contextlib.suppress(Exception):
+                await self._link.client.jetstream(timeout=1).delete_consumer(self._stream, self._consumer)
+        self._consumer = ""
+
+    def _on_disconnect(self) -> None:
+        self._lost = True
+
+    async def _receive(self) -> StoredMessage | None:
+        try:
+            message = await self._subscription.next_msg(timeout=_SILENCE_S)
+        except (TimeoutError, nats.errors.Error):
+            self._consumer = ""  # no heartbeat: the consumer is gone
+            return None
+        headers = message.headers or {}
+        status = headers.get("Status")
+        if status is not None and not message.data:
+            self._on_status(status, headers.get("Description", ""))
+            return None
+        self._left -= 1
+        sequence = _stream_sequence(message.reply)
+        if sequence < self._next:
+            return None
+        self._next = sequence + 1
+        return StoredMessage(sequence, message.subject, headers, message.data)
+
+    def _on_status(self, status: str, description: str) -> None:
+        """100: heartbeat. 404, 408 and some 409: this request is over. Anything else: the consumer is gone."""
+        if status == "100":
+            return
+        over = status in ("404", "408") or (status == "409" and ("exceed" in description.lower() or "completed" in description.lower()))
+        self._left = 0
+        if not over:
+            self._consumer = ""
+
+    async def _ask(self) -> None:
+        request = {"batch": self._batch, "expires": int(_EXPIRES_S * 1e9), "idle_heartbeat": int(_HEARTBEAT_S * 1e9)}
+        request["max_bytes"] = _BYTES_PER_PULL
+        try:
+            subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self._consumer}"
+            await self._link.client.publish(subject, json.dumps(request).encode(), reply=self._inbox)
+            self._left = self._batch
+        except (nats.errors.Error, OSError):
+            self._lost = True
+
+    async def _forget(self) -> None:
+        if self._subscription is not None:
+            with contextlib.suppress(Exception):
+                await self._subscription.unsubscribe()
+            self._subscription = None
+
+    async def _continue(self, attempt: int) -> bool:
+        """Make a consumer that starts at the next message; false if it did not work this time."""
+        if attempt:
+            await asyncio.sleep(backoff_s(attempt))
+        await self._link.wait_connected()
+        self._lost = False
+        await self._forget()
+        try:
+            jetstream = self._link.client.jetstream(timeout=2)
+            state = (await jetstream.stream_info(self._stream)).state
+            if self._created_once and state.last_seq < self._next - 1:
+                self._next = 1  # the stream was made anew
+            config = ConsumerConfig(
+                ack_policy=AckPolicy.NONE,
+                deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+                opt_start_seq=max(1, self._next),
+                inactive_threshold=_INACTIVE_S,
+                filter_subject=self._subject,
+                mem_storage=True,
+                num_replicas=1,
+            )
+            self._consumer = (await jetstream.add_consumer(self._stream, config)).name
+            self._inbox = f"_INBOX.{os.urandom(9).hex()}"
+            self._subscription = await self._link.client.subscribe(self._inbox, pending_msgs_limit=0, pending_bytes_limit=0)
+        except js_errors.NotFoundError:
+            if not self._created_once:
+                raise StreamMissing(self._stream) from None
+            return False
+        except (nats.errors.Error, js_errors.Error, OSError):
+            return False
+        self._left = 0
+        self._created_once = True
+        return True
+
+
+def _stream_sequence(reply: str) -> int:
+    """Stream sequence in a delivered message's reply subject: ``$JS.ACK.[domain.account.]stream.consumer.delivered.SEQUENCE…``"""
+    tokens = reply.split(".")
+    return int(tokens[5] if len(tokens) == 9 else tokens[7])
+
+
+async def stream_bounds(link: NatsLink, stream: str) -> tuple[int, int]:
+    """(first, last) sequence in a stream; last is first - 1 if it is empty.
+
+    Raises:
+        StreamMissing: there is none.
+        LinkError: the server does not answer.
+    """
+    try:
+        state = (await link.client.jetstream(timeout=3).stream_info(stream)).state
+    except js_errors.NotFoundError:
+        raise StreamMissing(stream) from None
+    except (nats.errors.Error, js_errors.Error) as error:
+        raise LinkError(f"the server at {link.url} does not answer JetStream requests ({error or type(error).__name__})") from error
+    return int(state.first_seq), int(state.last_seq)
+
+
+async def find_by_header(link: NatsLink, stream: str, subject: str, header: str, wanted: int) -> int:
+    """Stream sequence of the first message whose (rising) integer `header` is at least `wanted`; after the last one if none is.
+
+    A binary search, one request per step.
+
+    Raises:
+        StreamMissing: there is no such stream.
+    """
+    low, last = await stream_bounds(link, stream)
+    jetstream, high = link.client.jetstream(timeout=3), last + 1
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            message = await jetstream.get_msg(stream, seq=middle, subject=subject, next=True)
+        except js_errors.NotFoundError:
+            high = middle  # nothing from here on
+            continue
+        if int((message.headers or {}).get(header, "0")) < wanted:
+            low = int(message.seq or middle) + 1
+        else:
+            high = middle
+    return low

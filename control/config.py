@@ -134,6 +134,12 @@ def _pace(value: Any) -> Any:
     raise ValueError("must be 'max', 'realtime' or a positive number (2 = twice as fast as recorded)")
 
 
+def _scalar(value: Any) -> Any:
+    if not isinstance(value, str | int):
+        raise ValueError("must be a text, an integer, true or false")
+    return value
+
+
 def _paths(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -195,6 +201,7 @@ PreciseNumber = Annotated[Decimal, BeforeValidator(_decimal), _NUMBER]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_-]{0,63}$")]
 Symbol = Annotated[str, StringConstraints(min_length=1, max_length=24, pattern=r"^[\x21-\x7e]*$")]
 PowerOfTwo = Annotated[int, BeforeValidator(lambda v: _power_of_two(v) if type(v) is int and v > 0 else v)]
+MatchedValue = Annotated[Any, BeforeValidator(_scalar), WithJsonSchema({"type": ["string", "integer", "boolean"]})]
 PathList = Annotated[list[str], BeforeValidator(_paths), WithJsonSchema({"type": ["string", "array"], "items": {"type": "string"}})]
 Pace = Annotated[Any, BeforeValidator(_pace), _PACE_SCHEMA]
 Date = Annotated[str, BeforeValidator(lambda v: _valid_date(d) if isinstance(d := _date(v), str) else v)]
@@ -296,13 +303,18 @@ class Cluster(Table):
 class FieldOptions(Table):
     """One field of a mapping: where an event field comes from."""
 
-    path: str = key(
-        ..., 'JSON: a path like "data.p" or "b[].0" ([]: one event per element). CSV: column name or index from 0.', min_length=1
-    )
+    path: str = key("", 'JSON: a path like "data.p" or "b[].0" ([]: one event per element). CSV: column name or index from 0.')
+    constant: str | None = key(None, "In place of a path: the same text for every record.")
     scale: PreciseNumber = key(Decimal(1), "The number is multiplied by this, exactly.", gt=0)
     unit: Literal["ns", "us", "ms", "s", "iso8601"] = key("ns", "ts_event only: what the time counts from 1970 (s: may have decimals).")
-    values: dict[str, str] = key({}, 'side only: words of the source, e.g. {B = "bid", S = "ask"}.')
+    values: dict[str, str] = key({}, 'side and status only: words of the source, e.g. {B = "bid", S = "ask"}.')
     default: str | None = key(None, "Text used if the field is absent; without it an absent field makes the record malformed.")
+
+    @model_validator(mode="after")
+    def _check(self) -> FieldOptions:
+        if bool(self.path) == (self.constant is not None):
+            _refused([Refusal("path", "and constant are alternatives: give one of them", 'e.g. price = "data.p"')])
+        return self
 
 
 FieldMap = Annotated[dict[EventField, FieldOptions], BeforeValidator(_field_map)]
@@ -311,9 +323,7 @@ FieldMap = Annotated[dict[EventField, FieldOptions], BeforeValidator(_field_map)
 class MessageOptions(Table):
     """``[[data_sources.NAME.messages]]``: one kind of record of a json or csv source."""
 
-    match: dict[str, str | int | bool] = key(
-        {}, 'The record is of this kind if these paths have these values, e.g. {e = "trade"}; empty: always.'
-    )
+    match: dict[str, MatchedValue] = key({}, 'Only records with these values at these paths, e.g. {e = "trade"}; empty: all.')
     event: MappedEvent = key(..., "Kind of event that the record becomes.")
     fields: FieldMap = key(..., "Event field = path in the record.", min_length=1)
     snapshot: bool = key(False, "The record replaces the book: a clear comes first.")
@@ -357,7 +367,7 @@ class Source(Table):
     instruments: dict[Symbol, InstrumentOptions] = key({}, "What differs for single symbols.")
     event: MappedEvent | None = key(None, "json and csv with one kind of record: the kind of event it becomes.")
     fields: FieldMap = key({}, "Field mapping: a list of fields, or a table event field = source field.")
-    messages: list[MessageOptions] = key([], "json and csv with several kinds of record: the first that matches is used.")
+    messages: list[MessageOptions] = key([], "json and csv with several kinds of record: every entry that matches makes events.")
     columns: list[Annotated[str, StringConstraints(min_length=1)]] = key([], "csv: names of the columns, for a file without a header row.")
     delimiter: str = key(",", "csv: character between columns.", min_length=1, max_length=1)
     gap_wait_ms: float = key(

@@ -1,4 +1,4 @@
-"""JSON feeds of venues: Binance spot, OKX v5 and Bybit v5 messages to events, books kept in step by the venue's own rules.
+"""JSON feeds: Binance, OKX and Bybit messages, and any other JSON by a field mapping, to events; books kept in step by the venue's rules.
 
 ``venue_feed(name, options, table, source)`` makes the decoder of a venue; its :meth:`VenueFeed.feed` takes one websocket message or
 HTTP response and appends events to a batch. It never raises on what the venue sends: a malformed message is counted by reason
@@ -14,6 +14,7 @@ is configured they are inferred from the first message of the symbol (the book r
 
 from __future__ import annotations
 
+import json
 import math
 import uuid
 from bisect import bisect_left
@@ -29,6 +30,7 @@ import orjson
 from tickmesh.control.config import Source
 from tickmesh.node.event import ASK, BID, NO_PRICE, NO_SIDE, PRICE_DECIMALS, Flag, Kind
 from tickmesh.node.event_batch import EventBatch
+from tickmesh.node.fields import PRICE_FIELDS, QTY_FIELDS, BadRecord, RecordMapping, compile_mappings, convert
 from tickmesh.node.fixed_point import BadNumber, decimals_of, fixed_point
 from tickmesh.node.instruments import InstrumentTable, InstrumentTableFull, SymbolFiltered
 
@@ -158,7 +160,7 @@ class VenueFeed:
             recv_ns: when it was received, nanoseconds since 1970.
             out: with room for :attr:`events_max`.
         """
-        self._guarded(out, lambda: self._message(_parsed(payload), recv_ns, out))
+        self._guarded(out, lambda: self._message(self._parse(payload), recv_ns, out))
 
     def _guarded(self, out: EventBatch, work: Callable[[], None]) -> None:
         """Run `work`; whatever is wrong with the input is counted, and its events and new instruments are taken back."""
@@ -181,6 +183,12 @@ class VenueFeed:
         for listing in self._new:
             del self._listings[listing.symbol]
             self.table.record(listing.instrument)["announced"] = 0
+
+    def _parse(self, payload: bytes) -> Any:
+        try:
+            return orjson.loads(payload)
+        except orjson.JSONDecodeError:
+            raise Malformed("bad_json") from None
 
     def _message(self, message: Any, recv_ns: int, out: EventBatch) -> None:
         raise NotImplementedError
@@ -289,13 +297,6 @@ def _quote_side(side: tuple[str, str], exponent: int) -> tuple[int, int]:
     return (price, qty) if qty > 0 else (NO_PRICE, 0)
 
 
-def _parsed(payload: bytes) -> Any:
-    try:
-        return orjson.loads(payload)
-    except orjson.JSONDecodeError:
-        raise Malformed("bad_json") from None
-
-
 def _id(value: Any) -> int:
     """An update id or sequence number: an integer in the range of an event's `seq`."""
     if type(value) is not int or not 0 <= value < 1 << 63:
@@ -402,7 +403,7 @@ class BinanceFeed(VenueFeed):
     def snapshot(self, symbol: str, payload: bytes, recv_ns: int, out: EventBatch) -> None:
         """Take the answer of ``GET /api/v3/depth`` for a symbol; as :meth:`feed` otherwise."""
         self._count_message("snapshot")
-        self._guarded(out, lambda: self._snapshot(symbol, _parsed(payload), recv_ns, out))
+        self._guarded(out, lambda: self._snapshot(symbol, self._parse(payload), recv_ns, out))
 
     def _waiting_symbol(self) -> str:
         waiting = sorted(self.snapshots_wanted) or self.options.symbols
@@ -689,16 +690,125 @@ def _trade_number(text: Any) -> int:
     return fixed_point(text, 0) if text.isdigit() else uuid.UUID(text).int >> 65
 
 
-VENUE_FEEDS: dict[str, type[VenueFeed]] = {feed.venue: feed for feed in (BinanceFeed, OkxFeed, BybitFeed)}
+# ---------------------------------------------------------------- any record, by a field mapping
+
+_QUOTE_SLOTS = {"bid": "price", "bid_qty": "qty", "ask_qty": "id", "ask": "aux"}
+_EMPTY_EVENT = {"price": 0, "qty": 0, "side": NO_SIDE, "id": 0, "aux": 0, "ts_event": 0, "seq": 0}
+_BOOK_EVENTS = frozenset({"level", "add", "execute", "cancel", "delete", "replace", "modify", "clear"})
+
+
+class MappedFeed(VenueFeed):
+    """Records to events by the field mapping of the configuration (:mod:`tickmesh.node.fields`); JSON here, CSV in its own module.
+
+    Every entry of `messages` that matches a record makes events of it. Book events of one record are one transaction: all but the
+    last carry MORE.
+    """
+
+    venue = "json"
+
+    def __init__(
+        self,
+        options: Source,
+        table: InstrumentTable,
+        source: int = 0,
+        shard: Callable[[str], int | None] | None = None,
+        columns: list[str] | None = None,
+    ) -> None:
+        super().__init__(options, table, source, shard)
+        self.mappings = compile_mappings(options, columns)
+        self._midnight_ns = options.midnight_ns()
+
+    def _parse(self, payload: bytes) -> Any:
+        """JSON with numbers kept as their text, so that no price passes through a float."""
+        try:
+            return json.loads(payload, parse_float=str, parse_int=str, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError):
+            raise Malformed("bad_json") from None
+
+    def _message(self, message: Any, recv_ns: int, out: EventBatch) -> None:
+        try:
+            self._record(message, recv_ns, out)
+        except BadRecord as error:
+            raise Malformed(error.reason) from None
+
+    def _record(self, record: Any, recv_ns: int, out: EventBatch) -> None:
+        last_book_event, matched = -1, False
+        for mapping in self.mappings:
+            if not mapping.matches(record):
+                continue
+            matched = True
+            self._count_message(mapping.event)
+            for i, row in enumerate(mapping.rows(record)):
+                self._row(mapping, row, mapping.snapshot and i == 0, recv_ns, out)
+                if mapping.event in _BOOK_EVENTS:
+                    if last_book_event >= 0:
+                        out.set_flags(last_book_event, int(out.events[last_book_event]["flags"]) | _MORE)
+                    last_book_event = out.count - 1
+        if not matched:
+            self._count_message("unmatched")
+
+    def _row(self, mapping: RecordMapping, row: dict[str, str], clear_first: bool, recv_ns: int, out: EventBatch) -> None:
+        symbol = row["symbol"] if "symbol" in row else self.options.symbols[0]
+        listing = self._listings.get(symbol) or self._mapped_listing(mapping, symbol, row, recv_ns, out)
+        event = {**_EMPTY_EVENT, "ts_event": recv_ns}
+        for name, text in row.items():
+            if name != "symbol":
+                value = convert(mapping.fields[name], text, listing.qty_exponent, mapping.event)
+                assert isinstance(value, int)
+                event[_QUOTE_SLOTS.get(name, name)] = value
+        self._check_row(mapping, event)
+        if "ts_event" in row and self._midnight_ns:
+            event["ts_event"] += self._midnight_ns
+        flags = _SNAPSHOT if mapping.snapshot else 0
+        recv_ns = recv_ns or event["ts_event"]
+        if clear_first:
+            out.append(Kind.CLEAR, listing.instrument, event["ts_event"], recv_ns, NO_SIDE, 0, 0, 0, 0, _SNAPSHOT | _MORE, event["seq"])
+        out.append(
+            mapping.kind, listing.instrument, event["ts_event"], recv_ns, event["side"], event["price"], event["qty"], event["id"],
+            event["aux"], flags | self._flags_of(mapping), event["seq"],
+        )  # fmt: skip
+
+    @staticmethod
+    def _flags_of(mapping: RecordMapping) -> int:
+        return int(Flag.PRICED) if mapping.event == "execute" and "price" in mapping.fields else 0
+
+    @staticmethod
+    def _check_row(mapping: RecordMapping, event: dict[str, int]) -> None:
+        if event["qty"] < 0 or event["id"] < 0 or event["seq"] < 0:
+            raise Malformed("number_negative")
+        if mapping.event in ("level", "add") and event["side"] == NO_SIDE:
+            raise Malformed("bad_side")
+        if mapping.event == "quote":
+            for price, qty in (("price", "qty"), ("aux", "id")):
+                if event[price] == 0:
+                    event[price], event[qty] = NO_PRICE, 0
+
+    def _mapped_listing(self, mapping: RecordMapping, symbol: str, row: dict[str, str], recv_ns: int, out: EventBatch) -> Listing:
+        """A new symbol: its tick size and exponent are configured, or inferred from this row."""
+        prices, quantities = [], []
+        for name, text in row.items():
+            if name in PRICE_FIELDS:
+                prices.append(mapping.fields[name].plain(text))
+            elif name in QTY_FIELDS:
+                quantities.append(mapping.fields[name].plain(text))
+        return self._listing(symbol, recv_ns, out, prices, quantities)
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(text)
+
+
+VENUE_FEEDS: dict[str, type[VenueFeed]] = {feed.venue: feed for feed in (BinanceFeed, OkxFeed, BybitFeed, MappedFeed)}
 """Decoders by the name that `data_format` gives them."""
 
 
 def venue_feed(
     options: Source, table: InstrumentTable, source: int = 0, shard: Callable[[str], int | None] | None = None
 ) -> VenueFeed:  # fmt: skip
-    """The decoder of a source whose `data_format` is a venue's name.
+    """The decoder of a source whose `data_format` is a venue's name or "json".
 
     Raises:
         KeyError: no venue has this name.
+        MappingError: the field mapping of a "json" source cannot work.
     """
     return VENUE_FEEDS[options.data_format or ""](options, table, source, shard)

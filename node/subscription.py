@@ -148,7 +148,7 @@ class Subscription:
             StreamMissing: no such cluster or shard.
         """
         if self._link is None:
-            self._link = await connect(self._target, name="tickmesh subscribe", login=self._login)
+            self._link = await connect(self._target, name="tickmesh subscribe", login=self._login, wait_s=3.0)
             try:
                 await self._start_shards(self._link)
             except BaseException:
@@ -283,7 +283,7 @@ class MapSubscription:
     async def open(self) -> Self:
         """Connect and subscribe; iterating does it too. Raises as :func:`tickmesh.transports.nats.connect` does."""
         if self._link is None:
-            self._link = await connect(self._target, name="tickmesh subscribe", login=self._login)
+            self._link = await connect(self._target, name="tickmesh subscribe", login=self._login, wait_s=3.0)
             self._subscription = await self._link.client.subscribe(self._pattern)
             await self._link.client.flush(2)
         return self

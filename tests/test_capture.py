@@ -61,8 +61,8 @@ def ip_packet(target: str, protocol: int, body: bytes, source: str = "10.0.0.9",
 def link_frame(link: int, packet: bytes, tags: int = 0, ethertype: int | None = None) -> bytes:
     kind = ethertype if ethertype is not None else 0x86DD if packet[:1] and packet[0] >> 4 == 6 else 0x0800
     tail = kind.to_bytes(2, "big")
-    for _ in range(tags):
-        tail = b"\x81\x00" + b"\x00\x05" + tail
+    for depth in range(tags):  # 802.1Q inside, 802.1ad around it
+        tail = (b"\x88\xa8" if depth else b"\x81\x00") + b"\x00\x05" + tail
     if link == 1:
         return bytes(12) + tail + packet
     if link == 113:

@@ -132,10 +132,11 @@ def pack(image: Any, end: Any, packing: Any, session: Any, out: Any, datagrams: 
         first_ns = (np.int64(be16(image, pos + 7)) << 32) + np.int64(be32(image, pos + 9))
         beats = _heartbeats(packing, session, out, datagrams, n, at, first_ns)
         n, at = n + beats, at + 20 * beats
-        start, due_ns, count = at, first_ns, 0
+        start, count = at, 0
+        due_ns: Any = first_ns
         at = _open_datagram(out, datagrams, n, session, np.int64(state.sequence), 0, first_ns, at)
         while pos < end:
-            size = np.int64(be16(image, pos)) + 2
+            size: Any = np.int64(be16(image, pos)) + 2
             now_ns = (np.int64(be16(image, pos + 7)) << 32) + np.int64(be32(image, pos + 9))
             if count and (at - start + size > state.payload_max or now_ns - first_ns > state.flush_ns):
                 break
@@ -261,6 +262,8 @@ class SimulatedLines:
         self._lines = [_line_state(simulator.config, k, faults) for k, faults in enumerate(config.faults)]
         self._orders = [np.zeros(2 * _DATAGRAMS_MAX, np.int32) for _ in config.faults]
         self._digest = hashlib.sha256()
+        self.datagrams_sent = 0
+        """By :func:`send_lines`, on all lines together."""
 
     def batches(self) -> Iterator[Batch]:
         """All batches, the last with the end of session (sent three times on every line, without faults)."""
@@ -384,12 +387,15 @@ def send_lines(
     _require_endpoints(lines, endpoints)
     stop, pace = stop or threading.Event(), Pace(speed)
     with open_sender(list(endpoints), interface=interface, ttl=ttl) as sender:
-        for batch in lines.batches():
-            if not _send_batch(sender, batch, pace, stop):
-                break
-            if progress:
-                progress(lines.simulator.messages)
-        return sender.counters().datagrams
+        try:
+            for batch in lines.batches():
+                if not _send_batch(sender, batch, pace, stop):
+                    break
+                if progress:
+                    progress(lines.simulator.messages)
+        finally:
+            lines.datagrams_sent = sender.counters().datagrams
+    return lines.datagrams_sent
 
 
 def _send_batch(sender: Sender, batch: Batch, pace: Pace, stop: threading.Event) -> bool:

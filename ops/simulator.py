@@ -362,10 +362,23 @@ def write_itch(path: str | os.PathLike[str], config: SimulatorConfig, progress: 
         OSError: the path cannot be written.
     """
     _require_end(config)
-    simulator, digest, size = Simulator(config), hashlib.sha256(), 0
     target = Path(path)
     partial = target if target.exists() and not target.is_file() else target.with_name(target.name + ".partial")
-    with open(partial, "wb") as file:
+    try:
+        written = _write_day(partial, config, progress)
+        if partial is not target:
+            os.replace(partial, target)
+    except OSError as error:
+        if partial is not target:
+            partial.unlink(missing_ok=True)
+        error.filename, error.filename2 = str(target), None
+        raise
+    return written
+
+
+def _write_day(path: Path, config: SimulatorConfig, progress: Callable[[int], None] | None) -> Written:
+    simulator, digest, size = Simulator(config), hashlib.sha256(), 0
+    with open(path, "wb") as file:
         while not simulator.finished:
             image, end = simulator.next_block(_BLOCK_MESSAGES)
             part = image[:end].data
@@ -374,6 +387,4 @@ def write_itch(path: str | os.PathLike[str], config: SimulatorConfig, progress: 
             size += end
             if progress:
                 progress(simulator.messages)
-    if partial is not target:
-        os.replace(partial, target)
     return Written(simulator, size, digest.hexdigest())

@@ -1,0 +1,188 @@
+"""``tickmesh simulate``: a simulated market into a file, a pcap, or onto multicast.
+
+:func:`simulate` is the typer command; :func:`run_simulation` is what it does, for other programs. Every output of one call is made from the
+same configuration by a fresh simulator, so a file, a pcap and a multicast run of one seed carry the same messages.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tickmesh.ops.simulated_lines import FaultConfig, LineConfig, SimulatedLines, send_lines, write_lines
+from tickmesh.ops.simulator import OPEN_NS, Simulator, SimulatorConfig, SimulatorConfigError, write_itch
+from tickmesh.transports.multicast import MulticastError
+from tickmesh.transports.pacing import PaceError
+
+EXIT_FAILED, EXIT_USAGE = 1, 2
+DEFAULT_A, DEFAULT_B = "udp://239.1.1.1:26400", "udp://239.1.1.2:26400"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Where a simulation goes; at least one must be named."""
+
+    file: Path | None = None
+    pcap: Path | None = None
+    multicast: tuple[str, ...] = ()
+    """Endpoints, one per line, A first."""
+    interface: str | None = "lo"
+    ttl: int = 1
+    speed: str = "realtime"
+    lines: LineConfig = field(default_factory=LineConfig)
+
+
+def run_simulation(
+    config: SimulatorConfig,
+    outputs: Outputs,
+    *,
+    stop: threading.Event | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Make every output; returns the summary that ``--json`` prints.
+
+    Raises:
+        SimulatorConfigError: nothing to write to, or a setting is wrong.
+        MulticastError, PaceError, OSError: an output cannot be used.
+    """
+    if not (outputs.file or outputs.pcap or outputs.multicast):
+        raise SimulatorConfigError("output", None, "at least one of --file, --pcap and --multicast")
+    summary: dict[str, Any] = {"seed": config.seed, "rate": config.rate}
+    if outputs.file:
+        written = write_itch(outputs.file, config, progress)
+        summary |= _summary(written.simulator, written.sha256) | {"file": {"path": str(outputs.file), "bytes": written.bytes}}
+    if outputs.pcap:
+        lines = SimulatedLines(Simulator(config), outputs.lines)
+        endpoints = outputs.multicast or (DEFAULT_A, DEFAULT_B)[: len(outputs.lines.faults)]
+        datagrams = write_lines(outputs.pcap, lines, endpoints, progress)
+        summary |= _summary(lines.simulator, lines.sha256) | {"pcap": {"path": str(outputs.pcap), "datagrams": datagrams} | _lines(lines)}
+    if outputs.multicast:
+        lines = SimulatedLines(Simulator(config), outputs.lines)
+        with suppress(KeyboardInterrupt):
+            send_lines(
+                lines, outputs.multicast, interface=outputs.interface, ttl=outputs.ttl, speed=outputs.speed, stop=stop, progress=progress
+            )
+        summary |= _summary(lines.simulator, lines.sha256)
+        summary["multicast"] = {"endpoints": list(outputs.multicast), "datagrams": lines.datagrams_sent} | _lines(lines)
+    return summary
+
+
+def _summary(simulator: Simulator, sha256: str) -> dict[str, Any]:
+    return {
+        "messages": simulator.messages,
+        "by_type": simulator.counts(),
+        "sha256": sha256,
+        "simulated_seconds": round((simulator.time_ns - OPEN_NS) / 1e9, 9),
+        "complete": simulator.finished,
+        "symbols": simulator.truth(),
+    }
+
+
+def _lines(lines: SimulatedLines) -> dict[str, Any]:
+    return {"lines": [vars(counts) for counts in lines.counts()]}
+
+
+# ---------------------------------------------------------------- the command
+
+
+def simulate(
+    seed: Annotated[int, typer.Option(help="Same seed and options, same bytes.")] = 1,
+    symbols: Annotated[int, typer.Option(help="Instruments, 1 to 8000.")] = 8,
+    rate: Annotated[int, typer.Option(help="Mean messages per simulated second.")] = 5000,
+    messages: Annotated[int | None, typer.Option(help="Length of the day in messages, exactly.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Trading time in simulated seconds.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Write an ITCH 5.0 BinaryFILE file.")] = None,
+    pcap: Annotated[Path | None, typer.Option(help="Write the datagrams of every line to a pcap file.")] = None,
+    multicast: Annotated[str | None, typer.Option(help=f"Send MoldUDP64 to line A, such as {DEFAULT_A}.")] = None,
+    multicast_b: Annotated[str | None, typer.Option(help=f"Send line B too, such as {DEFAULT_B}.")] = None,
+    interface: Annotated[str, typer.Option(help="Interface that multicast leaves by.")] = "lo",
+    ttl: Annotated[int, typer.Option(help="Multicast hops allowed.")] = 1,
+    loss_a: Annotated[float, typer.Option(help="Share of datagrams lost on line A, 0 to 0.9.")] = 0.0,
+    loss_b: Annotated[float, typer.Option(help="Share of datagrams lost on line B.")] = 0.0,
+    duplicate: Annotated[float, typer.Option(help="Share of datagrams sent twice, on each line.")] = 0.0,
+    reorder: Annotated[float, typer.Option(help="Share of datagrams that come late, on each line.")] = 0.0,
+    session: Annotated[str, typer.Option(help="MoldUDP64 session name, up to 10 characters.")] = "TICKMESH",
+    mtu: Annotated[int, typer.Option(help="Largest IP packet in bytes.")] = 1500,
+    speed: Annotated[str, typer.Option(help="realtime, a factor of it, or max (multicast only).")] = "realtime",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Simulate a market: seeded order flow against a price-time matching engine, as ITCH 5.0 in a file, a pcap or on multicast.
+
+    Exit codes: 0 done (also after Ctrl-C), 1 an output cannot be used, 2 an option is wrong.
+    """
+    try:
+        config = SimulatorConfig(seed=seed, symbols=symbols, rate=rate, messages=messages, seconds=seconds)
+        endpoints = tuple(text for text in (multicast, multicast_b) if text)
+        if multicast_b and not multicast:
+            raise SimulatorConfigError("multicast_b", multicast_b, "line A too (--multicast)")
+        two_lines = bool(multicast_b) or (pcap is not None and not multicast)
+        faults = tuple(FaultConfig(loss=loss, duplicate=duplicate, reorder=reorder) for loss in (loss_a, loss_b)[: 1 + two_lines])
+        lines = LineConfig(session=session, mtu_bytes=mtu, faults=faults)
+        outputs = Outputs(file=file, pcap=pcap, multicast=endpoints, interface=interface, ttl=ttl, speed=speed, lines=lines)
+        with _shown(config, quiet=as_json) as progress:
+            summary = run_simulation(config, outputs, progress=progress)
+    except (SimulatorConfigError, PaceError) as error:
+        _fail(str(error), EXIT_USAGE)
+    except ValueError as error:
+        _fail(f"simulate: {error}", EXIT_USAGE)
+    except MulticastError as error:
+        _fail(f"simulate: {error}", EXIT_FAILED)
+    except OSError as error:
+        _fail(f"simulate: cannot write {error.filename}: {error.strerror}; choose another path or make it writable", EXIT_FAILED)
+    else:
+        typer.echo(json.dumps(summary, indent=2) if as_json else summary_text(summary))
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(message, err=True)
+    raise typer.Exit(code)
+
+
+@contextmanager
+def _shown(config: SimulatorConfig, *, quiet: bool) -> Iterator[Callable[[int], None] | None]:
+    """A progress line on stderr where somebody looks at it."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    columns = (TextColumn("simulating"), BarColumn(), TextColumn("{task.completed:,.0f} messages"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("", total=config.messages)
+        yield lambda messages: shown.update(task, completed=messages)
+
+
+def summary_text(summary: dict[str, Any]) -> str:
+    """The summary for people."""
+    types = "  ".join(f"{kind} {count:,}" for kind, count in summary["by_type"].items())
+    rows = [
+        f"{summary['messages']:,} messages, {summary['simulated_seconds']:.3f} simulated seconds after the open"
+        + ("" if summary["complete"] else " (stopped before the end of the day)"),
+        f"by type  {types}",
+        f"sha256   {summary['sha256']}",
+    ]
+    for name in ("file", "pcap", "multicast"):
+        if name in summary:
+            rows.append(f"{name:<8} " + ", ".join(f"{k} {v}" for k, v in summary[name].items() if k != "lines"))
+            rows += [f"  line {'ABCDEFGH'[k]}: " + ", ".join(f"{word} {n:,}" for word, n in line.items())
+                     for k, line in enumerate(summary[name].get("lines", ()))]  # fmt: skip
+    rows.append(f"{'symbol':<8}{'bid':>12}{'ask':>12}{'last':>12}{'trades':>10}{'volume':>14}{'orders':>8}  status")
+    for symbol, truth in list(summary["symbols"].items())[:20]:
+        bid, ask = (_price_text(truth[side][0][0] if truth[side] else None) for side in ("bids", "asks"))
+        counts = f"{truth['trades']:>10,}{truth['volume']:>14,}{truth['orders']:>8,}  {truth['status']}"
+        rows.append(f"{symbol:<8}{bid:>12}{ask:>12}{_price_text(truth['last']):>12}{counts}")
+    if len(summary["symbols"]) > 20:
+        rows.append(f"… and {len(summary['symbols']) - 20} more (--json has all)")
+    return "\n".join(rows)
+
+
+def _price_text(price: int | None) -> str:
+    return "–" if price is None else f"{price // 10_000}.{price % 10_000 // 100:02d}"

@@ -135,6 +135,35 @@ class Parameter:
         return result
 
 
+class PlainRecord:
+    """A record whose fields are attributes, as compiled code sees it, for calling a calculation's Python function.
+
+    (numpy's own ``recarray`` hides fields behind its methods: ``event.flags`` would be something else.) It shares its memory with `row`.
+    """
+
+    __slots__ = ("_row",)
+
+    def __init__(self, row: Any) -> None:
+        object.__setattr__(self, "_row", row)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return object.__getattribute__(self, "_row")[name]
+        except ValueError as error:
+            raise AttributeError(str(error)) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__getattribute__(self, "_row")[name] = value
+
+
+def new_event(**fields: Any) -> PlainRecord:
+    """An event with these fields, named as in any view (``price=…``, ``bid=…``, ``kind=Kind.TRADE``), for calling the Python function."""
+    row = np.zeros(1, ANY_VIEW)[0]
+    for name, value in fields.items():
+        row[name] = value
+    return PlainRecord(row)
+
+
 @dataclass(frozen=True, eq=False)
 class Calculation:
     """A function compiled into the shard loop. Calling it calls the Python function.
@@ -194,9 +223,9 @@ class Calculation:
         fields = self._state(values) if callable(self._state) else self._state
         return np.dtype(list(fields) or [("_unused", "u1")], align=True)
 
-    def new_state(self, **params: Any) -> Any:
-        """A zeroed state record whose fields are attributes, for calling the Python function."""
-        return np.zeros(1, self.state_dtype(params)).view(np.recarray)[0]
+    def new_state(self, **params: Any) -> PlainRecord:
+        """A zeroed state record for calling the Python function."""
+        return PlainRecord(np.zeros(1, self.state_dtype(params))[0])
 
 
 def calculation(
@@ -308,9 +337,6 @@ def _check_state(made: Calculation) -> None:
         dtype = made.state_dtype()
     except (TypeError, ValueError, KeyError) as error:
         raise DefinitionError(made.name, f"state is not a list of numpy fields: {error}", 'like [("value", "f8"), ("n", "i8")]') from None
-    taken = [name for name in dtype.names or () if hasattr(np.record, name)]
-    if taken:
-        raise DefinitionError(made.name, f"state field {taken[0]!r} has the name of a numpy method", "rename it, say total for sum")
     if dtype.hasobject:
         raise DefinitionError(made.name, "state holds Python objects", "use numbers and fixed-size arrays of numbers")
 

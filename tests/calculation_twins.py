@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba.core.dispatcher import Dispatcher
 from numba.core.extending import _Intrinsic
-from tickmesh.node.calculation import Calculation
+from tickmesh.node.calculation import Calculation, PlainRecord, new_event
 from tickmesh.node.event import ANY_VIEW, NO_PRICE, Kind
 from tickmesh.transports.toolbox import outlined
 
@@ -51,12 +51,14 @@ def trades(prices: Sequence[float], qtys: Sequence[int] | None = None, step_ns: 
     return events
 
 
-def quote(bid: int = NO_PRICE, bid_qty: int = 0, ask: int = NO_PRICE, ask_qty: int = 0) -> Any:
+def records(events: Any) -> list[PlainRecord]:
+    """Rows of a record array with fields as attributes."""
+    return [PlainRecord(row) for row in events]
+
+
+def quote(bid: int = NO_PRICE, bid_qty: int = 0, ask: int = NO_PRICE, ask_qty: int = 0) -> PlainRecord:
     """One BBO event."""
-    event = np.zeros(1, ANY_VIEW)
-    event["kind"] = Kind.BBO
-    event["bid"], event["bid_qty"], event["ask"], event["ask_qty"] = bid, bid_qty, ask, ask_qty
-    return event.view(np.recarray)[0]
+    return new_event(kind=Kind.BBO, bid=bid, bid_qty=bid_qty, ask=ask, ask_qty=ask_qty)
 
 
 @functools.cache
@@ -80,27 +82,29 @@ class Run:
     def __init__(self, made: Calculation, compiled: bool, **params: Any) -> None:
         self.made, self.compiled = made, compiled
         self.defaults = {p.name: p.default for p in made.parameters} | {"tick": 10**7, "exponent": 0} | params
-        self.state = np.zeros(1, made.state_dtype(params)).view(np.recarray)
+        self.state = np.zeros(1, made.state_dtype(params))
         self.function = _entry(made) if compiled else interpreted(made.function)
 
-    def __call__(self, event: Any, x: float = 0.0, y: float = 0.0, **params: Any) -> tuple[Any, Any]:
-        """Returns what the calculation returned, and the event that it filled (an array of one)."""
-        out = np.zeros(1, ANY_VIEW).view(np.recarray)
+    def __call__(self, event: PlainRecord | None, x: float = 0.0, y: float = 0.0, **params: Any) -> tuple[Any, PlainRecord]:
+        """Returns what the calculation returned, and the event that it filled."""
+        outs, events = np.zeros(1, ANY_VIEW), np.zeros(1, ANY_VIEW)
+        out = PlainRecord(outs[0])
+        if event is not None:
+            events[0] = object.__getattribute__(event, "_row")
         values = self.defaults | params
         if self.compiled:
-            return self._compiled(event, x, y, out, values), out
-        given = {"x": np.float64(x), "y": np.float64(y), "event": event, "state": self.state[0], "out": out[0]}
+            parameters = [values[name] for name in self.made.parameter_names]
+            return self.function(events, float(x), float(y), self.state, outs, *parameters), out
+        given = {"x": np.float64(x), "y": np.float64(y), "event": PlainRecord(events[0]), "state": PlainRecord(self.state[0]), "out": out}
         arguments = [given[name] for name in self.made.arguments]
         with np.errstate(all="ignore"):
             return self.function(*arguments, **{name: values[name] for name in self.made.parameter_names}), out
 
-    def _compiled(self, event: Any, x: float, y: float, out: Any, values: dict[str, Any]) -> Any:
-        events = np.zeros(1, ANY_VIEW)
-        if event is not None:
-            events[0] = event
-        plain = self.state.view(np.ndarray), out.view(np.ndarray)
-        states, outs = (array.view(array.dtype.base) for array in plain)
-        return self.function(events, float(x), float(y), states, outs, *(values[name] for name in self.made.parameter_names))
+
+def raw(record: PlainRecord) -> bytes:
+    """The bytes of a record."""
+    row: np.void = object.__getattribute__(record, "_row")
+    return row.tobytes()
 
 
 def series(made: Calculation, xs: Sequence[float], **params: Any) -> list[Any]:
@@ -112,7 +116,7 @@ def series(made: Calculation, xs: Sequence[float], **params: Any) -> list[Any]:
 def over_events(made: Calculation, events: Any, **params: Any) -> list[Any]:
     """What a compiled calculation over events returns for each."""
     run = Run(made, True, **params)
-    return [run(event)[0] for event in events.view(np.recarray)]
+    return [run(event)[0] for event in records(events)]
 
 
 def bits(value: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from calculation_twins import Run, over_events, quote, series, trades
+from calculation_twins import Run, over_events, quote, records, series, trades
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tickmesh.node import indicators as built
@@ -192,7 +192,7 @@ def test_a_window_can_change_while_it_runs(made: Any) -> None:
 def test_a_window_larger_than_its_state_is_cut() -> None:
     run = Run(built.sma, True, window=4)
     assert [run(None, float(x), window=1000)[0] for x in range(6)][-1] != 0.0
-    assert run.state.n[0] == 4
+    assert run.state["n"][0] == 4
 
 
 @pytest.mark.parametrize("made", [built.sma, built.rolling_std])
@@ -241,7 +241,7 @@ def test_vwap_is_exact_to_the_last_digit(rows: list[tuple[int, int]], window: in
     events["price"], events["qty"] = [p for p, _ in rows], [q for _, q in rows]
     whole = over_events(built.vwap, events)
     run = Run(built.vwap_window, True, window=16)
-    rolling = [run(event, window=window)[0] for event in events.view(np.recarray)]
+    rolling = [run(event, window=window)[0] for event in records(events)]
     for k in range(len(rows)):
         for got, recent in ((whole[k], rows[: k + 1]), (rolling[k], rows[max(0, k + 1 - window) : k + 1])):
             volume = sum(q for _, q in recent)
@@ -280,11 +280,11 @@ def test_bar_prices() -> None:
 
 def test_cross_intent() -> None:
     run = Run(built.cross_intent, True)
-    event = trades([50.0])[0]
+    event = records(trades([50.0]))[0]
     decisions = [run(event, x, 10.0, qty=5)[0] for x in (9.0, 9.5, 11.0, 12.0, 10.0, 9.0)]
     assert decisions == [False, False, True, False, False, True]
     _, out = run(quote(49 * 10**9, 1, 51 * 10**9, 1), 11.0, 10.0, qty=5)
-    assert (out[0].side, out[0].price, out[0].qty) == (0, 51 * 10**9, 5)
+    assert (out.side, out.price, out.qty) == (0, 51 * 10**9, 5)
     run(event, 9.0, 10.0)
     assert run(quote(bid=49 * 10**9, bid_qty=1), 11.0, 10.0)[0] is False
 

@@ -11,6 +11,7 @@ import pytest
 from calculation_twins import interpreted
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tickmesh.node.calculation import PlainRecord
 from tickmesh.node.event import ASK, BID, EVENT, NO_PRICE, NO_SIDE, Flag, Kind, RiskReason
 from tickmesh.node.exact_math import add_product, multiply_saturating, multiply_wide, wide_float
 from tickmesh.node.risk import LimitError, make_limits, make_risk_state, no_limits, risk_check, risk_fill
@@ -126,17 +127,17 @@ def test_no_window_holds_more_than_the_rate(steps: list[tuple[int, int]], each: 
     st.integers(0, 5), st.booleans(),
 )  # fmt: skip
 def test_compiled_and_interpreted_agree(rows: list[tuple[int, int, int, int]], rate: int, mid: bool) -> None:
-    limits = make_limits(
-        max_qty=10**5, max_notional=10**7, price_collar_bps=500, max_rate=rate, rate_window_ms=2.5, collar_reference="mid" if mid else "opposite"
-    )
+    reference = "mid" if mid else "opposite"
+    amounts = {"max_qty": 10**5, "max_notional": 10**7}
+    limits = make_limits(**amounts, price_collar_bps=500, max_rate=rate, rate_window_ms=2.5, collar_reference=reference)
     slow = interpreted(risk_check.py_func)
     risks = [make_risk_state(1), make_risk_state(1)]
     clock = 10**15
     for wait, price, qty, side in rows:
         clock += wait
         intent = intent_at(price, qty, side, clock)
-        records = limits.view(np.recarray)[0], intent.view(np.recarray)[0]
-        twin = risks[1].view(np.recarray)
+        records = PlainRecord(limits[0]), PlainRecord(intent[0])
+        twin = [PlainRecord(row) for row in risks[1]]
         with np.errstate(all="ignore"):
             wanted = slow(records[0], twin[0], twin[1], records[1], np.int64(price - 3), np.int64(price + 4), np.uint16(0), np.int64(2))
         assert check(limits, intent, price - 3, price + 4, exponent=2, risk=risks[0]) == wanted

@@ -232,7 +232,7 @@ class Field:
         return fixed_point(text, _TIME_DECIMALS[self.options.unit])
 
 
-_FRACTION = re.compile(r"(\d\d:\d\d:\d\d)[.,](\d{1,9})")
+_FRACTION = re.compile(r"(\d\d:\d\d:\d\d)[.,](\d+)")
 
 
 def iso8601_ns(text: str) -> int:
@@ -242,6 +242,8 @@ def iso8601_ns(text: str) -> int:
         BadRecord: not such a time.
     """
     match = _FRACTION.search(text)
+    if match and len(match[2]) > 9:
+        raise BadRecord("bad_time")
     fraction = int(match[2].ljust(9, "0")) if match else 0
     try:
         moment = datetime.fromisoformat(_FRACTION.sub(r"\1", text) if match else text)

@@ -453,7 +453,7 @@ def check_compiles(made: Calculation, params: Mapping[str, Any] | None = None, u
     signature = tuple([kinds[a] for a in made.arguments] + [by_name[n] for n in made.parameter_names])
     try:
         made.kernel.compile(signature)
-        returned = made.kernel.overloads[signature].signature.return_type
+        returned = nb.unliteral(made.kernel.overloads[signature].signature.return_type)
     except (NumbaError, KeyError, TypeError, NotImplementedError, AttributeError, ValueError, AssertionError) as error:
         raise _explained(error, made, use) from error
     _check_returned(made, returned, use)
@@ -462,7 +462,7 @@ def check_compiles(made: Calculation, params: Mapping[str, Any] | None = None, u
 def _check_returned(made: Calculation, returned: Any, use: str) -> None:
     line = made.function.__code__.co_firstlineno
     if made.emits != "signal":
-        if not isinstance(returned, (nb.Boolean, nb.BooleanLiteral)):
+        if returned != nb.boolean:
             raise NotCompilableError(use, f"returns {returned}, not a bool", "return whether `out` is to be emitted, on every path", line)
         return
     count = len(made.outputs)

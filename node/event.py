@@ -28,7 +28,8 @@ def _view(price: str, qty: str, id: str, aux: str, aux_type: str = "<i8") -> np.
 
 EVENT = _view("price", "qty", "id", "aux")
 """The plain event. Every other dtype here is a view of the same 64 bytes."""
-assert EVENT.fields is not None and EVENT.names is not None
+assert EVENT.fields is not None
+assert EVENT.names is not None
 assert [EVENT.fields[n][1] for n in EVENT.names or ()] == [0, 8, 16, 24, 28, 29, 30, 32, 40, 48, 56]
 
 ORDER = _view("price", "qty", "order_id", "previous_id")
@@ -53,9 +54,9 @@ assert BAR.itemsize == REFERENCE.itemsize == 64
 _ALL_BODIES = [
     ("price", "<i8", 32), ("bid", "<i8", 32), ("open", "<i8", 32),
     ("qty", "<i8", 40), ("bid_qty", "<i8", 40), ("volume", "<i8", 40), ("threshold", "<f8", 40),
-    ("id", "<u8", 48), ("order_id", "<u8", 48), ("match_id", "<u8", 48), ("calculation", "<u8", 48), ("ask_qty", "<i8", 48),
+    ("id", "<u8", 48), ("match_id", "<u8", 48), ("calculation", "<u8", 48), ("ask_qty", "<i8", 48),
     ("high_ticks", "<u4", 48), ("low_ticks", "<u4", 52),
-    ("aux", "<i8", 56), ("previous_id", "<i8", 56), ("ask", "<i8", 56), ("reason", "<i8", 56), ("value", "<f8", 56),
+    ("aux", "<i8", 56), ("previous_id", "<i8", 56), ("ask", "<i8", 56), ("value", "<f8", 56),
     ("close_ticks", "<i4", 56), ("trades", "<u4", 60),
 ]  # fmt: skip
 ANY_VIEW = np.dtype(
@@ -66,7 +67,8 @@ ANY_VIEW = np.dtype(
         "itemsize": 64,
     }
 )
-"""Every view's names over the same 64 bytes at once: what calculations read and fill (`threshold` = the f64 in `threshold_bits`)."""
+"""The views' names over the same 64 bytes at once: what calculations read and fill. `threshold` is the f64 in `threshold_bits`; names
+that mean different places in different views (`order_id`, `reason`) are left out."""
 
 EventArray = npt.NDArray[np.void]
 

@@ -133,7 +133,7 @@ def test_rolling_mean_and_std_within_their_bound(steps: list[int], window: int) 
         exact_mean = sum(recent) / window
         exact_variance = sum((v - exact_mean) ** 2 for v in recent) / window
         distance = Fraction(reach(xs, k, window))
-        assert abs(Fraction(mean) - exact_mean) <= Fraction(ROUNDING) * (6 * distance + 2 * abs(exact_mean))
+        assert abs(Fraction(mean) - exact_mean) <= Fraction(ROUNDING) * (4 * window * distance + 2 * abs(exact_mean))
         bound = 20 * Fraction(ROUNDING) * (window + 4) * distance**2
         assert abs(Fraction(std) ** 2 - exact_variance) <= bound + exact_variance * Fraction(ROUNDING) * 8
         if exact_variance == 0:

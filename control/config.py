@@ -17,7 +17,7 @@ import re
 import tomllib
 import typing
 import zoneinfo
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -45,6 +45,10 @@ PRICE_DECIMALS = 9
 
 SOURCE_TYPES = ("file", "pcap", "multicast", "simulator")
 DELIVERY_METHODS = ("nats", "shm")
+SERIES = ("trade.price", "trade.qty", "bbo.mid", "bbo.spread", "bbo.microprice")
+"""Series that calculations and alerts can take, beside the outputs of calculations."""
+RawTables = dict[str, dict[str, Any]]
+"""Tables as the document has them, by name."""
 NOT_BUILT_YET = {
     "type": ("websocket", "http", "tcp", "afxdp", "rdma", "nats"),
     "method": ("websocket", "redis"),
@@ -353,7 +357,7 @@ class Source(Table):
     framing: str | None = key(
         None,
         'How messages lie in packets or files, e.g. "moldudp64", "binaryfile"; none: the one usual for the protocol.',
-        pattern=r"^[a-z0-9_]{1,32}$",
+        pattern=r"^([a-z0-9_]{1,32}|.+\.toml)$",
     )
     venue: str | None = key(None, "Name of the venue; none: the name of the source.", pattern=r"^[A-Za-z0-9_-]{1,32}$")
     date: Date | None = key(None, "Day of a feed that counts time from midnight, e.g. 2024-05-08; none: times count from midnight.")
@@ -476,46 +480,32 @@ class Calculation(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
-    use: str = key(
-        ..., 'A built-in calculation ("ema") or "file.py:function".', pattern=r"^([A-Za-z_][A-Za-z0-9_]*|.+\.py:[A-Za-z_][A-Za-z0-9_]*)$"
-    )
-    symbols: list[Symbol] = key([], "Symbols it runs for; empty: all.")
-    of: str | None = key(
-        None,
-        'Series it takes: "trade.price", "trade.qty", "bbo.mid", "bbo.spread", "bbo.microprice" or a calculation; none: its own default.',
-        pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*$",
-    )
+    use: str = key(..., 'A built-in calculation ("ema"), an installed package\'s, or "file.py:function".', min_length=1)
+    of: str | None = key(None, f"Series it takes: {', '.join(SERIES)}, a calculation, or bars; none: its own default.", min_length=1)
+    against: str | None = key(None, "Second series, for a calculation of two.", min_length=1)
+    symbols: list[Symbol] = key([], "Symbols it runs for, * and ? as wildcards; empty: all.")
+    silent: bool = key(False, "Compute it for others, but put nothing out.")
 
     @property
     def parameters(self) -> dict[str, Any]:
         """The calculation's own keys (`window`, `alpha`, …), not checked here."""
         return dict(self.model_extra or {})
 
-
-class Alert(Table):
-    """``[processing.alerts.NAME]``: an event when a series crosses a threshold."""
-
-    of: str = key(..., 'Series that is watched: "trade.price", "bbo.spread", … or a calculation.', pattern=r"^[A-Za-z_][A-Za-z0-9_.-]*$")
-    above: float | None = key(None, "Alert when the value rises above this.", live=True, allow_inf_nan=False)
-    below: float | None = key(None, "Alert when the value falls below this.", live=True, allow_inf_nan=False)
-    hysteresis: float = key(0.0, "How far the value must come back before the alert can come again.", live=True, ge=0, allow_inf_nan=False)
-    cooldown_ms: float = key(0.0, "Least time between two alerts of one instrument.", unit="ms", live=True, ge=0, le=86_400_000)
-    symbols: list[Symbol] = key([], "Symbols it watches; empty: all.")
-
-    @model_validator(mode="after")
-    def _check(self) -> Alert:
-        if self.above is None and self.below is None:
-            _refused([Refusal("above", "is missing", "an alert needs above, below or both")])
-        if self.above is not None and self.below is not None and self.below > self.above:
-            _refused([Refusal("below", f"is higher than above ({self.above})")])
-        return self
+    def table(self) -> dict[str, Any]:
+        """The table as the planner of calculations takes it: keys that are given, parameters included."""
+        return {"use": self.use, **{name: getattr(self, name) for name in self.model_fields_set}, **self.parameters}
 
 
-class Bars(Table):
-    """``[processing.bars.NAME]``: OHLCV bars of trades."""
+class Alert(Calculation):
+    """``[processing.alerts.NAME]``: an alert; keys other than these are its parameters (threshold: above, below, hysteresis, …)."""
 
-    interval_ms: int = key(..., "Length of a bar.", unit="ms", ge=1, le=86_400_000)
-    symbols: list[Symbol] = key([], "Symbols that get bars; empty: all.")
+    use: str = key("threshold", 'Kind of alert: "threshold", "zscore_alert", "move", "cross", or "file.py:function".', min_length=1)
+
+
+class Bars(Calculation):
+    """``[processing.bars.NAME]``: OHLCV bars; keys other than these are its parameters (interval_ms)."""
+
+    use: str = key("bars", 'Kind of bars: "bars" (by time), or "file.py:function".', min_length=1)
 
 
 class Processing(Table):
@@ -537,8 +527,10 @@ class Risk(Table):
     kill_switch: bool = key(False, "Refuse every intent.", live=True)
     max_qty: PreciseNumber | None = key(None, "Largest quantity of one intent, in real units.", live=True, gt=0)
     max_notional: PreciseNumber | None = key(None, "Largest price times quantity of one intent.", unit="quote currency", live=True, gt=0)
-    price_collar_bps: float | None = key(None, "Largest distance of an intent's price from the mid.", unit="bps", live=True, gt=0, le=10000)
+    price_collar_bps: PreciseNumber | None = key(None, "Largest distance of an intent's price.", unit="bps", live=True, gt=0, le=10000)
+    collar_reference: Literal["opposite", "mid"] = key("opposite", "What that is from: the price it would trade with, or mid.", live=True)
     max_rate: int | None = key(None, "Most intents of one instrument in a window.", live=True, ge=1, le=1 << 20)
+    max_rate_total: int | None = key(None, "Most intents of a whole shard in a window.", live=True, ge=1, le=1 << 20)
     rate_window_ms: float = key(1000.0, "Length of that window.", unit="ms", live=True, gt=0, le=3_600_000)
 
 
@@ -648,16 +640,13 @@ class Checks:
     """Hooks of those who know the calculations and the protocols; each yields a :class:`Refusal` per problem.
 
     Attributes:
-        calculation: called with a calculation's name and table (its parameters are not checked here).
+        processing: called with the raw tables of calculations, alerts and bars by name; its keys start at the document
+            (``processing.calculations.fast.window``).
         source: called with a source's name and table (its format, framing and field mapping).
     """
 
-    calculation: Callable[[str, Calculation], Iterable[Refusal]] | None = None
+    processing: Callable[[RawTables, RawTables, RawTables], Iterable[Refusal]] | None = None
     source: Callable[[str, Source], Iterable[Refusal]] | None = None
-
-
-SERIES = ("trade.price", "trade.qty", "bbo.mid", "bbo.spread", "bbo.microprice")
-"""Series that calculations and alerts can take, beside the outputs of calculations."""
 
 
 @dataclass
@@ -673,7 +662,7 @@ class _Reading:
     def add(self, path: KeyPath, reason: str, hint: str = "") -> None:
         value = "(hidden)" if "secret" in reason + hint else _value_at(self.document, path)
         problem = Problem(dotted(path), line_of(self.lines, path), value, reason, hint)
-        if problem not in self.problems:
+        if not any(p.path == problem.path for p in self.problems):  # the first word on a key counts
             self.problems.append(problem)
 
     def add_refusal(self, table: KeyPath, refusal: Refusal) -> None:
@@ -887,19 +876,7 @@ def _named_tables(reading: _Reading, *path: str) -> Iterator[tuple[str, dict[str
 
 
 def _check_references(reading: _Reading) -> None:
-    """`of` names a series or a calculation, no calculation feeds itself, no two deliveries share a ring."""
-    calculations = dict(_named_tables(reading, "processing", "calculations"))
-    known = [*SERIES, *calculations]
-    for section in ("calculations", "alerts"):
-        for name, table in _named_tables(reading, "processing", section):
-            of = table.get("of")
-            if isinstance(of, str) and of not in SERIES and of.split(".")[0] not in calculations:
-                near = difflib.get_close_matches(of, known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"series: {', '.join(SERIES)}, or a calculation"
-                reading.add(("processing", section, name, "of"), "is neither a series nor a calculation", hint)
-    for name in calculations:
-        if _feeds_itself(name, calculations):
-            reading.add(("processing", "calculations", name, "of"), "goes in a circle", "a calculation cannot take its own output")
+    """No two deliveries share a ring."""
     rings: dict[str, str] = {}
     for name, table in _named_tables(reading, "delivery"):
         ring = table.get("ring")
@@ -907,23 +884,12 @@ def _check_references(reading: _Reading) -> None:
             reading.add(("delivery", name, "ring"), f"is the ring of delivery.{rings[ring]} too", "give it another name")
 
 
-def _feeds_itself(name: str, calculations: Mapping[str, dict[str, Any]]) -> bool:
-    seen = set()
-    current: str | None = name
-    while current is not None and current not in seen:
-        seen.add(current)
-        of = calculations[current].get("of")
-        following = of.split(".")[0] if isinstance(of, str) and of not in SERIES else None
-        current = following if following in calculations else None
-    return current == name
-
-
 def _run_checks(reading: _Reading, checks: Checks) -> None:
-    """Run the hooks on every table that is valid by itself, so that one broken table hides no problem of another."""
-    for name, table in _named_tables(reading, "processing", "calculations"):
-        if checks.calculation and (calculation := _read_table(Calculation, table)):
-            for refusal in checks.calculation(name, calculation):
-                reading.add_refusal(("processing", "calculations", name), refusal)
+    """Run the hooks on every table that they can read, so that one broken table hides no problem of another."""
+    if checks.processing:
+        tables = [dict(_named_tables(reading, "processing", section)) for section in ("calculations", "alerts", "bars")]
+        for refusal in checks.processing(tables[0], tables[1], tables[2]):
+            reading.add_refusal((), refusal)
     for name, table in _named_tables(reading, "data_sources"):
         if checks.source and (source := _read_table(Source, table)):
             for refusal in checks.source(name, source):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from tickmesh.control.config import (
-    Calculation,
     Checks,
     Config,
     ConfigError,
     Problem,
+    RawTables,
     Refusal,
     Source,
     default_config,
@@ -81,6 +81,9 @@ def test_example_is_read_exactly() -> None:
     assert nasdaq.midnight_ns() == 1340251200 * 10**9  # 2012-06-21 00:00 in New York is 04:00 UTC
     assert config.processing.calculations["fast"].parameters == {"window": 10}
     assert config.processing.calculations["slow"].parameters == {"alpha": 0.5}
+    assert config.processing.calculations["slow"].table() == {"use": "calculations.py:slow_mean", "of": "fast", "alpha": 0.5}
+    assert config.processing.alerts["jump"].table() == {"use": "threshold", "of": "fast", "above": 100}
+    assert config.processing.bars["minute"].table() == {"use": "bars", "interval_ms": 60000}
     assert config.risk.max_notional == Decimal("1000000.50")
     assert "order" in config.delivery["events"].per_event
     assert config.cluster.shard_overrides == {"AAPL": 1}
@@ -128,7 +131,6 @@ sync = 3
         ("data_sources.a.pace", 9),
         ("data_sources.b.type", 11),
         ("processing.outputs[1]", 15),
-        ("processing.alerts.x.of", 18),
         ("journal.segment_mb", 23),
         ("journal.sync", 24),
     ]
@@ -185,9 +187,7 @@ def test_deliveries_to_come_are_refused_with_the_reason(method: str) -> None:
         ("[cluster]\nname = 'a.b'\n", "cluster.name", "must match"),
         ("[cluster]\nshards = '2'\n", "cluster.shards", "valid integer"),
         ("[processing.calculations.x]\nwindow = 3\n", "processing.calculations.x.use", "is missing"),
-        ("[processing.calculations.x]\nuse = 'ema'\nof = 'x'\n", "processing.calculations.x.of", "circle"),
-        ("[processing.alerts.x]\nof = 'bbo.mid'\n", "processing.alerts.x.above", "is missing"),
-        ("[processing.alerts.x]\nof = 'bbo.mid'\nabove = 1\nbelow = 2\n", "processing.alerts.x.below", "higher than above"),
+        ("[processing.alerts.x]\nof = 3\n", "processing.alerts.x.of", "valid string"),
         ("[risk]\nmax_qty = true\n", "risk.max_qty", "must be a number"),
         ("[risk]\nmax_rate = 0\n", "risk.max_rate", "greater than or equal to 1"),
         ("[delivery.d]\nmethod = 'nats'\nring = 'x'\n", "delivery.d.ring", "only for shm"),
@@ -211,7 +211,6 @@ def test_each_problem_names_its_key_and_its_reason(text: str, path: str, words: 
 def test_one_wrong_key_hides_no_other_check_and_invents_none() -> None:
     assert [p.path for p in problems("[cluster]\nshards = '9'\nshard_overrides = { A = 5 }\n")] == ["cluster.shards"]
     assert [p.path for p in problems("[delivery.d]\nmethod = 'nats'\nembedded = 1\nport = 5\n")] == ["delivery.d.embedded"]
-    assert [p.path for p in problems("[processing.alerts.x]\nof = 'bbo.mid'\nbelow = 'x'\n")] == ["processing.alerts.x.below"]
     two = problems(source("rate = 5.0\nquantity_exponent = -1\nsymbols = ['']"))
     assert [p.path for p in two] == ["data_sources.s.rate", "data_sources.s.quantity_exponent", "data_sources.s.symbols[0]"]
 
@@ -253,15 +252,16 @@ def test_relative_paths_start_at_the_file(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_hooks_see_every_valid_table_and_their_problems_are_placed() -> None:
-    def calculation(name: str, table: Calculation) -> list[Refusal]:
-        return [] if table.use == "ema" else [Refusal("use", "is no calculation"), Refusal("window", "must be positive")]
+    def processing(calculations: RawTables, alerts: RawTables, bars: RawTables) -> list[Refusal]:
+        assert (list(calculations), alerts, bars) == (["a"], {}, {})
+        return [Refusal(f"processing.calculations.a.{key}", "must be positive") for key in ("use", "window")]
 
     def feed(name: str, table: Source) -> list[Refusal]:
         return [Refusal("fields.price", "the protocol has no such field", "it has: px")]
 
     text = source("quantity_exponent = 99") + source("fields = { price = 'p' }").replace(".s]", ".t]")
     text += "[processing.calculations.a]\nuse = 'emma'\nwindow = -1\n"
-    found = problems(text, Checks(calculation, feed))
+    found = problems(text, Checks(processing, feed))
     assert [(p.path, p.line) for p in found] == [
         ("data_sources.s.quantity_exponent", 5),
         ("data_sources.t.fields.price", 10),

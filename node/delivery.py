@@ -39,7 +39,7 @@ from tickmesh.node.frames import (
     EventEncoder,
     FrameHeader,
     InstrumentNames,
-    encode_frame,
+    encode_header,
     sequence_runs,
 )
 from tickmesh.transports.nats import (
@@ -223,10 +223,10 @@ class ShardDelivery:
             replicas=o.replicas,
         )
         window = min(o.window, WINDOW_MAX)
-        return OutputPublisher(link, stream, self._frame, epoch=o.epoch, record_bytes=EVENT_SIZE, window=window, acked=self._on_acked)
+        return OutputPublisher(link, stream, self._head, epoch=o.epoch, record_bytes=EVENT_SIZE, window=window, acked=self._on_acked)
 
-    def _frame(self, first: int, count: int, missing: int, events: bytes | memoryview) -> bytes:
-        return encode_frame(FrameHeader(self.shard, self.options.epoch, self.config_version, first, count, missing), events)
+    def _head(self, first: int, count: int, missing: int) -> bytes:
+        return encode_header(FrameHeader(self.shard, self.options.epoch, self.config_version, first, count, missing))
 
     # -- the ring's side
 

@@ -35,8 +35,6 @@ def records(first: int, count: int) -> bytes:
     return b"".join(RECORD.pack(i) for i in range(first, first + count))
 
 
-def message(first: int, count: int, missing: int, body: bytes | memoryview) -> bytes:
-    return HEAD.pack(first, count, missing) + bytes(body)
 
 
 def stream(cluster: str) -> OutputStream:  # noqa: F811
@@ -54,7 +52,7 @@ async def linked(server: NatsServer) -> AsyncIterator[NatsLink]:
 
 @asynccontextmanager
 async def publishing(link: NatsLink, to: OutputStream, **options: object) -> AsyncIterator[OutputPublisher]:
-    publisher = OutputPublisher(link, to, message, **options)  # type: ignore[arg-type]
+    publisher = OutputPublisher(link, to, HEAD.pack, **options)  # type: ignore[arg-type]
     try:
         await publisher.open()
         yield publisher

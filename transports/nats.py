@@ -243,6 +243,19 @@ class NatsLink:
         """Call `listener` whenever the connection is lost."""
         self._listeners.append(listener)
 
+    async def send(self, command: bytes) -> None:
+        """Send a whole protocol command as it is. nats-py's own `publish` copies a message twice more and checks each header anew.
+
+        Raises:
+            nats.errors.Error: not connected; nothing is buffered.
+        """
+        client = self.client
+        if not client.is_connected:
+            raise nats.errors.OutboundBufferLimitError
+        await client._send_command(command)
+        if client._flush_queue.empty():
+            await client._flush_pending()
+
     async def wait_connected(self) -> None:
         """Wait until the connection is back.
 
@@ -343,8 +356,8 @@ def _check_url(url: str) -> None:
 
 # ---------------------------------------------------------------- the publisher
 
-Encode = Callable[[int, int, int, "bytes | memoryview"], "bytes"]
-"""(first, count, missing, records) -> message. `missing` > 0: a gap marker, without records."""
+Head = Callable[[int, int, int], bytes]
+"""(first, count, missing) -> what precedes the records in a message. `missing` > 0: a gap marker, without records."""
 Acked = Callable[[int, int, int], None]
 """Told (first, last, sent_ns) when the stream has stored a message; `sent_ns` is monotonic."""
 
@@ -449,7 +462,7 @@ class OutputPublisher:
         self,
         link: NatsLink,
         stream: OutputStream,
-        encode: Encode,
+        head: Head,
         *,
         epoch: int = 1,
         record_bytes: int = 64,
@@ -462,7 +475,7 @@ class OutputPublisher:
         Args:
             link: the connection; several publishers may share it.
             stream: made by :meth:`open` if absent.
-            encode: makes the message of a run of records.
+            head: makes what precedes a run of records in its message.
             epoch: fencing token; a writer with a higher one takes the stream over.
             record_bytes: size of a record.
             window: messages that may be unacknowledged at a time, at most 256; a message takes one place whatever its size.
@@ -470,7 +483,7 @@ class OutputPublisher:
             acked: told about every stored message.
         """
         assert 1 <= window <= WINDOW_MAX
-        self._link, self._stream, self._encode, self._epoch = link, stream, encode, epoch
+        self._link, self._stream, self._head, self._epoch = link, stream, head, epoch
         self._record_bytes, self._window, self._ack_timeout_s, self._acked = record_bytes, window, ack_timeout_s, acked
         self.counters = PublisherCounters()
         self.last_error = ""
@@ -619,24 +632,24 @@ class OutputPublisher:
 
     async def _send(self, item: _Unacked) -> None:
         run = item.last - item.first + 1
-        message = self._encode(item.first, 0, run, b"") if item.missing else self._encode(item.first, run, 0, item.records)
+        head = self._head(item.first, 0, run) if item.missing else self._head(item.first, run, 0)
         self._tokens += 1
         token = f"{self._tokens:x}"
-        headers = {
-            "Nats-Msg-Id": f"{self._stream.writer}/{item.first}{self._id_suffix}",
-            "Nats-Expected-Last-Sequence": str(self._chain),
-            "Out-Seq": str(item.last),
-            "Epoch": str(self._epoch),
-            "Writer": self._writer,
-        }
+        headers = (
+            f"NATS/1.0\r\nNats-Msg-Id: {self._stream.writer}/{item.first}{self._id_suffix}\r\n"
+            f"Nats-Expected-Last-Sequence: {self._chain}\r\nOut-Seq: {item.last}\r\nEpoch: {self._epoch}\r\nWriter: {self._writer}\r\n\r\n"
+        ).encode()
         self._chain += 1
         self._by_token[token] = item
-        item.sent_ns, item.size = time.monotonic_ns(), len(message)
-        try:
-            await self._link.client.publish(self._stream.subject, message, reply=f"{self._inbox}.{token}", headers=headers)
-        except nats.errors.MaxPayloadError:
-            what = f"a message of {len(message)} bytes is larger than the server takes"
+        item.sent_ns, item.size = time.monotonic_ns(), len(head) + len(item.records)
+        size = len(headers) + item.size
+        if size > self._link.client.max_payload:
+            what = f"a message of {size} bytes is larger than the server takes ({self._link.client.max_payload})"
             self._fail_for_good(PublishRefused(self._stream.name, 10054, what))
+            return
+        line = f"HPUB {self._stream.subject} {self._inbox}.{token} {len(headers)} {size}\r\n".encode()
+        try:
+            await self._link.send(b"".join((line, headers, head, item.records, b"\r\n")))
         except (nats.errors.Error, OSError) as error:
             self._in_doubt(str(error) or "not connected")
 
@@ -649,10 +662,10 @@ class OutputPublisher:
         if message.headers and message.headers.get("Status") == "503":
             self._in_doubt(f"no stream {self._stream.name} takes messages now")
             return
-        answer = json.loads(message.data)
-        if "error" in answer:
-            self._on_refusal(int(answer["error"].get("err_code", 0)), str(answer["error"].get("description", "")))
-        elif answer.get("duplicate"):
+        if b'"error"' in message.data:
+            error = json.loads(message.data)["error"]
+            self._on_refusal(int(error.get("err_code", 0)), str(error.get("description", "")))
+        elif b'"duplicate"' in message.data:
             self.counters.duplicates += 1
             self._id_suffix = f"/{self.counters.duplicates}"  # if the stream has lost that message, its id must not keep it out
             self._in_doubt("a message id was known already")

@@ -1,6 +1,7 @@
 """The shared-memory ring against a list-based model, across processes, with readers that stall and writers that die."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tickmesh.ops import bench_ring
 from tickmesh.transports import ring as rings
 from tickmesh.transports.ring import RECORD, Ring
 from tickmesh.transports.toolbox import IDLE_YIELD, loop
@@ -282,6 +284,7 @@ _CHILD = """
 import sys, time, numpy as np
 sys.path.insert(0, {here!r})
 import test_ring
+from tickmesh.ops import bench_ring
 from tickmesh.transports import ring as rings
 ring = rings.Ring.attach({name!r})
 ring.writer
@@ -310,7 +313,7 @@ def _kill(child: subprocess.Popen[str]) -> None:
 def test_a_killed_writer_leaves_whole_batches_and_the_next_one_continues(name: str, mode: rings.Mode) -> None:
     size = 16
     with Ring.create(name, 64, mode=mode) as ring, ring.reader("r") as reader:
-        for seed in range(4):
+        for seed in range(2):
             before = ring.published
             child = _start_writer(name, size)
             expected, limit = 0, 200 * (seed + 1)
@@ -363,3 +366,25 @@ def test_a_stopped_writer_of_a_full_ring_returns() -> None:
 @loop
 def _write_until_stopped(ring, batch, stop):  # type: ignore[no-untyped-def]
     return rings.ring_write_batch(ring, batch, len(batch), stop, IDLE_YIELD)
+
+
+# ---------------------------------------------------------------- the same ring in C++
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ for the C++ peer")
+def test_a_peer_in_cpp_speaks_the_same_ring() -> None:
+    """The benchmark's other side reads what we write and the other way round: every record arrives (the sum is checked)."""
+    cpp = [str(bench_ring.build_peer("g++"))]
+    count = 3 * 65536
+    assert bench_ring.measure_throughput(bench_ring.NUMBA, cpp, count) > 0
+    assert bench_ring.measure_throughput(cpp, bench_ring.NUMBA, count) > 0
+    assert bench_ring.measure_round_trip(cpp, bench_ring.NUMBA, 200)["p50_ns"] > 0
+
+
+@pytest.mark.slow
+def test_with_bounds_checks() -> None:
+    """The model test once more, with every index checked."""
+    environment = os.environ | {"TICKMESH_BOUNDSCHECK": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", __file__, "-k", "model or silent or oldest"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -88,8 +88,8 @@ def select(spec: Spec, fields: Mapping[str, str] | Sequence[str], messages: Iter
     """The spec as a source wants it: see :func:`load_decoder`."""
     problems: list[str] = []
     wanted = set(messages)
-    for name in sorted(wanted - {m.name for m in spec.messages}):
-        problems.append(f"messages: {spec.name} has no message {name!r}; it has {', '.join(m.name for m in spec.messages)}")
+    known = ", ".join(m.name for m in spec.messages)
+    problems += [f"messages: {spec.name} has no message {name!r}; it has {known}" for name in sorted(wanted - {m.name for m in spec.messages})]
     changes = {k: _EVENT_NAMES.get(v, v) for k, v in fields.items()} if isinstance(fields, Mapping) else {}
     every = {name for m in spec.messages for name in m.fields}
     for source, target in changes.items():
@@ -99,9 +99,9 @@ def select(spec: Spec, fields: Mapping[str, str] | Sequence[str], messages: Iter
             problems.append(f"fields.{source}: {target!r} is not an event field: side, price, qty, id, aux")
     if not isinstance(fields, Mapping):
         given = {k for m in spec.messages for c in m.cases for k in c.values}
-        for name in fields:
-            if name not in _ALWAYS and _EVENT_NAMES.get(name, name) not in given:
-                problems.append(f"fields: {spec.name} gives no {name!r}; it gives {', '.join(sorted({*given, *_ALWAYS}))}")
+        known = ", ".join(sorted({*given, *_ALWAYS}))
+        missing = [name for name in fields if name not in _ALWAYS and _EVENT_NAMES.get(name, name) not in given]
+        problems += [f"fields: {spec.name} gives no {name!r}; it gives {known}" for name in missing]
     if not problems:
         chosen = tuple(_remap(m, changes, problems) if not wanted or m.name in wanted else _silent(m) for m in spec.messages)
     if problems:
@@ -244,10 +244,10 @@ def dbn_symbols(data: bytes | memoryview) -> dict[int, str]:
         raise ValueError("not a DBN file: it does not start with 'DBN' and a length")
     version, size = raw[3], int.from_bytes(raw[4:8], "little")
     meta = bytes(data[8 : 8 + size])
-    if len(meta) < size or size < 100:
+    if len(meta) < size or size < 104:
         raise ValueError(f"the DBN metadata is cut short: {len(meta)} of {size} bytes")
     width = 22 if version == 1 else 71
-    at = 100 + int.from_bytes(meta[96:100], "little")  # the fixed part, then the length and bytes of a schema definition
+    at = 104 + int.from_bytes(meta[100:104], "little")  # the fixed part, then the length and bytes of a schema definition
     for _ in range(3):  # symbols, partial, not found: lists of fixed-width text
         at += 4 + width * int.from_bytes(meta[at : at + 4], "little")
     found: dict[int, str] = {}
@@ -294,7 +294,7 @@ from tickmesh.node.feed import (
     find_code, make_arrays, resolve_code, resolve_symbol,
 )
 from tickmesh.node.instruments import InstrumentTable, find_instrument, trim_words
-from tickmesh.transports.toolbox import be16, be32, be64, inlined, le16, le32, le64, loop, outlined
+from tickmesh.transports.toolbox import be16, be32, be64, copy_record, inlined, le16, le32, le64, loop, outlined
 
 _ONE, _ZERO = np.uint64(1), np.uint64(0)
 _NO_PRICE = np.int64({no_price})
@@ -358,6 +358,13 @@ def _equals(raw: str, field: Field, values: Sequence[int]) -> str:
     return " or ".join(f"{raw} == {kind}({v})" if kind else f"{raw} == {v}" for v in values)
 
 
+_VARYING = {"stamp": "np.int64(0)", "stamped": "False", "received": "ts_recv", "number": "_ZERO", "tick": "np.int64(0)"}
+"""Locals that a branch sets where their field has no common place, and what they are before."""
+
+
+_MOVE = "    copy_record(out, n + 1, out, n)  # a REFERENCE may come before it"
+
+
 class _DecoderWriter:
     """Writes the functions of one decoder module."""
 
@@ -368,12 +375,8 @@ class _DecoderWriter:
             for case in message.cases:
                 for name in fields_of(case):
                     f = message.fields[name]
-                    if f.map is not None and f.size == 1 and not self._pair(f):
+                    if f.map is not None and f.size == 1:
                         self.maps.setdefault((tuple(f.map.items()), f.map_default), f"_MAP_{len(self.maps)}")
-
-    @staticmethod
-    def _pair(field: Field) -> bool:
-        return field.map is not None and len(field.map) <= 2 and field.map_default is None
 
     def tables(self) -> None:
         for (items, default), name in self.maps.items():
@@ -395,12 +398,13 @@ class _DecoderWriter:
         out()
 
     def messages(self) -> None:
+        """``_decode``: the loop over messages. Each branch fills locals; what all messages share is done once behind the branches."""
         fr, out = self.framing, self.out
         prefix = fr.length.offset + fr.length.size
         out("\n@outlined\ndef _decode(buf, pos, end, left, seq, ts_recv, feed, out, n):")
         out.indent()
         out('"""Decode up to `left` messages; returns (pos, left, seq, n) where it stopped."""')
-        out("room = np.int64(out.size) - %d\ncounts, malformed = feed.counts, feed.malformed" % RESERVE)
+        out(f"room = np.int64(out.size) - {RESERVE}\ncounts, malformed = feed.counts, feed.malformed")
         if not self.spec.code:
             out("source = np.uint32(feed.state[SOURCE])")
         if self.spec.timestamp_since != "epoch":
@@ -408,129 +412,184 @@ class _DecoderWriter:
         out(f"while left > 0 and n <= room:\n    if pos + {prefix} > end:\n        break\n    total = _total(buf, pos)")
         out.indent()
         out(f"if total <= {fr.message_offset}:")
+        out.indent()
         if fr.zero_length_is_end:
-            out(f"    feed.state[ENDS] += 1\n    pos += {max(fr.message_offset, prefix)}\n    continue")
+            out(f"feed.state[ENDS] += 1\npos += {max(fr.message_offset, prefix)}\ncontinue")
         else:
-            out(f"    malformed[ZERO_LENGTH] += _ONE\n    pos += max(total, {max(fr.length_unit, prefix)})\n    seq += 1\n    left -= 1\n    continue")
+            out(f"malformed[ZERO_LENGTH] += _ONE\npos += max(total, {max(fr.length_unit, prefix)})\nseq += 1\nleft -= 1\ncontinue")
+        out.indent(-1)
         out("if pos + total > end:\n    break")
-        out(f"m = pos{f' + {fr.message_offset}' if fr.message_offset else ''}\nlength = total{f' - {fr.message_offset}' if fr.message_offset else ''}")
+        minus = f" - {fr.message_offset}" if fr.message_offset else ""
+        out(f"m = pos{minus.replace('-', '+')}\nlength = total{minus}\npos += total")
         self._dispatch()
-        out("pos += total\nseq += 1\nleft -= 1")
+        self._tail()
+        out("seq += 1\nleft -= 1")
         out.indent(-1)
         out("return pos, left, seq, n")
         out.indent(-1)
         out()
 
     def _dispatch(self) -> None:
+        """One branch per message type: counter, kind and event fields, or the reason of a refusal."""
         out, tf = self.out, self.spec.type_field
-        if tf.offset + tf.size > 1:
-            out(f"if length < {tf.offset + tf.size}:\n    malformed[BAD_LENGTH] += _ONE\n    pos += total\n    seq += 1\n    left -= 1\n    continue")
-        out(f"code = {_load(tf, 'm')}")
-        counter, word = 0, "if"
+        out("kind, counter, reason, symbol_at, whole = -1, 0, UNKNOWN_MESSAGE, -1, False\ne = out[np.uint64(n)]")
+        for name in self._varying():
+            out(f"{name} = {_VARYING[name]}")
+        reach = tf.offset + tf.size
+        word = "if"
+        if reach > 1:
+            out(f"if length < {reach}:\n    reason = BAD_LENGTH")
+            word = "elif"
+        code = _load(tf, "m")
+        if reach == 1:
+            out(f"code = {code}")
+            code = "code"
+        counter = 0
         for message in self.spec.messages:
-            out(f"{word} code == {message.code}:  # {message.name}")
+            out(f"{word} {code} == {message.code}:  # {message.name}")
             out.indent()
             self._message(message, counter)
             out.indent(-1)
             counter += len(message.cases)
             word = "elif"
-        out("else:\n    malformed[UNKNOWN_MESSAGE] += _ONE" if self.spec.messages else "malformed[UNKNOWN_MESSAGE] += _ONE")
 
     def _message(self, message: Message, counter: int) -> None:
         out = self.out
-        out(f"if length < {message.length}:\n    malformed[BAD_LENGTH] += _ONE")
+        out(f"if length < {message.length}:\n    reason = BAD_LENGTH")
         if len(message.cases) == 1 and not message.cases[0].when:
             self._case(message, message.cases[0], counter)
             return
-        out("else:")
-        out.indent()
-        word, open_end = "if", True
+        word = "elif"
         for number, case in enumerate(message.cases):
             test = " and ".join(f"({_equals(_load(message.fields[k], 'm'), message.fields[k], v)})" for k, v in case.when.items())
-            out(f"{word} {test}:" if test else ("else:" if word == "elif" else "if True:"))
+            out(f"{word} {test}:" if test else "else:")
             out.indent()
             out("if False:\n    pass")
             self._case(message, case, counter + number)
             out.indent(-1)
-            word, open_end = "elif", bool(test)
             if not test:
-                break
-        if open_end:
-            out("else:\n    malformed[BAD_FIELD] += _ONE")
-        out.indent(-1)
-
-    # ---- one event
+                return
+        out("else:\n    reason = BAD_FIELD")
 
     def _case(self, message: Message, case: Case, counter: int) -> None:
-        """The rest of an if-chain: refusals of bad values, then the event."""
+        """The rest of an if-chain: refusals of bad values, then the event's fields."""
         out = self.out
         values: dict[str, str] = {}
         for name, source in case.values.items():
             values[name], refusals = self._value(message, name, source)
             for test, reason in refusals:
-                out(f"elif {test}:\n    malformed[{reason}] += _ONE")
+                out(f"elif {test}:\n    reason = {reason}")
+        kind = int(KINDS[case.kind]) if case.kind in KINDS else 0
         out("else:")
         out.indent()
-        out(f"counts[{counter}] += _ONE")
+        out(f"kind, counter = {kind}, {counter}" + (f"  # {case.kind}" if kind else ""))
         if case.kind == "time":
             out(f"base = feed.state[MIDNIGHT_NS] + ({values['seconds']}) * 1000000000\nfeed.state[TIME_BASE_NS] = base")
-        elif case.kind == "reference":
-            self._times(message)
-            self._resolve(message, directory=True, tick=values.get("tick_size"))
-        elif case.kind != "nothing":
-            self._times(message)
-            if case.all_instruments:
-                self._event(message, case, values, "_ALL")
-            else:
-                self._resolve(message, directory=False, tick=None)
-                out("if instrument < RESOLVED_BELOW:")
-                out.indent()
-                self._event(message, case, values, "instrument")
-                out.indent(-1)
+        if kind:
+            self._assign(message, case, values, kind)
         out.indent(-1)
 
-    def _times(self, message: Message) -> None:
+    def _assign(self, message: Message, case: Case, values: Mapping[str, str], kind: int) -> None:
+        """Write the event's own fields, and set the locals by which the tail finds the shared ones."""
         spec, out = self.spec, self.out
-        stamp = message.fields.get(spec.timestamp or "")
-        if stamp is None:
-            out("ts_event = ts_recv")
-        else:
-            unit = f" * {spec.timestamp_unit_ns}" if spec.timestamp_unit_ns != 1 else ""
-            base = "" if spec.timestamp_since == "epoch" else "base + "
+        if case.kind != "reference":
+            flags = " | ".join([str(case.flags), *(self._flag(message, rule) for rule in case.flag_rules)])
+            out(f"e.kind, e.side, e.flags = np.uint8({kind}), np.uint8({values.get('side', NO_SIDE)}), np.uint16({flags})")
+            for name in ("price", "qty", "id", "aux"):
+                cast = "np.uint64" if name == "id" else "np.int64"
+                out(f"e.{name} = {cast}({values.get(name, '0')})")
+        if "tick_size" in values:
+            out(f"tick = {values['tick_size']}")
+        symbol, varying = message.fields.get(spec.symbol or ""), self._varying()
+        if case.all_instruments:
+            out("whole = True")
+        elif symbol:
+            out(f"symbol_at = {symbol.offset}")
+        for variable, name in (("stamp", spec.timestamp), ("received", spec.received), ("number", spec.code)):
+            found = message.fields.get(name or "")
+            if variable in varying and found and not (variable == "number" and case.all_instruments):
+                cast = "np.uint64" if variable == "number" else "np.int64"
+                out(f"{variable} = {cast}({_load(found, 'm')})")
+                if variable == "stamp":
+                    out("stamped = True")
+
+    # ---- what messages share
+
+    def _shared(self, name: str | None, whole: bool) -> Field | None:
+        """The field, if it lies at one place in every message that makes an event (`whole`: also in those of all instruments)."""
+        found = [
+            m.fields.get(name or "") for m in self.spec.messages for c in m.cases if c.kind in KINDS and (whole or not c.all_instruments)
+        ]
+        return found[0] if found and all(f == found[0] for f in found) else None
+
+    def _varying(self) -> list[str]:
+        """Locals that branches must set because their field lies at different places."""
+        spec = self.spec
+        names = []
+        if spec.timestamp and not self._shared(spec.timestamp, True):
+            names += ["stamp", "stamped"]
+        if spec.received and not self._shared(spec.received, True):
+            names.append("received")
+        if spec.code and not self._shared(spec.code, False):
+            names.append("number")
+        if any("tick_size" in c.values for m in spec.messages for c in m.cases):
+            names.append("tick")
+        return names
+
+    def _tail(self) -> None:
+        """Count; then instrument and event."""
+        spec, out = self.spec, self.out
+        varying = self._varying()
+        out("if kind < 0:\n    malformed[reason] += _ONE\nelse:\n    counts[np.uint64(counter)] += _ONE\nif kind > 0:")
+        out.indent()
+        stamp, received = self._shared(spec.timestamp, True), self._shared(spec.received, True)
+        unit = f" * {spec.timestamp_unit_ns}" if spec.timestamp_unit_ns != 1 else ""
+        base = "" if spec.timestamp_since == "epoch" else "base + "
+        if stamp:
             out(f"ts_event = {base}np.int64({_load(stamp, 'm')}){unit}")
-        received = message.fields.get(spec.received or "")
-        out(f"received = np.int64({_load(received, 'm')})" if received else "received = ts_recv")
+        else:
+            out(f"ts_event = {base}stamp{unit} if stamped else ts_recv" if spec.timestamp else "ts_event = ts_recv")
+        if "received" not in varying:
+            out(f"received = np.int64({_load(received, 'm')})" if received else "received = ts_recv")
+        out("instrument = _ALL\nif not whole:")
+        out.indent()
+        tick = "tick" if "tick" in varying else str(spec.tick_size)
+        self._resolve(f"np.int64({tick}), seq, ts_event, received, out, n")
+        out.indent(-1)
+        out("if kind > 0:")
+        out.indent()
+        out("e = out[np.uint64(n)]\ne.seq = np.uint64(seq)\ne.ts_event = ts_event\ne.ts_recv = received\ne.instrument = instrument\nn += 1")
+        out.indent(-2)
 
-    def _resolve(self, message: Message, directory: bool, tick: str | None) -> None:
-        """Set `instrument`, with a REFERENCE event before the message's own if it is new."""
+    def _resolve(self, rest: str) -> None:
+        """Set `instrument`, with a REFERENCE event before the message's own if it is new; `kind` 0 drops the message."""
         spec, out = self.spec, self.out
-        code, symbol = message.fields.get(spec.code or ""), message.fields.get(spec.symbol or "")
-        rest = f"np.int64({tick or spec.tick_size}), seq, ts_event, received, out, n"
-        if code is None:
-            assert symbol is not None
-            out(f"w0, w1, w2 = {_words(symbol, 'm')}\ninstrument = find_instrument(feed.instruments, source, w0, w1, w2)")
+        symbol = next((m.fields[spec.symbol] for m in spec.messages if spec.symbol in m.fields), None) if spec.symbol else None
+        code = self._shared(spec.code, False)
+        words = _words(dataclasses.replace(symbol, offset=0), "m + symbol_at") if symbol else ""
+        if not spec.code:
+            if symbol is None:
+                return
+            out(f"w0, w1, w2 = {words}\ninstrument = find_instrument(feed.instruments, source, w0, w1, w2)")
             out("if instrument >= RESOLVED_BELOW or feed.instruments.records[instrument].announced == np.uint32(0):")
+            out(_MOVE)
             out(f"    instrument, n = resolve_symbol(feed, w0, w1, w2, {rest})")
+            out("    if instrument >= RESOLVED_BELOW:\n        kind = 0")
+            out(f"if kind == {int(KINDS['reference'])}:\n    kind = 0")
             return
-        words = _words(symbol, "m") if symbol else "_ZERO, _ZERO, _ZERO"
-        number = _load(code, "m")
-        if directory:
-            out(f"w0, w1, w2 = {words}\ninstrument, n = resolve_code(feed, UNBOUND, np.uint64({number}), w0, w1, w2, {rest})")
-            return
-        out(f"number = {number}\ninstrument = {'feed.codes[number]' if code.size <= 2 else 'find_code(feed, number)'}")
-        out(f"if instrument >= RESOLVED_BELOW:\n    w0, w1, w2 = {words}")
-        out(f"    instrument, n = resolve_code(feed, instrument, np.uint64(number), w0, w1, w2, {rest})")
-
-    def _event(self, message: Message, case: Case, values: Mapping[str, str], instrument: str) -> None:
-        out = self.out
-        side = f"np.uint8({values['side']})" if "side" in values else f"np.uint8({NO_SIDE})"
-        flags = " | ".join([str(case.flags), *(self._flag(message, rule) for rule in case.flag_rules)])
-        out("e = out[np.uint64(n)]\ne.seq = np.uint64(seq)\ne.ts_event = ts_event\ne.ts_recv = received")
-        out(f"e.instrument = {instrument}\ne.kind = np.uint8({int(KINDS[case.kind])})  # {case.kind}\ne.side = {side}\ne.flags = np.uint16({flags})")
-        for name in ("price", "qty", "id", "aux"):
-            cast = "np.uint64" if name == "id" else "np.int64"
-            out(f"e.{name} = {cast}({values.get(name, '0')})")
-        out("n += 1")
+        any_code = next(m.fields[spec.code] for m in spec.messages if spec.code in m.fields)
+        if code:
+            out(f"number = {_load(code, 'm')}")
+        lookup = "feed.codes[number]" if any_code.size <= 2 else "find_code(feed, number)"
+        out(f"instrument = {lookup} if kind != {int(KINDS['reference'])} else UNBOUND\nif instrument >= RESOLVED_BELOW:")
+        out.indent()
+        out(_MOVE[4:])
+        out("w0, w1, w2 = _ZERO, _ZERO, _ZERO")
+        if symbol:
+            out(f"if symbol_at >= 0:\n    w0, w1, w2 = {words}")
+        out(f"instrument, n = resolve_code(feed, instrument, np.uint64(number), w0, w1, w2, {rest})")
+        out(f"if instrument >= RESOLVED_BELOW or kind == {int(KINDS['reference'])}:\n    kind = 0")
+        out.indent(-1)
 
     def _flag(self, message: Message, rule: Any) -> str:
         raw = _load(message.fields[rule.field], "m")
@@ -559,7 +618,7 @@ class _DecoderWriter:
     def _mapped(self, field: Field, raw: str) -> tuple[str, list[tuple[str, str]]]:
         assert field.map is not None
         items = list(field.map.items())
-        if field.size == 1 and not self._pair(field):
+        if field.size == 1:
             table = self.maps[(tuple(items), field.map_default)]
             lookup = f"{table}[{raw}]"
             return lookup, ([] if field.map_default is not None else [(f"{lookup} == _BAD", "BAD_FIELD")])

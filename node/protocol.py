@@ -597,6 +597,8 @@ def _check_names(doc: _Document, messages: list[Message], instrument: Mapping[st
         users = [m.fields[name] for m in messages if name in m.fields]
         if not users:
             doc.fault((section, key), f"no message has a field {name!r}")
+        if key in ("code", "symbol") and len({f.size for f in users}) > 1:
+            doc.fault((section, key), f"field {name!r} must have one type in every message")
         for found in users:
             if key == "symbol" and not (found.text and found.size <= SYMBOL_BYTES_MAX):
                 doc.fault((section, key), f"field {name!r} must be alpha:1 to alpha:{SYMBOL_BYTES_MAX}")

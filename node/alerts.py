@@ -67,7 +67,7 @@ def threshold(
 
 
 @calculation(
-    state=lambda p: [*window_fields(p["window"]), *_FIRED, ("held", "u1")],
+    state=lambda p: [("held", "u1"), *_FIRED, *window_fields(p["window"])],
     emits="alert",
     bounds={"window": (2, WINDOW_MAX), "limit": (0.0, math.inf), "hysteresis": (0.0, math.inf), **_COOLDOWN},
 )

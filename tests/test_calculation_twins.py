@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -73,6 +76,14 @@ def test_compiled_and_interpreted_agree(name: str) -> None:
 def same_state(a: Any, b: Any) -> bool:
     """Equal but for the payload of NaNs."""
     return all(np.array_equal(a[n], b[n], equal_nan=a[n].dtype.kind == "f") for n in a.dtype.names)
+
+
+@pytest.mark.slow
+def test_no_calculation_reaches_outside_its_state() -> None:
+    """The same examples once more, compiled with bounds checks."""
+    chosen = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "compiled_and_interpreted"]
+    done = subprocess.run(chosen, env={**os.environ, "TICKMESH_BOUNDSCHECK": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_the_table_above_is_complete() -> None:

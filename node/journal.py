@@ -955,13 +955,14 @@ class JournalReader:
                     yield segment.events[at:end]
                     chain = int(segment.checksums[end - 1])
                 if end < min(at + size, total):
-                    self._check_end(segment, end)
+                    self._check_end(segment, end, chain)
                     return
                 at = end
 
-    def _check_end(self, segment: _Segment, bad: int) -> None:
-        later = segment.whole_after(bad) and not _has_writer(self.folder)
-        if later or _segment_has_data(_segment_path(self.folder, segment.header.index + 1)):
+    def _check_end(self, segment: _Segment, bad: int, chain: int) -> None:
+        """Raise if whole records follow record `bad`, and it does not hold even now: a live writer may just have come past it."""
+        later = segment.whole_after(bad) or _segment_has_data(_segment_path(self.folder, segment.header.index + 1))
+        if later and segment.valid(bad, bad + 1, chain) == bad:
             raise JournalCorrupt(segment.path, bad, segment.header.first_sequence + bad)
 
 
@@ -1055,9 +1056,12 @@ def _check_records(segment: _Segment, chain: int, last: bool, live: bool) -> tup
         held += bad - at
         if bad == total:
             break
+        chain, at = int(segment.checksums[bad - 1]) if bad > at else chain, bad
         after = int(_next_valid(segment.event_words, segment.checksums, bad + 1, total))
+        behind = segment.first_data_after(bad)
+        if segment.valid(bad, bad + 1, chain) > bad:  # a live writer has just come past it
+            continue
         if after == total and last:
-            behind = segment.first_data_after(bad)
             if behind is not None and not live:
                 found.append(Problem(segment.path.name, behind, header.first_sequence + behind, "torn", "the end is not whole"))
             break

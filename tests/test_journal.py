@@ -214,7 +214,7 @@ def test_killed_at_random_points(tmp_path: Path, sync: str) -> None:
     seed = random.randrange(1 << 32)
     rng = random.Random(seed)
     total = make(tmp_path, 100) and 100
-    for _ in range(4):
+    for _ in range(3):
         code = _WRITER.format(here=os.path.dirname(__file__), folder=str(tmp_path), sync=sync, batch=rng.randrange(1, 700))
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
         assert child.stdout is not None
@@ -428,3 +428,12 @@ def test_no_more_room_is_a_state_and_passes(tmp_path: Path) -> None:
     assert os.strerror(errno.EFBIG) in done.stderr, "it is logged"
     assert sequences(tmp_path / "journal") == list(range(5048))
     assert verify(tmp_path / "journal").ok
+
+
+@pytest.mark.slow
+def test_with_bounds_checks() -> None:
+    """Appending, reading and recovering once more, with every index checked."""
+    environment = os.environ | {"TICKMESH_BOUNDSCHECK": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", __file__, "-k", "comes_out or compiled or every_byte"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 import orjson
+
 from tickmesh.control.config import Source
 from tickmesh.node.event import ASK, BID, NO_PRICE, NO_SIDE, PRICE_DECIMALS, Flag, Kind
 from tickmesh.node.event_batch import EventBatch
@@ -110,11 +111,18 @@ def tick_of(prices: Iterable[int]) -> int:
     return tick
 
 
-def exponent_of(price: int, quantities: Iterable[str]) -> int:
-    """A quantity exponent inferred from a price (1e-9) and quantity texts: 8, less where cheap units trade in huge numbers."""
-    digits = len(str(price)) if price > 0 else PRICE_DECIMALS
-    usual = _DEFAULT_EXPONENT if digits >= PRICE_DECIMALS - 2 else max(2, digits + 1)
-    return min(18, max([usual, *(decimals_of(q) for q in quantities)]))
+def exponent_of(quantities: Iterable[str], by_order: bool = False) -> int:
+    """A quantity exponent inferred from some quantity texts: at most 8, at least the decimals seen.
+
+    A level of a book holds less than 2**40, so the exponent leaves room for levels a hundred times as large as the largest seen. An
+    order holds less than 2**32: a feed `by_order` keeps only the decimals seen.
+    """
+    seen = list(quantities)
+    decimals = max((decimals_of(q) for q in seen), default=0)
+    if by_order:
+        return min(18, decimals)
+    digits = max((len(q.partition(".")[0].lstrip("0")) for q in seen), default=0)
+    return min(18, max(decimals, min(_DEFAULT_EXPONENT, 10 - digits)))
 
 
 # ---------------------------------------------------------------- the common part
@@ -139,6 +147,8 @@ class VenueFeed:
     """
 
     venue = ""
+    by_order = False
+    """Whether books are kept by order, not by level."""
     events_max = 2 * LEVELS_MAX + 2 * HELD_LEVELS_MAX
 
     def __init__(self, options: Source, table: InstrumentTable, source: int = 0, shard: Callable[[str], int | None] | None = None) -> None:
@@ -213,7 +223,7 @@ class VenueFeed:
         tick = self.options.tick_size_of(symbol)
         exponent = self.options.quantity_exponent_of(symbol)
         tick = tick_of(fixed) if tick is None else tick
-        exponent = exponent_of(max(fixed, default=0), quantities) if exponent is None else exponent
+        exponent = exponent_of(quantities, self.by_order) if exponent is None else exponent
         for quantity in quantities:
             fixed_point(quantity, exponent)  # refuse the message before the instrument is known
         listing = Listing(symbol, self._intern(symbol, tick, exponent), exponent)
@@ -694,7 +704,8 @@ def _trade_number(text: Any) -> int:
 
 _QUOTE_SLOTS = {"bid": "price", "bid_qty": "qty", "ask_qty": "id", "ask": "aux"}
 _EMPTY_EVENT = {"price": 0, "qty": 0, "side": NO_SIDE, "id": 0, "aux": 0, "ts_event": 0, "seq": 0}
-_BOOK_EVENTS = frozenset({"level", "add", "execute", "cancel", "delete", "replace", "modify", "clear"})
+_ORDER_EVENTS = frozenset({"add", "execute", "cancel", "delete", "replace", "modify"})
+_BOOK_EVENTS = _ORDER_EVENTS | {"level", "clear"}
 
 
 class MappedFeed(VenueFeed):
@@ -716,6 +727,7 @@ class MappedFeed(VenueFeed):
     ) -> None:
         super().__init__(options, table, source, shard)
         self.mappings = compile_mappings(options, columns)
+        self.by_order = any(mapping.event in _ORDER_EVENTS for mapping in self.mappings)
         self._midnight_ns = options.midnight_ns()
 
     def _parse(self, payload: bytes) -> Any:

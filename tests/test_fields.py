@@ -14,6 +14,7 @@ import pytest
 from dict_book import DictBook, books_of
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tickmesh.control.config import Checks, ConfigError, Source, parse_config
 from tickmesh.node.event import ASK, BID, NO_PRICE, EventArray, Flag, Kind, TradingStatus, scaled
 from tickmesh.node.event_batch import EventBatch
@@ -221,7 +222,7 @@ fields = { aux = { path = "state", values = { H = "halted" } } }
     assert events["id"][0] == 0x20F43950D8DD5B31 >> 1
     assert events["flags"][1] == Flag.PRICED
     assert (events["id"][2], events["aux"][2]) == (6, 5)
-    assert (events["price"][3], events["qty"][3], events["aux"][3], events["id"][3]) == (NO_PRICE, 0, 2_500_000_000, 400_000_000)
+    assert (events["price"][3], events["qty"][3], events["aux"][3], events["id"][3]) == (NO_PRICE, 0, 2_500_000_000, 4)
     assert events["aux"][4:].tolist() == [TradingStatus.HALTED, TradingStatus.TRADING]
 
 

@@ -14,11 +14,12 @@ from zlib import crc32
 import numpy as np
 import pytest
 from dict_book import DictBook, books_of, rows_of
+
 from tickmesh.control.config import Source, parse_config
 from tickmesh.node.event import ASK, BID, EVENT, QUOTE, REFERENCE, EventArray, Flag, Kind, scaled
 from tickmesh.node.event_batch import BatchFull, EventBatch
 from tickmesh.node.instruments import InstrumentTable
-from tickmesh.node.json_feed import VENUE_FEEDS, VenueFeed, okx_checksum, venue_feed
+from tickmesh.node.json_feed import VENUE_FEEDS, VenueFeed, exponent_of, okx_checksum, tick_of, venue_feed
 from tickmesh.transports.recording import read_lines
 
 DATA = Path(os.environ.get("TICKMESH_DATA", Path(__file__).parents[1] / "../shared/data"))
@@ -258,6 +259,19 @@ def test_ignored_messages_are_counted() -> None:
     assert feed.messages == {"kline": 1, "answer": 1, "partialDepth": 1, "array": 1}
 
 
+def test_inferred_sizes_leave_room() -> None:
+    assert exponent_of(["0.02000000", "3.78826000"]) == 8
+    assert exponent_of(["70269", "2409"]) == 5
+    assert exponent_of(["15356000000.00"]) == 0
+    assert exponent_of(["15356000000.123"]) == 3
+    assert exponent_of(["300", "1.50"], by_order=True) == 1
+    assert exponent_of([]) == 8
+    assert tick_of([61837_630_000_000, 61837_640_000_000]) == 10_000_000
+    assert tick_of([30_000_000_000_000]) == 1_000_000_000  # a round price says little: five digits are kept
+    assert tick_of([65_470]) == 1
+    assert tick_of([]) == 1
+
+
 def test_trade_fields() -> None:
     events = send(make("binance"), TRADE, {**TRADE, "e": "aggTrade", "a": 9, "m": False})
     assert events["side"][1:].tolist() == [ASK, BID]  # the buyer was the maker: the seller took
@@ -362,13 +376,15 @@ def test_bybit_book_without_a_gap() -> None:
     assert not feed.malformed
     book = books_of(events)[0]
     assert book.best(BID)[0] < book.best(ASK)[0]
+    exponent = int(feed.table.record(0)["qty_exponent"])
+    assert max(events["qty"][events["kind"] == Kind.LEVEL]) < 1 << 40  # what a level of a book holds
     slow: dict[str, dict[str, str]] = {"b": {}, "a": {}}
     for _, payload in lines:
         for name in "ba":
             for price, qty in json.loads(payload)["data"][name]:
                 slow[name][price] = qty
     for side, name in ((BID, "b"), (ASK, "a")):
-        assert book.sides[side] == {scaled(p, 9): scaled(q, 8) for p, q in slow[name].items() if Decimal(q)}
+        assert book.sides[side] == {scaled(p, 9): scaled(q, exponent) for p, q in slow[name].items() if Decimal(q)}
 
 
 def test_bybit_gap_restart_and_trades() -> None:

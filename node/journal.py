@@ -39,6 +39,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
+
 from tickmesh.node.event import EVENT, EventArray
 from tickmesh.transports.toolbox import copy_record, idle, inlined, load_acquire, loop, outlined, store_release
 

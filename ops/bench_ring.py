@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from tickmesh.transports.codecache import cache_dir
 from tickmesh.transports.ring import RECORD, Ring, ring_read_batch, ring_write_batch
 from tickmesh.transports.toolbox import IDLE_SPIN, cpu_pause, cycle_counter, loop, monotonic_ns

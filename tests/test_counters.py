@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tickmesh.transports import counters
 from tickmesh.transports.counters import Counter, CounterFile, Histogram
 from tickmesh.transports.toolbox import loop

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tickmesh.node import journal as journals
 from tickmesh.node.event import EVENT, EventArray
 from tickmesh.node.journal import Journal, JournalReader, recover, verify

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tickmesh.ops import bench_ring
 from tickmesh.transports import ring as rings
 from tickmesh.transports.ring import RECORD, Ring

@@ -25,6 +25,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
+
 from tickmesh.transports.toolbox import count_leading_zeros, inlined, store_release
 
 MAGIC = b"tmcounts"

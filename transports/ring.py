@@ -31,6 +31,7 @@ from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
+
 from tickmesh.transports.toolbox import (
     compare_and_swap,
     copy_record,

@@ -190,7 +190,7 @@ def vwap(event: Any, state: Any, *, session_ms: int = 0, offset_ms: int = 0) -> 
     state.high = high
     state.low = low
     state.volume += event.qty
-    return wide_float(high, low) / np.float64(state.volume) / 1e9 if state.volume > 0 else math.nan
+    return wide_float(high, low) / (np.float64(state.volume) * 1e9) if state.volume > 0 else math.nan
 
 
 def _trades_state(p: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -219,7 +219,7 @@ def vwap_window(event: Any, state: Any, *, window: int = 100) -> Any:
     state.pushed += 1
     state.n += 1
     state.volume += event.qty
-    return wide_float(high, low) / np.float64(state.volume) / 1e9 if state.volume > 0 else math.nan
+    return wide_float(high, low) / (np.float64(state.volume) * 1e9) if state.volume > 0 else math.nan
 
 
 @calculation(inputs="trade", state=[("notional", "f8"), ("volume", "f8"), ("last", "i8")], bounds={"halflife_ms": (1e-6, 1e12)})

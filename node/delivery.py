@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 import uvloop
 from nats.js.api import DiscardPolicy, StorageType, StreamConfig
+
 from tickmesh.node.event import EVENT, EventArray
 from tickmesh.node.frames import (
     EVENT_SIZE,
@@ -94,7 +95,7 @@ class DeliveryOptions:
         target: NATS address(es); see :func:`tickmesh.transports.nats.connect`.
         epoch: fencing token of this node's leadership.
         batch_max_events: events in a frame at most; less if the server takes smaller messages only.
-        batch_max_wait_ms: how long an output may wait for others to share its frame.
+        batch_max_wait_ms: how long an output may wait for others to share its frame, while earlier frames are under way.
         window: frames under way at a time, at most 256.
         stream_max_bytes: the oldest frames go when a shard's stream is larger.
         stream_max_age_s: frames go when they are older; 0: never. Once all are gone, a restarted node publishes from its replay anew.
@@ -108,7 +109,7 @@ class DeliveryOptions:
     cluster: str
     target: str = "nats://127.0.0.1:4222"
     epoch: int = 1
-    batch_max_events: int = 512
+    batch_max_events: int = 1024
     batch_max_wait_ms: float = 1.0
     window: int = 256
     stream_max_bytes: int = 512 << 20
@@ -117,7 +118,7 @@ class DeliveryOptions:
     per_event: frozenset[int] | None = None
     per_event_rate_max: int = 20_000
     poll_min_ms: float = 0.2
-    poll_max_ms: float = 4.0
+    poll_max_ms: float = 5.0
     drain_timeout_s: float = 5.0
 
 
@@ -242,7 +243,7 @@ class ShardDelivery:
                 pause_ms = min(o.poll_max_ms, pause_ms * 1.2)
                 continue
             pause_ms = o.poll_min_ms
-            if lag < self._batch and o.batch_max_wait_ms > 0:
+            if lag < self._batch and o.batch_max_wait_ms > 0 and self.publisher.in_flight:  # nothing under way: send at once
                 await asyncio.sleep(o.batch_max_wait_ms / 1000)
             await self._deliver(self._read())
         await self._finish()

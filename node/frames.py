@@ -21,6 +21,7 @@ from urllib.parse import quote, unquote
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
 import numpy.typing as npt
+
 from tickmesh.node.event import (
     ALL_INSTRUMENTS,
     ASK,

@@ -26,6 +26,7 @@ import nats.errors
 import nats.js.errors as js_errors
 import numpy as np
 import numpy.typing as npt
+
 from tickmesh.node.delivery import reference_stream_name, stream_name, stream_subject
 from tickmesh.node.event import EVENT, EventArray
 from tickmesh.node.frames import EVENT_SIZE, FrameError, FrameHeader, InstrumentNames, decode_frame, sequence_runs

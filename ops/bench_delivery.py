@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import uvloop
+
 from tickmesh.node.event import EVENT, EventArray
 from tickmesh.node.frames import EVENT_SIZE, FrameHeader, encode_header
 from tickmesh.ops.servers import NatsServer, NatsServerOptions
@@ -32,7 +33,7 @@ from tickmesh.transports.nats import NatsLink, OutputPublisher, OutputStream, co
 _ACK_GROUP = 256
 
 
-def bench_delivery(*, events: int = 1_000_000, per_event_events: int = 40_000, rounds: int = 3, batch: int = 512) -> dict[str, Any]:
+def bench_delivery(*, events: int = 1_000_000, per_event_events: int = 20_000, rounds: int = 3, batch: int = 1024) -> dict[str, Any]:
     """Measure delivery; returns plain data.
 
     Args:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, TextIO
 
 import uvloop
+
 from tickmesh.node.event import Kind
 from tickmesh.node.frames import event_maps, kind_name, token_symbol
 from tickmesh.node.subscription import Batch, MapSubscription, Subscription, subscribe

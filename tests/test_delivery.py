@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from nats_fixtures import cluster, nats_server, own_nats_server  # noqa: F401
+
 from tickmesh.node.delivery import DeliveryOptions, Gateway
 from tickmesh.node.event import EVENT, QUOTE, REFERENCE, Kind
 from tickmesh.node.subscription import Batch, subscribe
@@ -87,7 +88,7 @@ def test_outputs_arrive_once_and_bit_for_bit(nats_server: NatsServer, cluster: s
     assert status["records"] == status["events_read"] == 5000
     assert status["missing"] == status["overwritten"] == status["resent"] == 0
     assert status["received_to_stored_us"]["p50"] > 0
-    assert max(len(b.events) for b in batches) <= 512
+    assert max(len(b.events) for b in batches) <= 1024
 
 
 def test_restart_continues_where_the_stream_ends(nats_server: NatsServer, cluster: str) -> None:  # noqa: F811

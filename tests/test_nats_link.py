@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from nats_fixtures import cluster, nats_server, own_nats_server  # noqa: F401
+
 from tickmesh.ops.servers import NatsServer, NatsServerOptions
 from tickmesh.transports.nats import (
     Fenced,

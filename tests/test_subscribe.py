@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nats_fixtures import cluster, nats_server, own_nats_server  # noqa: F401
 from test_delivery import delivering, options, outputs, sequences, wait_for
+
 from tickmesh.node.delivery import Gateway
 from tickmesh.node.event import EVENT, Kind
 from tickmesh.node.frames import FrameHeader

@@ -16,6 +16,7 @@ from typing import Any
 import nats.errors
 import nats.js.errors as js_errors
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
+
 from tickmesh.transports.nats import LinkError, NatsLink, StreamMissing, backoff_s
 
 _EXPIRES_S, _HEARTBEAT_S = 5.0, 0.5

@@ -1,0 +1,466 @@
+"""The mapped counters of a node process: what `status` and `top` read from outside, at no cost to the loops that write them.
+
+One file per node, ``/dev/shm/tickmesh-CLUSTER.NODE.counters`` (a dot, which no name contains, so that two nodes never share a file).
+It is a counter file of :mod:`tickmesh.transports.counters` with these names:
+
+* ``node.COUNTER``: :class:`NodeCounter`;
+* ``source.NAME.COUNTER``: :class:`SourceCounter`, one set per configured source;
+* ``shard.NUMBER.COUNTER``: :class:`ShardCounter`, and histograms ``shard.NUMBER.receive_to_output`` and ``….batch_events``;
+* ``delivery.NAME.NUMBER.COUNTER``: :class:`DeliveryCounter`, one set per delivery and shard, and the histogram ``….output_to_published``.
+
+A compiled loop writes its own set through the arrays of :meth:`Telemetry.shard`:
+``counter_set(t.values, t.base + ShardCounter.OUTPUTS, n)``. Everything else is mirrored by Python now and then with
+:meth:`Telemetry.set` or :meth:`Telemetry.update`.
+
+The node holds a lock on the file while it lives, which the kernel lets go when the process ends: that is how a reader knows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import struct
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from tickmesh.transports.counters import Counter, CounterFile, CountersNotFound, Histogram, Values, counters_path, list_counters
+
+
+class NodeState(IntEnum):
+    """What a node is doing."""
+
+    STARTING = 0
+    RUNNING = 1
+    STOPPING = 2
+    STOPPED = 3
+    FAILED = 4
+
+
+class NodeCounter(IntEnum):
+    """The node itself; times are wall clock, ns since the epoch."""
+
+    STATE = 0
+    PID = 1
+    STARTED_NS = 2
+    HEARTBEAT_NS = 3
+
+
+class SourceCounter(IntEnum):
+    """One source, as its receiver counts."""
+
+    MESSAGES = 0
+    EVENTS = 1
+    BYTES = 2
+    PACKETS = 3
+    MALFORMED = 4
+    GAPS = 5
+    MISSING = 6
+    DUPLICATES = 7
+    FILTERED = 8
+    RING_FULL = 9
+    DROPPED_BY_KERNEL = 10
+
+
+class ShardCounter(IntEnum):
+    """One shard."""
+
+    EVENTS_IN = 0
+    REFUSED = 1
+    OUTPUTS = 2
+    BLOCKED = 3
+    TRADES = 4
+    BBO = 5
+    SIGNALS = 6
+    ALERTS = 7
+    CROSSED = 8
+    ORDERS = 9
+    INSTRUMENTS = 10
+    JOURNAL_RECORDS = 11
+    CONFIG_VERSION = 12
+    OUTPUT_LAG = 13
+
+
+class DeliveryCounter(IntEnum):
+    """One delivery of one shard's outputs."""
+
+    FRAMES = 0
+    EVENTS = 1
+    ACKS = 2
+    RETRIES = 3
+    RECONNECTS = 4
+    SKIPPED = 5
+    LAG = 6
+
+
+NODE_ABOUT = {
+    NodeCounter.STATE: "0 starting, 1 running, 2 stopping, 3 stopped, 4 failed",
+    NodeCounter.PID: "process id",
+    NodeCounter.STARTED_NS: "when the process made this file",
+    NodeCounter.HEARTBEAT_NS: "when the main thread last mirrored its numbers",
+}
+SOURCE_ABOUT = {
+    SourceCounter.MESSAGES: "protocol messages decoded",
+    SourceCounter.EVENTS: "events handed to shards",
+    SourceCounter.BYTES: "bytes received",
+    SourceCounter.PACKETS: "datagrams or records received",
+    SourceCounter.MALFORMED: "messages and packets that break the protocol",
+    SourceCounter.GAPS: "runs of source sequences that never came",
+    SourceCounter.MISSING: "source sequences in those gaps",
+    SourceCounter.DUPLICATES: "messages that had come before, on this or the other line",
+    SourceCounter.FILTERED: "messages of symbols that the configuration leaves out",
+    SourceCounter.RING_FULL: "waits for a shard's input ring",
+    SourceCounter.DROPPED_BY_KERNEL: "datagrams the socket's buffer had no room for",
+}
+SHARD_ABOUT = {
+    ShardCounter.EVENTS_IN: "input events taken",
+    ShardCounter.REFUSED: "input events the book refused",
+    ShardCounter.OUTPUTS: "output events published in the ring",
+    ShardCounter.BLOCKED: "waits for room in the output ring",
+    ShardCounter.TRADES: "printed trades",
+    ShardCounter.BBO: "BBO events",
+    ShardCounter.SIGNALS: "SIGNAL events",
+    ShardCounter.ALERTS: "ALERT events",
+    ShardCounter.CROSSED: "instruments whose book is crossed or locked",
+    ShardCounter.ORDERS: "resting orders",
+    ShardCounter.INSTRUMENTS: "instruments seen",
+    ShardCounter.JOURNAL_RECORDS: "events in the journal",
+    ShardCounter.CONFIG_VERSION: "version of the configuration in use",
+    ShardCounter.OUTPUT_LAG: "outputs the slowest reader of the output ring has not read",
+}
+DELIVERY_ABOUT = {
+    DeliveryCounter.FRAMES: "frames sent",
+    DeliveryCounter.EVENTS: "events in them",
+    DeliveryCounter.ACKS: "frames acknowledged",
+    DeliveryCounter.RETRIES: "frames sent again",
+    DeliveryCounter.RECONNECTS: "connections made after the first",
+    DeliveryCounter.SKIPPED: "outputs not sent as a message of their own: over the rate, or no connection",
+    DeliveryCounter.LAG: "outputs in the ring, not read yet",
+}
+_GAUGES: frozenset[IntEnum] = frozenset(
+    [*NodeCounter, ShardCounter.CROSSED, ShardCounter.ORDERS, ShardCounter.INSTRUMENTS, ShardCounter.CONFIG_VERSION,
+     ShardCounter.OUTPUT_LAG, DeliveryCounter.LAG]
+)  # fmt: skip
+_LOCK = struct.Struct("hhqqi4x")
+"""``struct flock``: type, whence, start, length, pid."""
+
+# ---------------------------------------------------------------- errors
+
+
+class TelemetryError(Exception):
+    """Something about a node's counters; `path` is their file."""
+
+    def __init__(self, path: Path, message: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class NodeRunning(TelemetryError):
+    """A node of this name runs on this host already; `pid`."""
+
+    def __init__(self, path: Path, cluster: str, node: str, pid: int) -> None:
+        super().__init__(
+            path, f"node {node!r} of cluster {cluster!r} runs on this host already (pid {pid}); stop it, or choose another [cluster] node"
+        )
+        self.cluster, self.node, self.pid = cluster, node, pid
+
+
+# ---------------------------------------------------------------- names and places
+
+
+class NodeName(NamedTuple):
+    """Which node a file of counters belongs to."""
+
+    cluster: str
+    node: str
+    path: Path
+
+
+def telemetry_path(cluster: str, node: str) -> Path:
+    """Where the counters of a node lie: ``/dev/shm/tickmesh-CLUSTER.NODE.counters``."""
+    return counters_path(f"{cluster}.{node}")
+
+
+def find_nodes() -> list[NodeName]:
+    """The nodes that have, or had, counters on this host, sorted."""
+    found = [name.split(".") for name in list_counters()]
+    return [NodeName(parts[0], parts[1], telemetry_path(*parts)) for parts in found if len(parts) == 2]
+
+
+def counter_name(prefix: str, counter: IntEnum) -> str:
+    """Label of a counter in the file: ``counter_name("shard.0", ShardCounter.EVENTS_IN) == "shard.0.events_in"``."""
+    return f"{prefix}.{counter.name.lower()}"
+
+
+def _counters(prefix: str, about: Mapping[Any, str]) -> list[Counter]:
+    """A set of counters in the order of its enumeration: the file keeps a group's order, so that `base + counter` is its index."""
+    return [
+        Counter(counter_name(prefix, c), "ns" if c.name.endswith("_NS") else "", text, "gauge" if c in _GAUGES else "counter", prefix)
+        for c, text in about.items()
+    ]
+
+
+# ---------------------------------------------------------------- what a loop gets
+
+
+class SourceTelemetry(NamedTuple):
+    """What a receiver writes: counter `c` of :class:`SourceCounter` is ``values[base + c]``."""
+
+    values: Values
+    base: np.int64
+
+
+class ShardTelemetry(NamedTuple):
+    """What a shard's loop writes: counter `c` of :class:`ShardCounter` is ``values[base + c]``; histograms take ``histogram_record``."""
+
+    values: Values
+    base: np.int64
+    receive_to_output: Values
+    """ns from an event's `ts_recv` to the moment when its outputs are in the ring."""
+    batch_events: Values
+    """Events taken from the input ring at once."""
+
+
+class DeliveryTelemetry(NamedTuple):
+    """What a delivery writes for one shard: counter `c` of :class:`DeliveryCounter` is ``values[base + c]``."""
+
+    values: Values
+    base: np.int64
+    output_to_published: Values
+    """ns from an output's appearance in the ring to the server's acknowledgement."""
+
+
+@dataclass(frozen=True)
+class _Sets:
+    """Prefixes of the sets in a file, in order."""
+
+    sources: list[str]
+    shards: list[int]
+    deliveries: list[tuple[str, int]]
+
+
+# ---------------------------------------------------------------- the file
+
+
+class Telemetry:
+    """A node's counters: :meth:`create` by the node, :meth:`attach` by anybody else (read-only)."""
+
+    def __init__(self, file: CounterFile, lock: int | None = None) -> None:
+        self.file = file
+        self._lock = lock
+        self._sets = _sets(file.about.index)
+
+    @classmethod
+    def create(cls, cluster: str, node: str, sources: Sequence[str], shards: int, deliveries: Sequence[str] = ()) -> Telemetry:
+        """Make the file, in place of the one that an earlier run left.
+
+        Raises:
+            NodeRunning: a node of this name runs.
+            CountersNoSpace: no memory for it.
+            CountersLayoutMismatch: something else lies there.
+        """
+        path = telemetry_path(cluster, node)
+        if is_alive(path):
+            raise NodeRunning(path, cluster, node, _pid(path))
+        counters, histograms = _layout(sources, shards, deliveries)
+        file = CounterFile.create(path, counters, histograms)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0))
+        except OSError:
+            os.close(fd)
+            raise NodeRunning(path, cluster, node, _pid(path)) from None
+        telemetry = cls(file, fd)
+        telemetry.update("node", {"pid": os.getpid(), "started_ns": time.time_ns(), "heartbeat_ns": time.time_ns()})
+        return telemetry
+
+    @classmethod
+    def attach(cls, cluster: str, node: str) -> Telemetry:
+        """Read a node's counters.
+
+        Raises:
+            CountersNotFound: there are none.
+            CountersLayoutMismatch: they are of another version.
+        """
+        return cls(CounterFile.attach(telemetry_path(cluster, node)))
+
+    # -- writing
+
+    def set(self, name: str, value: int) -> None:
+        """Set a counter by its label, e.g. ``set("source.nasdaq.messages", 12)``. For numbers that no loop writes itself.
+
+        Raises:
+            KeyError: there is no such counter.
+        """
+        self.file.values[self.file.about.index[name]] = value
+
+    def update(self, prefix: str, numbers: Mapping[str, int]) -> None:
+        """Set several counters of one set, e.g. ``update("delivery.events.0", {"frames": 7, "acks": 7})``.
+
+        Raises:
+            KeyError: there is no such counter.
+        """
+        for name, value in numbers.items():
+            self.set(f"{prefix}.{name}", value)
+
+    def set_state(self, state: NodeState) -> None:
+        """Say what the node is doing."""
+        self.set("node.state", state)
+        self.beat()
+
+    def beat(self) -> None:
+        """Say that the main thread is alive; once per second or more often."""
+        self.set("node.heartbeat_ns", time.time_ns())
+
+    def source(self, name: str) -> SourceTelemetry:
+        """The arrays that the receiver of source `name` writes."""
+        return SourceTelemetry(self.file.values, self._base(f"source.{name}", SourceCounter.MESSAGES))
+
+    def shard(self, number: int) -> ShardTelemetry:
+        """The arrays that the loop of a shard writes."""
+        prefix = f"shard.{number}"
+        histograms = (self.file.histogram(f"{prefix}.{name}") for name in ("receive_to_output", "batch_events"))
+        return ShardTelemetry(self.file.values, self._base(prefix, ShardCounter.EVENTS_IN), *histograms)
+
+    def delivery(self, name: str, shard: int) -> DeliveryTelemetry:
+        """The arrays that delivery `name` writes for a shard."""
+        prefix = f"delivery.{name}.{shard}"
+        base = self._base(prefix, DeliveryCounter.FRAMES)
+        return DeliveryTelemetry(self.file.values, base, self.file.histogram(f"{prefix}.output_to_published"))
+
+    def _base(self, prefix: str, first: IntEnum) -> np.int64:
+        return np.int64(self.file.index(counter_name(prefix, first)))
+
+    # -- reading
+
+    def reading(self) -> dict[str, Any]:
+        """All numbers now; see :func:`read_telemetry`."""
+        taken = self.file.snapshot()
+        counters, histograms, now_ns = taken["counters"], taken["histograms"], time.time_ns()
+        node = _numbers(counters, "node", NodeCounter)
+        cluster, _, name = self.file.about.name.partition(".")
+        deliveries: dict[str, list[dict[str, Any]]] = {}
+        for delivery, shard in self._sets.deliveries:
+            prefix = f"delivery.{delivery}.{shard}"
+            numbers = _numbers(counters, prefix, DeliveryCounter)
+            latency = histograms[f"{prefix}.output_to_published"]
+            deliveries.setdefault(delivery, []).append({"shard": shard, **numbers, "output_to_published": latency})
+        alive = is_alive(self.file.path)
+        return {
+            "cluster": cluster,
+            "node": name,
+            "path": str(self.file.path),
+            "pid": node["pid"],
+            "alive": alive,
+            "state": _state_name(node["state"]),
+            "started_ns": node["started_ns"],
+            "uptime_s": max(0, (now_ns if alive else node["heartbeat_ns"]) - node["started_ns"]) / 1e9,
+            "heartbeat_age_s": max(0, now_ns - node["heartbeat_ns"]) / 1e9,
+            "sources": {source: _numbers(counters, f"source.{source}", SourceCounter) for source in self._sets.sources},
+            "shards": [{"shard": k, **_shard_numbers(counters, histograms, f"shard.{k}")} for k in self._sets.shards],
+            "deliveries": deliveries,
+        }
+
+    # -- the end
+
+    def close(self, *, keep: bool = False) -> None:
+        """Let go: the node shows as ended, and its file goes unless `keep` (for a look at the last numbers)."""
+        if self._lock is not None:
+            if not keep:
+                self.file.unlink()
+            os.close(self._lock)
+            self._lock = None
+        self.file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close(keep=error is not None)
+
+
+def _layout(sources: Iterable[str], shards: int, deliveries: Sequence[str]) -> tuple[list[Counter], list[Histogram]]:
+    counters = _counters("node", NODE_ABOUT)
+    histograms = []
+    for source in sources:
+        counters += _counters(f"source.{source}", SOURCE_ABOUT)
+    for shard in range(shards):
+        counters += _counters(f"shard.{shard}", SHARD_ABOUT)
+        histograms.append(Histogram(f"shard.{shard}.receive_to_output", "ns", "from receipt of an event to its outputs in the ring"))
+        histograms.append(Histogram(f"shard.{shard}.batch_events", "events", "events taken from an input ring at once"))
+        for delivery in deliveries:
+            counters += _counters(f"delivery.{delivery}.{shard}", DELIVERY_ABOUT)
+            name = f"delivery.{delivery}.{shard}.output_to_published"
+            histograms.append(Histogram(name, "ns", "from an output in the ring to the server's acknowledgement"))
+    return counters, histograms
+
+
+def _sets(labels: Iterable[str]) -> _Sets:
+    """What a file is about, from the labels in it."""
+    sources: dict[str, None] = {}
+    shards: dict[int, None] = {}
+    deliveries: dict[tuple[str, int], None] = {}
+    for label in labels:
+        parts = label.split(".")
+        if parts[0] == "source" and len(parts) == 3:
+            sources[parts[1]] = None
+        elif parts[0] == "shard" and len(parts) == 3:
+            shards[int(parts[1])] = None
+        elif parts[0] == "delivery" and len(parts) == 4:
+            deliveries[parts[1], int(parts[2])] = None
+    return _Sets(list(sources), sorted(shards), list(deliveries))
+
+
+def _numbers(counters: Mapping[str, int], prefix: str, kind: type[IntEnum]) -> dict[str, int]:
+    return {c.name.lower(): counters[counter_name(prefix, c)] for c in kind}
+
+
+def _shard_numbers(counters: Mapping[str, int], histograms: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    latency = {name: histograms[f"{prefix}.{name}"] for name in ("receive_to_output", "batch_events")}
+    return {**_numbers(counters, prefix, ShardCounter), **latency}
+
+
+def _state_name(value: int) -> str:
+    return NodeState(value).name.lower() if value in NodeState._value2member_map_ else f"unknown ({value})"
+
+
+def _pid(path: Path) -> int:
+    with contextlib.suppress(CountersNotFound), CounterFile.attach(path) as file:
+        return file.about.pid
+    return 0
+
+
+def is_alive(path: Path) -> bool:
+    """Whether the process that made this file still runs: it holds a lock, which is looked at and not taken."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0))
+        return int(_LOCK.unpack(answer)[0]) != fcntl.F_UNLCK
+    finally:
+        os.close(fd)
+
+
+def read_telemetry(path: str | Path) -> dict[str, Any]:
+    """A node's numbers, as plain data; nothing is registered with the node.
+
+    Returns:
+        ``{"cluster", "node", "path", "pid", "alive", "state", "started_ns", "uptime_s", "heartbeat_age_s", "sources": {name: {…}},
+        "shards": [{"shard", …, "receive_to_output": {"p50", "p90", "p99", "p999", "max", "mean", "count", "unit"}, "batch_events"}],
+        "deliveries": {name: [{"shard", …, "output_to_published"}]}}``; counters under the lower-case names of the enumerations.
+
+    Raises:
+        CountersNotFound: there is no such file.
+        CountersLayoutMismatch: it is no file of this version.
+    """
+    with CounterFile.attach(path) as file:
+        return Telemetry(file).reading()

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import numpy as np
+
 from tickmesh.node.calculation import calculation
 from tickmesh.node.indicators import WINDOW_MAX
 from tickmesh.node.window import window_fields, window_mean, window_push, window_variance

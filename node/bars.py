@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
 from tickmesh.node.calculation import calculation
 from tickmesh.node.event import Flag, Kind
 from tickmesh.transports.toolbox import inlined

@@ -31,6 +31,7 @@ import numpy as np
 from numba import from_dtype
 from numba import types as nb
 from numba.core.errors import NumbaError
+
 from tickmesh.node.event import ANY_VIEW
 from tickmesh.transports.codecache import import_generated, write_generated
 from tickmesh.transports.toolbox import inlined

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import numpy as np
+
 from tickmesh.node.calculation import calculation
 from tickmesh.node.event import ASK, BID, NO_PRICE, Kind
 from tickmesh.node.exact_math import add_product, exp, log, wide_float

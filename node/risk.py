@@ -10,6 +10,7 @@ from decimal import Decimal
 from typing import Any
 
 import numpy as np
+
 from tickmesh.node.event import ASK, BID, NO_PRICE, Flag, Kind, RiskReason
 from tickmesh.node.exact_math import magnitude, multiply_saturating, multiply_wide
 from tickmesh.transports.toolbox import inlined

@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
 from tickmesh.transports.toolbox import inlined, outlined
 
 _ROUNDING = 10.0 * 2.0**-53

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numba.core.dispatcher import Dispatcher
 from numba.core.extending import _Intrinsic
+
 from tickmesh.node.calculation import Calculation, PlainRecord, new_event
 from tickmesh.node.event import ANY_VIEW, NO_PRICE, Kind
 from tickmesh.transports.toolbox import outlined

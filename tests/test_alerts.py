@@ -9,6 +9,7 @@ import pytest
 from calculation_twins import Run, records, trades
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tickmesh.node.alerts import DOWN, UP, cross, move, threshold, zscore_alert
 from tickmesh.node.calculation import PlainRecord
 

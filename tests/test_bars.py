@@ -7,6 +7,7 @@ from typing import Any
 from calculation_twins import Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tickmesh.node.bars import bars
 from tickmesh.node.calculation import new_event
 from tickmesh.node.event import Flag, Kind

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from tickmesh.node import calculation as module
 from tickmesh.node.calculation import (
     Calculation,

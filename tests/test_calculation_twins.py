@@ -12,6 +12,7 @@ import pytest
 from calculation_twins import Run, bits, raw, records
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tickmesh.node.calculation import built_in
 from tickmesh.node.event import ANY_VIEW, BID, NO_PRICE, Kind
 

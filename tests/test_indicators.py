@@ -16,6 +16,7 @@ import pytest
 from calculation_twins import Run, over_events, quote, records, series, trades
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tickmesh.node import indicators as built
 from tickmesh.node.event import ANY_VIEW, NO_PRICE
 from tickmesh.node.exact_math import exp, log

@@ -11,6 +11,7 @@ import pytest
 from calculation_twins import interpreted
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tickmesh.node.calculation import PlainRecord
 from tickmesh.node.event import ASK, BID, EVENT, NO_PRICE, NO_SIDE, Flag, Kind, RiskReason
 from tickmesh.node.exact_math import add_product, multiply_saturating, multiply_wide, wide_float

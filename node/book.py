@@ -25,16 +25,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-
 from tickmesh.node.event import ALL_INSTRUMENTS, NO_INSTRUMENT, NO_PRICE, NO_SIDE, Flag, Kind, TradingStatus
-from tickmesh.transports.toolbox import count_leading_zeros, count_trailing_zeros, f64_bits, inlined, outlined, prefetch
+from tickmesh.transports.toolbox import count_leading_zeros, count_trailing_zeros, f64_bits, inlined, loop, outlined, prefetch
 
 ORDER = np.dtype([("word", "<u8"), ("key", "<i4"), ("qty", "<u4")])
 """A resting order: `word` = rest of the id << 19 | bs. Empty when `qty` is 0."""
 SIDE = np.dtype(
     [
         ("summary", "<u8"), ("best", "<i4"), ("base", "<i4"), ("tick", "<i8"), ("per_tick", "<f8"),
-        ("far_head", "<i4"), ("flags", "<u4"), ("generation", "<u4"), ("published_flags", "<u4"), ("published_price", "<i8"), ("published_qty", "<i8"),
+        ("far_head", "<i4"), ("flags", "<u4"), ("generation", "<u4"),
+        ("published_flags", "<u4"), ("published_price", "<i8"), ("published_qty", "<i8"),
     ]
 )  # fmt: skip
 """One side of a book, one cache line. `flags` and `generation` of the instrument are those of its bid side."""
@@ -171,8 +171,8 @@ _PUBLISHED = 1 << 16
 _STATUS_UNKNOWN = int(TradingStatus.UNKNOWN)
 _STATUS_HALTED, _STATUS_PAUSED, _STATUS_QUOTE_ONLY = int(TradingStatus.HALTED), int(TradingStatus.PAUSED), int(TradingStatus.QUOTE_ONLY)
 
-_UNKNOWN_INSTRUMENT, _UNKNOWN_ORDER, _DUPLICATE_ORDER, _BAD_SIDE, _BAD_QTY, _QTY_EXCEEDS_ORDER, _QTY_OVERFLOW, _PRICE_RANGE = range(-1, -9, -1)
-_ORDERS_FULL, _LEVELS_FULL, _WRONG_BOOK, _OTHER_INSTRUMENT = range(-9, -13, -1)
+_UNKNOWN_INSTRUMENT, _UNKNOWN_ORDER, _DUPLICATE_ORDER, _BAD_SIDE, _BAD_QTY, _QTY_EXCEEDS_ORDER = range(-1, -7, -1)
+_QTY_OVERFLOW, _PRICE_RANGE, _ORDERS_FULL, _LEVELS_FULL, _WRONG_BOOK, _OTHER_INSTRUMENT = range(-7, -13, -1)
 
 _U = np.uint64
 _I = np.int64
@@ -302,16 +302,6 @@ def _note_displaced(books: Any, index: Any, hash: Any) -> Any:
         books.spill_hashes[spill] = hash
 
 
-@inlined
-def _write_order(books: Any, index: Any, hash: Any, bs: Any, key: Any, qty: Any) -> Any:
-    order = books.orders[index]
-    order.word = (_tag(books, hash) << _TAG_SHIFT) | _U(bs)
-    order.key = key
-    order.qty = qty
-    if _U(index) != _preferred(books, hash):
-        _note_displaced(books, index, hash)
-
-
 @outlined
 def _erase_displaced(books: Any, index: Any) -> Any:
     """Uncount an order (already emptied) that was not in its preferred slot; keep the probe chains of the spill table unbroken."""
@@ -335,13 +325,6 @@ def _erase_displaced(books: Any, index: Any) -> Any:
             books.spill_hashes[hole] = books.spill_hashes[place]
             hole = place
         place = (place + _ONE) & mask
-
-
-@inlined
-def _erase_order(books: Any, index: Any, hash: Any) -> Any:
-    books.orders[index].qty = 0
-    if _U(index) != _preferred(books, hash):
-        _erase_displaced(books, index)
 
 
 # ---------------------------------------------------------------- levels outside the window
@@ -614,19 +597,26 @@ def _overflows(word: Any, qty: Any) -> Any:
 
 
 @outlined
-def _level_add_outside(books: Any, bs: Any, key: Any, qty: Any) -> Any:
-    """:func:`_level_add` for a key that is not in the window."""
+def _level_outside(books: Any, bs: Any, key: Any, word: Any, adds: Any) -> Any:
+    """Put `word` on a level that is not in the window: added to what is there, or instead of it (0 removes); returns 0 or a refusal."""
     node = _far_find(books, bs, key)
     if node != 0:
-        if _overflows(books.far[node].word, qty):
-            return _I(_QTY_OVERFLOW)
-        books.far[node].word += _ONE_ORDER + qty
+        if adds:
+            if _overflows(books.far[node].word, word & _QTY_MASK):
+                return _I(_QTY_OVERFLOW)
+            books.far[node].word += word
+        elif word != _ZERO:
+            books.far[node].word = word
+        else:
+            _far_remove(books, node)
+        return _I(0)
+    if word == _ZERO:
         return _I(0)
     covered = _cover(books, bs, key)
     if covered == 0:
-        _far_insert(books, bs, key, _ONE_ORDER + qty)
+        _far_insert(books, bs, key, word)
     elif covered == 1:
-        books.levels[_level_index(books, bs, key)] = _ONE_ORDER + qty
+        books.levels[_level_index(books, bs, key)] = word
         _mark(books, bs, key)
         return _I(0)
     return covered
@@ -636,7 +626,7 @@ def _level_add_outside(books: Any, bs: Any, key: Any, qty: Any) -> Any:
 def _level_add(books: Any, bs: Any, key: Any, qty: Any) -> Any:
     """Add an order of `qty` (u64) to a level; returns 0 or a refusal."""
     if not _in_window(books, books.sides[bs], key):
-        return _level_add_outside(books, bs, key, qty)
+        return _level_outside(books, bs, key, _ONE_ORDER + qty, True)
     index = _level_index(books, bs, key)
     before = books.levels[index]
     if _overflows(before, qty):
@@ -687,13 +677,6 @@ def _key_of_ticks(bs: Any, ticks: Any) -> Any:
     return ticks ^ -(_I(bs) & 1)
 
 
-@outlined
-def _gcd(a: Any, b: Any) -> Any:
-    while b != 0:
-        a, b = b, a - (a // b) * b
-    return a
-
-
 @inlined
 def _scales(bs: Any, key: Any, factor: Any) -> Any:
     ticks = _key_of_ticks(bs, key) * factor
@@ -736,15 +719,6 @@ def _scale_side(books: Any, bs: Any, factor: Any) -> Any:
 
 
 @outlined
-def _scale_orders(books: Any, instrument: Any, factor: Any) -> Any:
-    for index in range(books.orders.size):
-        order = books.orders[index]
-        bs = _I(order.word & _BS_MASK)
-        if order.qty != 0 and bs >> 1 == instrument:
-            order.key = _key_of_ticks(bs, _key_of_ticks(bs, _I(order.key)) * factor)
-
-
-@outlined
 def _refine(books: Any, instrument: Any, price: Any) -> Any:
     """Give a book a tick that divides `price`: 0, or a refusal. The configured tick comes back once the book is empty."""
     if price == NO_PRICE:
@@ -753,7 +727,9 @@ def _refine(books: Any, instrument: Any, price: Any) -> Any:
     empty = bid.summary == _ZERO and ask.summary == _ZERO
     before = _I(bid.tick)
     configured = books.ticks[instrument] if books.ticks[instrument] > 0 else _I(DEFAULT_TICK)
-    tick = _gcd(configured if empty or before == 0 else before, abs(price))
+    tick, rest = configured if empty or before == 0 else before, abs(price)
+    while rest != 0:
+        tick, rest = rest, tick - (tick // rest) * rest
     if abs(price) // tick > _KEY_MAX:
         return _I(_PRICE_RANGE)
     if not empty and before != 0:
@@ -764,8 +740,11 @@ def _refine(books: Any, instrument: Any, price: Any) -> Any:
             return _I(_LEVELS_FULL)
         _scale_side(books, 2 * instrument, factor)
         _scale_side(books, 2 * instrument + 1, factor)
-        if (bid.flags & _BY_LEVEL) == 0 or (ask.flags & _BY_LEVEL) == 0:
-            _scale_orders(books, instrument, factor)
+        for index in range(books.orders.size):
+            order = books.orders[index]
+            bs = _I(order.word & _BS_MASK)
+            if order.qty != 0 and bs >> 1 == instrument:
+                order.key = _key_of_ticks(bs, _key_of_ticks(bs, _I(order.key)) * factor)
         books.counters[_REFINEMENTS] += 1
     bid.tick = tick
     ask.tick = tick
@@ -786,190 +765,110 @@ def _exact(books: Any, bs: Any, price: Any) -> Any:
 # ---------------------------------------------------------------- events
 
 
-@outlined
-def _add_refusal(books: Any, event: Any) -> Any:
-    """Which field of an order is out of bounds, or 0."""
-    if _I(event.instrument) * 2 >= books.sides.size:
-        return _I(_UNKNOWN_INSTRUMENT)
-    if event.side > 1:
-        return _I(_BAD_SIDE)
-    return _I(_BAD_QTY) if event.qty <= 0 else _I(_QTY_OVERFLOW)
-
-
-@outlined
-def _leave_by_level(books: Any, bs: Any) -> Any:
-    """An order for a side that was by level: fine if that is empty."""
-    if books.sides[bs].summary != _ZERO:
-        return _I(_WRONG_BOOK)
-    books.sides[bs].flags &= np.uint32(~np.uint32(_BY_LEVEL))
-    return _I(0)
-
-
 @inlined
-def _rest(books: Any, hash: Any, bs: Any, event: Any) -> Any:
-    """Rest a new order on side `bs`; returns 0 or a refusal, in which case nothing has changed but perhaps the tick."""
-    index = _place(books, hash)
-    if index < 0:
-        return index
-    if books.sides[bs].flags & _BY_LEVEL and _leave_by_level(books, bs) < 0:
-        return _I(_WRONG_BOOK)
+def _rest(books: Any, event: Any, bs: Any) -> Any:
+    """Put an order's quantity on its level of side `bs`; returns 0, or a refusal: then nothing has changed but perhaps the tick."""
+    if _U(event.qty - 1) >= _ORDER_QTY_MAX:
+        return _I(_BAD_QTY) if event.qty <= 0 else _I(_QTY_OVERFLOW)
+    side = books.sides[bs]
+    if side.flags & _BY_LEVEL:
+        if side.summary != _ZERO:
+            return _I(_WRONG_BOOK)
+        side.flags &= np.uint32(~np.uint32(_BY_LEVEL))
     refusal = _exact(books, bs, event.price)
     if refusal < 0:
         return refusal
-    key = _key_of_ticks(bs, _ticks_of(books.sides[bs], event.price))
-    refusal = _level_add(books, bs, key, _U(event.qty))
-    if refusal < 0:
-        return refusal
-    _write_order(books, index, hash, bs, key, event.qty)
-    return _I(0)
+    return _level_add(books, bs, _key_of_ticks(bs, _ticks_of(side, event.price)), _U(event.qty))
 
 
 @inlined
-def _add(books: Any, event: Any) -> Any:
-    bs = _I(event.instrument) * 2 + _I(event.side)
-    if _I(event.instrument) * 2 >= books.sides.size or event.side > 1 or _U(event.qty - 1) >= _ORDER_QTY_MAX:
-        return _add_refusal(books, event)
-    return _rest(books, _hash(books, event.id, event.instrument), bs, event)
-
-
-@inlined
-def _is_of(event: Any, bs: Any) -> Any:
-    """Whether an event that names an order names its instrument too, or none."""
-    return _I(event.instrument) == bs >> 1 or event.instrument == NO_INSTRUMENT
-
-
-@inlined
-def _reduce(books: Any, event: Any) -> Any:
-    """EXECUTE, CANCEL, DELETE: take quantity off a resting order, and complete the event."""
-    hash = _hash(books, event.id, event.instrument)
-    index = _find(books, hash)
+def _new_order(books: Any, event: Any, bs: Any) -> Any:
+    """ADD, and the new half of REPLACE."""
+    hashed = _hash(books, event.id, bs >> 1)
+    index = _place(books, hashed)
     if index < 0:
-        return _I(_UNKNOWN_ORDER)
-    order = books.orders[index]
+        return index
+    refusal = _rest(books, event, bs)
+    if refusal == 0:
+        order = books.orders[_U(index)]
+        order.word = (_tag(books, hashed) << _TAG_SHIFT) | _U(bs)
+        order.key = _key_of_ticks(bs, _ticks_of(books.sides[bs], event.price))
+        order.qty = event.qty
+        if _U(index) != _preferred(books, hashed):
+            _note_displaced(books, index, hashed)
+    return refusal
+
+
+@inlined
+def _old_order(books: Any, event: Any, kind: Any, hash: Any, index: Any) -> Any:
+    """EXECUTE, CANCEL, DELETE, and the old half of REPLACE: take quantity off an order, and complete the event."""
+    order = books.orders[_U(index)]
     bs, key, resting = _I(order.word & _BS_MASK), _I(order.key), _I(order.qty)
-    qty = resting if event.kind == _DELETE else event.qty
+    qty = event.qty if kind in (_EXECUTE, _CANCEL) else resting
     if _U(qty - 1) >= _U(resting):
         return _I(_BAD_QTY) if qty <= 0 else _I(_QTY_EXCEEDS_ORDER)
-    if not _is_of(event, bs):
-        return _I(_OTHER_INSTRUMENT)
     event.instrument = bs >> 1
     event.side = bs & 1
-    event.qty = qty
-    if (event.flags & _PRICED) == 0:
-        event.price = _price_of(books.sides[bs], bs, key)
-    if qty == resting:
-        _erase_order(books, index, hash)
-        _level_take(books, bs, key, _ONE_ORDER + _U(qty))
-    else:
-        order.qty = resting - qty
-        _level_take(books, bs, key, _U(qty))
+    if kind != _REPLACE:
+        event.qty = qty
+        if (event.flags & _PRICED) == 0:
+            event.price = _price_of(books.sides[bs], bs, key)
+    order.qty = resting - qty
+    if qty == resting and _U(index) != _preferred(books, hash):
+        _erase_displaced(books, index)
+    _level_take(books, bs, key, _U(qty) + (_ONE_ORDER if qty == resting else _ZERO))
     return _I(0)
 
 
 @outlined
-def _remove(books: Any, index: Any, hash: Any) -> Any:
-    order = books.orders[index]
-    bs, key, qty = _I(order.word & _BS_MASK), _I(order.key), _U(order.qty)
-    _erase_order(books, index, hash)
-    _level_take(books, bs, key, _ONE_ORDER + qty)
-
-
-@outlined
-def _replace(books: Any, event: Any) -> Any:
-    """Order `aux` becomes order `id`: all or nothing."""
-    hash = _hash(books, _U(event.aux), event.instrument)
-    index = _find(books, hash)
-    if index < 0:
-        return _I(_UNKNOWN_ORDER)
-    bs = _I(books.orders[index].word & _BS_MASK)
-    if not _is_of(event, bs):
-        return _I(_OTHER_INSTRUMENT)
-    if _U(event.aux) == event.id:
-        return _change(books, event, index, hash, bs)
-    if _U(event.qty - 1) >= _ORDER_QTY_MAX:
-        return _I(_BAD_QTY) if event.qty <= 0 else _I(_QTY_OVERFLOW)
-    refusal = _rest(books, _hash(books, event.id, event.instrument), bs, event)
+def _modify(books: Any, event: Any, index: Any) -> Any:
+    """MODIFY: the order rests at its new level before it leaves the old one."""
+    if event.side > NO_SIDE:
+        return _I(_BAD_SIDE)
+    order = books.orders[_U(index)]
+    bs = _I(order.word & _BS_MASK)
+    to = bs if event.side == NO_SIDE else (bs & ~1) | _I(event.side)
+    refusal = _rest(books, event, to)
     if refusal < 0:
         return refusal
-    _remove(books, index, hash)
-    event.instrument = bs >> 1
-    event.side = bs & 1
-    return _I(0)
-
-
-@outlined
-def _change(books: Any, event: Any, index: Any, hash: Any, to: Any) -> Any:
-    """Give an order that keeps its id a new price and quantity on side `to`: all or nothing."""
-    if _U(event.qty - 1) >= _ORDER_QTY_MAX:
-        return _I(_BAD_QTY) if event.qty <= 0 else _I(_QTY_OVERFLOW)
-    refusal = _exact(books, to, event.price)
-    if refusal < 0:
-        return refusal
-    order = books.orders[index]
-    bs, key, qty = _I(order.word & _BS_MASK), _I(order.key), _U(order.qty)
-    target = _key_of_ticks(to, _ticks_of(books.sides[to], event.price))
-    if target == key and to == bs:
-        _level_take(books, bs, key, _ONE_ORDER + qty)
-        refusal = _level_add(books, bs, key, _U(event.qty))
-        if refusal < 0:
-            _level_add(books, bs, key, qty)
-            return refusal
-    else:
-        if books.sides[to].flags & _BY_LEVEL and _leave_by_level(books, to) < 0:
-            return _I(_WRONG_BOOK)
-        refusal = _level_add(books, to, target, _U(event.qty))
-        if refusal < 0:
-            return refusal
-        _level_take(books, bs, key, _ONE_ORDER + qty)
-    order.word = (_tag(books, hash) << _TAG_SHIFT) | _U(to)
-    order.key = target
+    _level_take(books, bs, _I(order.key), _ONE_ORDER + _U(order.qty))
+    order.word = (order.word & ~_ONE) | _U(to & 1)
+    order.key = _key_of_ticks(to, _ticks_of(books.sides[to], event.price))
     order.qty = event.qty
     event.instrument = to >> 1
     event.side = to & 1
     return _I(0)
 
 
-@outlined
-def _modify(books: Any, event: Any) -> Any:
-    hash = _hash(books, event.id, event.instrument)
-    index = _find(books, hash)
-    if index < 0:
-        return _I(_UNKNOWN_ORDER)
-    bs = _I(books.orders[index].word & _BS_MASK)
-    if not _is_of(event, bs):
-        return _I(_OTHER_INSTRUMENT)
-    if event.side > NO_SIDE:
-        return _I(_BAD_SIDE)
-    to = bs if event.side == NO_SIDE else (bs & ~1) | _I(event.side)
-    return _change(books, event, index, hash, to)
+@inlined
+def _apply_order(books: Any, event: Any, kind: Any) -> Any:
+    """ADD, EXECUTE, CANCEL, DELETE, REPLACE, MODIFY: all or nothing, so what is new comes onto the book before what is old leaves it."""
+    old, index = _ZERO, _I(-1)
+    if kind == _ADD:
+        bs = _I(event.instrument) * 2 + _I(event.side)
+        if _I(event.instrument) >= books.ticks.size or event.side > 1:
+            return _I(_BAD_SIDE) if event.side > 1 else _I(_UNKNOWN_INSTRUMENT)
+    else:
+        old = _hash(books, _U(event.aux) if kind == _REPLACE else event.id, event.instrument)
+        index = _find(books, old)
+        if index < 0:
+            return _I(_UNKNOWN_ORDER)
+        bs = _I(books.orders[_U(index)].word & _BS_MASK)
+        if _I(event.instrument) != bs >> 1 and event.instrument != NO_INSTRUMENT:
+            return _I(_OTHER_INSTRUMENT)
+        if kind == _MODIFY:
+            return _modify(books, event, index)
+    if kind in (_ADD, _REPLACE):
+        refusal = _new_order(books, event, bs)
+        if refusal < 0 or kind == _ADD:
+            return refusal
+    return _old_order(books, event, kind, old, index)
 
 
-@outlined
-def _set_level_outside(books: Any, bs: Any, key: Any, qty: Any) -> Any:
-    """:func:`_set_level` for a key that is not in the window."""
-    node = _far_find(books, bs, key)
-    if node != 0:
-        if qty == _ZERO:
-            _far_remove(books, node)
-        else:
-            books.far[node].word = qty
-        return _I(0)
-    if qty == _ZERO:
-        return _I(0)
-    covered = _cover(books, bs, key)
-    if covered == 0:
-        _far_insert(books, bs, key, qty)
-    elif covered == 1:
-        books.levels[_level_index(books, bs, key)] = qty
-        _mark(books, bs, key)
-        return _I(0)
-    return covered
-
-
-@outlined
-def _set_level(books: Any, event: Any) -> Any:
+@inlined
+def _apply_level(books: Any, event: Any) -> Any:
     """LEVEL: set the quantity at a price; removing a level that is not there is no fault."""
-    if _I(event.instrument) * 2 >= books.sides.size or event.side > 1:
+    if _I(event.instrument) >= books.ticks.size or event.side > 1:
         return _I(_BAD_SIDE) if event.side > 1 else _I(_UNKNOWN_INSTRUMENT)
     if event.qty < 0:
         return _I(_BAD_QTY)
@@ -984,7 +883,7 @@ def _set_level(books: Any, event: Any) -> Any:
         return refusal
     key = _key_of_ticks(bs, _ticks_of(side, event.price))
     if not _in_window(books, side, key):
-        return _set_level_outside(books, bs, key, _U(event.qty))
+        return _level_outside(books, bs, key, _U(event.qty), False)
     index = _level_index(books, bs, key)
     before = books.levels[index]
     books.levels[index] = _U(event.qty)
@@ -1032,8 +931,6 @@ def _clear(books: Any, event: Any) -> Any:
     if event.side > NO_SIDE:
         return _I(_BAD_SIDE)
     every = event.instrument == ALL_INSTRUMENTS
-    if not every and _I(event.instrument) * 2 >= books.sides.size:
-        return _I(_UNKNOWN_INSTRUMENT)
     first = _I(0) if every else _I(event.instrument) * 2
     end = _I(books.sides.size) if every else first + 2
     orders = False
@@ -1051,46 +948,23 @@ def _clear(books: Any, event: Any) -> Any:
 
 
 @outlined
-def _status(books: Any, event: Any) -> Any:
-    """STATUS: halted or not; an unknown status changes nothing."""
-    if _I(event.instrument) * 2 >= books.sides.size:
-        return _I(_UNKNOWN_INSTRUMENT)
-    bid = books.sides[_I(event.instrument) * 2]
-    code = event.aux
-    if code in (_STATUS_HALTED, _STATUS_PAUSED, _STATUS_QUOTE_ONLY):
-        bid.flags |= np.uint32(_HALTED)
-    elif code != _STATUS_UNKNOWN:
-        bid.flags &= np.uint32(~np.uint32(_HALTED))
-    return _I(0)
-
-
-@outlined
-def _gap(books: Any, event: Any) -> Any:
-    """GAP: one book is stale, or all of them (those not seen yet too) until a CLEAR of both sides."""
-    if event.instrument == ALL_INSTRUMENTS:
+def _apply_state(books: Any, event: Any, kind: Any) -> Any:
+    """CLEAR, STATUS (an unknown status changes nothing), GAP (all books, those not seen yet too, or one)."""
+    every = event.instrument == ALL_INSTRUMENTS
+    if kind == _GAP and every:
         books.state[_GENERATION] += 1
         return _I(0)
-    if _I(event.instrument) * 2 >= books.sides.size:
+    if _I(event.instrument) >= books.ticks.size and not (kind == _CLEAR and every):
         return _I(_UNKNOWN_INSTRUMENT)
-    books.sides[_I(event.instrument) * 2].flags |= np.uint32(_STALE)
-    return _I(0)
-
-
-@outlined
-def _apply_rare(books: Any, event: Any) -> Any:
-    kind = event.kind
-    if kind == _REPLACE:
-        return _replace(books, event)
-    if kind == _LEVEL:
-        return _set_level(books, event)
-    if kind == _MODIFY:
-        return _modify(books, event)
     if kind == _CLEAR:
         return _clear(books, event)
-    if kind == _STATUS:
-        return _status(books, event)
+    bid = books.sides[_I(event.instrument) * 2]
     if kind == _GAP:
-        return _gap(books, event)
+        bid.flags |= np.uint32(_STALE)
+    elif event.aux == _STATUS_HALTED or event.aux == _STATUS_PAUSED or event.aux == _STATUS_QUOTE_ONLY:
+        bid.flags |= np.uint32(_HALTED)
+    elif event.aux != _STATUS_UNKNOWN:
+        bid.flags &= np.uint32(~np.uint32(_HALTED))
     return _I(0)
 
 
@@ -1100,20 +974,22 @@ def book_apply(books: Any, event: Any) -> Any:
 
     Args:
         books: the :class:`Books`.
-        event: an ``EVENT`` record. EXECUTE, CANCEL, DELETE get instrument, side, price (unless PRICED) and, DELETE, quantity of their order;
-            REPLACE and MODIFY get instrument and side.
+        event: an ``EVENT`` record. EXECUTE, CANCEL, DELETE get instrument, side, price (unless PRICED) and, DELETE, the quantity
+            of their order; REPLACE and MODIFY get instrument and side.
 
     Returns:
         int64: 0, or the negative of a :class:`Refusal`, which is counted; a refused event changes no order and no level.
         Kinds that do not concern books (TRADE, QUOTE, TIMER, ...) return 0.
     """
     kind = event.kind
-    if kind == _ADD:
-        result = _add(books, event)
-    elif kind == _DELETE or kind == _EXECUTE or kind == _CANCEL:
-        result = _reduce(books, event)
+    if _U(kind - _ADD) <= _U(_MODIFY - _ADD):
+        result = _apply_order(books, event, kind)
+    elif kind == _LEVEL:
+        result = _apply_level(books, event)
+    elif kind in (_CLEAR, _STATUS, _GAP):
+        result = _apply_state(books, event, kind)
     else:
-        result = _apply_rare(books, event)
+        return _I(0)
     if result < 0:
         books.counters[-result] += 1
     return result
@@ -1122,8 +998,8 @@ def book_apply(books: Any, event: Any) -> Any:
 @inlined
 def book_prefetch_order(books: Any, event: Any) -> Any:
     """Hint, to be given some 16 to 32 events ahead: the order that an event names will be looked up."""
-    id = _U(event.aux) if event.kind == _REPLACE else event.id
-    prefetch(books.orders, _I(_preferred(books, _hash(books, id, event.instrument))))
+    order_id = _U(event.aux) if event.kind == _REPLACE else event.id
+    prefetch(books.orders, _I(_preferred(books, _hash(books, order_id, event.instrument))))
     prefetch(books.sides, _I(min(_I(event.instrument) * 2, _I(books.sides.size) - 1)))
 
 
@@ -1131,12 +1007,12 @@ def book_prefetch_order(books: Any, event: Any) -> Any:
 def book_prefetch_level(books: Any, event: Any) -> Any:
     """Hint, to be given some 4 to 12 events ahead, after :func:`book_prefetch_order`: the level that an event changes will be looked up."""
     kind = event.kind
-    if kind == _ADD or kind == _LEVEL:
+    if kind in (_ADD, _LEVEL):
         bs = min(_I(event.instrument) * 2, _I(books.sides.size) - 2) + _I(event.side & 1)
         key = _key_of_ticks(bs, _ticks_of(books.sides[bs], event.price))
     else:
-        id = _U(event.aux) if kind == _REPLACE else event.id
-        order = books.orders[_preferred(books, _hash(books, id, event.instrument))]
+        order_id = _U(event.aux) if kind == _REPLACE else event.id
+        order = books.orders[_preferred(books, _hash(books, order_id, event.instrument))]
         bs = _I(order.word & _BS_MASK)
         key = _I(order.key)
     prefetch(books.sides, bs)
@@ -1270,3 +1146,30 @@ def resting_orders(books: Books, instrument: int | None = None) -> int:
 def counts(books: Books) -> dict[str, int]:
     """The counters by name: refusals by reason, window moves, tick refinements, crossed BBOs."""
     return {name: int(value) for name, value in zip(COUNTER_NAMES[1:], books.counters[1:], strict=True)}
+
+
+@loop
+def apply_events(books: Any, events: Any, results: Any, quotes: Any) -> Any:
+    """Apply a whole ``EVENT`` array, from Python or a test; the shard loop does the same in its own way.
+
+    Args:
+        events: completed in place.
+        results: int64, one per event: what :func:`book_apply` returned.
+        quotes: ``EVENT`` array for the BBO after each event that changed one, with that event's times and `seq`; stops growing when full.
+
+    Returns:
+        Number of quotes written.
+    """
+    written = _I(0)
+    for i in range(events.size):
+        event = events[_U(i)]
+        result = book_apply(books, event)
+        results[_U(i)] = result
+        if result == 0 and written < quotes.size and event.instrument < books.ticks.size and bbo_update(books, event.instrument):
+            quote = quotes[_U(written)]
+            bbo_fill(books, event.instrument, quote)
+            quote.seq = event.seq
+            quote.ts_event = event.ts_event
+            quote.ts_recv = event.ts_recv
+            written += 1
+    return written

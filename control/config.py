@@ -36,6 +36,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
+
 from tickmesh.control.tomllines import key_lines, line_of
 
 TableT = typing.TypeVar("TableT", bound=BaseModel)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 import numpy as np
+
 from tickmesh.node.event import EVENT, EventArray, Kind
 
 _EVENT = struct.Struct("<QqqIBBHqqQq")

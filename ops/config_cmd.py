@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from rich.table import Table as RichTable
+
 from tickmesh.control.config import (
     NOT_BUILT_YET,
     Alert,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from tickmesh.control.config import ConfigError, load_config
 from tickmesh.node.config_checks import config_checks
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from rich.console import Console
+
 from tickmesh.control.config import default_config, load_config, parse_config
 from tickmesh.ops.config_cmd import (
     changes,

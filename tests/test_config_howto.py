@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from tickmesh.control.config import Checks, parse_config
 from tickmesh.node.fields import check_source
 

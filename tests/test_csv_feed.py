@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from tickmesh.control.config import Source, parse_config
 from tickmesh.node.csv_feed import UNNAMED_ORDER, CsvFeed, LobsterFeed, csv_events, lobster_events
 from tickmesh.node.event import ASK, BID, REFERENCE, EventArray, Flag, Kind, TradingStatus

@@ -7,6 +7,7 @@ from decimal import Decimal, InvalidOperation
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tickmesh.node.fixed_point import INT64_MAX, BadNumber, decimals_of, fixed_point
 
 NUMBERS = st.one_of(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tickmesh.control.sharding import NoSuchShard, SymbolTooLong, shard_of
 from tickmesh.node.instruments import InstrumentTable
 

@@ -408,6 +408,9 @@ class Gateway:
         self._login = login
         self._readers = {shard: ring.reader("gateway", start="oldest") for shard, ring in rings.items()}
         self.shards = {shard: ShardDelivery(shard, reader, options, calculations) for shard, reader in self._readers.items()}
+        for shard, reader in self._readers.items():
+            reader.read(0)  # compiles or loads the ring's kernels now: later it could take longer than a lossless ring waits for us
+            self.shards[shard].show_alive()
         self._stopping: asyncio.Event | None = None
         self._stop_asked = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None

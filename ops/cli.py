@@ -1,0 +1,440 @@
+"""The command line, ``tickmesh``. Each command imports what it needs when it runs, so that help and completion come at once.
+
+Exit codes: 0 done, 1 failed (a file, a server, this host), 2 wrong usage or a refused configuration, 3 a check found something wrong,
+130 ended by Ctrl-C. Results go to standard output, everything else to standard error. ``docs/reference/cli.md`` is what
+:func:`reference_markdown` gives (``python -m tickmesh.ops.cli`` writes it); a test compares them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+if TYPE_CHECKING:
+    from tickmesh.control.config import Config
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_CHECK, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+REFUSALS = (
+    "tickmesh.control.config.ConfigError",
+    "tickmesh.control.sharding.NoSuchShard",
+    "tickmesh.control.sharding.SymbolTooLong",
+    "tickmesh.node.calculation.CalculationError",
+    "tickmesh.node.calculation.PlanError",
+    "tickmesh.node.decoder.MappingError",
+    "tickmesh.node.fields.MappingError",
+    "tickmesh.node.protocol.SpecError",
+    "tickmesh.node.reader.SourceError",
+    "tickmesh.node.risk.LimitError",
+    "tickmesh.ops.bench.UnknownBench",
+    "tickmesh.ops.journal_cmd.BadRange",
+    "tickmesh.ops.simulator.SimulatorConfigError",
+    "tickmesh.ops.subscribe_cmd.PatternError",
+    "tickmesh.transports.multicast.BadEndpoint",
+    "tickmesh.transports.pacing.PaceError",
+)
+"""Errors that say that what was asked for is wrong (exit code 2); all others of ours mean that doing it failed (1)."""
+
+# ---------------------------------------------------------------- errors
+
+
+def explained(error: Exception) -> tuple[int, str]:
+    """Exit code and text for a person: what happened and what to do."""
+    ancestry = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__]
+    if any(name in REFUSALS for name in ancestry):
+        return EXIT_USAGE, str(error)
+    if any(name.startswith("tickmesh.") for name in ancestry):
+        return EXIT_FAILED, str(error)
+    if isinstance(error, OSError) and error.filename:
+        return EXIT_FAILED, f"{error.filename}: {error.strerror}; check the path and its permissions"
+    if isinstance(error, OSError | MemoryError):
+        return EXIT_FAILED, str(error) or "out of memory: lower [cluster] instruments_max, orders_max or ring_capacity"
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    return EXIT_FAILED, f"a defect in tickmesh: {text}; run it again with TICKMESH_DEBUG=1 and report the traceback"
+
+
+def _say(text: str) -> None:
+    """Lines on standard error, each with our name before it."""
+    for line in text.splitlines() or [""]:
+        print(f"tickmesh: {line}", file=sys.stderr, flush=True)
+
+
+class _Command(TyperCommand):
+    """A command whose errors become lines and exit codes."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except KeyboardInterrupt:
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing is left to be told
+            raise typer.Exit(EXIT_OK) from None
+        except Exception as error:
+            if os.environ.get("TICKMESH_DEBUG") == "1":
+                raise
+            code, text = explained(error)
+            _say(text)
+            raise typer.Exit(code) from None
+
+
+def _finish(code: int) -> None:
+    if code:
+        raise typer.Exit(code)
+
+
+# ---------------------------------------------------------------- the application
+
+app = typer.Typer(
+    name="tickmesh",
+    help="Sharded market-data nodes: feeds to books, calculations and a NATS stream.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 a check found something wrong, 130 ended by Ctrl-C.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+node_app = typer.Typer(help="Run a node.", no_args_is_help=True, rich_markup_mode=None)
+config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True, rich_markup_mode=None)
+journal_app = typer.Typer(help="Look into journals.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(node_app, name="node")
+app.add_typer(config_app, name="config")
+app.add_typer(journal_app, name="journal")
+
+
+def _shown_version(asked: bool) -> None:
+    if asked:
+        from importlib import metadata
+
+        print(f"tickmesh {metadata.version('tickmesh')}")
+        raise typer.Exit
+
+
+def _debug(asked: bool) -> None:
+    if asked:
+        os.environ["TICKMESH_DEBUG"] = "1"
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_shown_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", callback=_debug, help="Show tracebacks of errors (also TICKMESH_DEBUG=1).")] = False,
+) -> None:
+    pass
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", metavar="FILE", help="The configuration, a TOML file.")]
+ClusterName = Annotated[str | None, typer.Option("--cluster", metavar="NAME", help="Only this cluster.")]
+NodeNameOption = Annotated[str | None, typer.Option("--node", metavar="NAME", help="Only this node.")]
+
+
+def _load(path: Path) -> Config:
+    """A configuration, checked to the last calculation."""
+    from tickmesh.control.config import load_config
+    from tickmesh.node.config_checks import config_checks
+
+    return load_config(path, config_checks(path.parent))
+
+
+def _progress(quiet: bool) -> Callable[[str], None] | None:
+    return None if quiet else _say
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+# ---------------------------------------------------------------- running
+
+
+@app.command(cls=_Command)
+def up(
+    captures: Annotated[list[Path] | None, typer.Argument(metavar="[CAPTURE]...", help="Recordings to play as the feed.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="The configuration; none: a demonstration.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Everything on this host: nats-server, node and feed."""
+    from tickmesh.ops.up import up as start
+
+    _finish(start(captures or [], config, progress=_progress(quiet)))
+
+
+@node_app.command("run", cls=_Command)
+def node_run(config: ConfigFile, quiet: Quiet = False) -> None:
+    """Run a node until Ctrl-C or SIGTERM."""
+    from tickmesh.node.process import run_node
+
+    _finish(run_node(_load(config), config, progress=_progress(quiet), ready=None if quiet else lambda: _say("ready")))
+
+
+@app.command(cls=_Command)
+def replay(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recordings, read in this order.")],
+    config: ConfigFile,
+    source: Annotated[str | None, typer.Option(metavar="NAME", help="The source whose settings apply; none: the only one.")] = None,
+    summary: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the summary as JSON here; -: to standard output.")] = None,
+    depth: Annotated[int, typer.Option(min=0, max=1000, help="Levels of each book in the summary.")] = 10,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run recordings through a configuration.
+
+    At full speed and without NATS. The same inputs give the same outputs, to the bit.
+    """
+    to_stdout = as_json or summary == Path("-")
+    target = None if summary is None or summary == Path("-") else summary
+    if target is not None:
+        _check_writable(target)
+    _check_files(files)
+    from tickmesh.node.replay import replay as run
+
+    loaded = _load(config)
+    started = time.perf_counter()
+    result = run(loaded, files, source, depth, _progress(quiet), folder=loaded.folder)
+    if target is not None:
+        _write_json(target, result)
+    if to_stdout:
+        _print_json(result)
+    else:
+        print(_replay_text(result))
+    if not quiet:
+        _say(f"done in {time.perf_counter() - started:.1f} s" + (f", summary in {target}" if target else ""))
+
+
+def _check_files(files: list[Path]) -> None:
+    for path in files:
+        with path.open("rb"):
+            pass
+
+
+def _check_writable(target: Path) -> None:
+    """Refuse now what could not be written after minutes of work."""
+    if target.is_dir():
+        raise IsADirectoryError(0, "is a folder, name a file in it", str(target))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(0, "there is no such folder", str(target.parent))
+    if not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise PermissionError(0, "cannot be written", str(target))
+
+
+def _write_json(target: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1) + "\n"
+    if target.exists() and not target.is_file():
+        target.write_text(text, encoding="utf-8")
+        return
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _replay_text(result: dict[str, Any]) -> str:
+    """A replay's summary for people; the JSON has all of it."""
+    source, instruments = result["source"], result["instruments"]
+    seconds = max(source["seconds"], 1e-9)
+    malformed, missing = sum(result["malformed"].values()), sum(gap["last"] - gap["first"] + 1 for gap in result["gaps"])
+    rows = [
+        f"{source['format']}: {source['messages_total']:,} messages, {source['bytes']:,} bytes in {seconds:.3f} s"
+        f" ({source['messages_total'] / seconds:,.0f} messages/s)",
+        f"malformed {malformed:,}   gaps {len(result['gaps']):,} ({missing:,} missing)   duplicates {result['duplicates']:,}",
+        "outputs   " + ("  ".join(f"{kind} {count:,}" for kind, count in result["events"].items()) or "none"),
+        f"{'symbol':<14}{'trades':>10}{'volume':>16}  {'bid':>14}{'ask':>14}",
+    ]
+    ordered = sorted(instruments.items(), key=lambda item: -item[1]["trades"])
+    for symbol, about in ordered[:20]:
+        bid, ask = (about["last_bbo"][0], about["last_bbo"][2]) if about["last_bbo"] else (None, None)
+        rows.append(f"{symbol:<14}{about['trades']:>10,}{about['volume']:>16}  {bid or '–':>14}{ask or '–':>14}")
+    if len(ordered) > 20:
+        rows.append(f"… and {len(ordered) - 20} more (--json has all)")
+    return "\n".join(rows)
+
+
+# ---------------------------------------------------------------- delegated
+
+_PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+
+
+@app.command(context_settings=_PASS_ON)
+def simulate(ctx: typer.Context) -> None:
+    """Simulate a market: file, pcap or multicast."""
+    _finish(int(simulate_command().main(list(ctx.args), prog_name="tickmesh simulate", standalone_mode=False) or 0))
+
+
+def simulate_command() -> Any:
+    """The command that `simulate` hands over to, with its options."""
+    from tickmesh.ops.simulate_cmd import simulate as command
+
+    own = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False)
+    own.command("simulate", cls=_Command)(command)
+    return typer.main.get_command(own)
+
+
+# ---------------------------------------------------------------- configuration
+
+
+@config_app.command("show", cls=_Command)
+def config_show(file: Annotated[Path, typer.Argument(metavar="FILE", help="A TOML file.")], as_json: AsJson = False) -> None:
+    """The values in effect, and where each comes from."""
+    config = _load(file)
+    from tickmesh.ops import config_cmd
+
+    if as_json:
+        _print_json(config_cmd.show_json(config))
+    else:
+        _print_table(config_cmd.show_table(config))
+
+
+@config_app.command("schema", cls=_Command)
+def config_schema(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON Schema, for editors.")] = False) -> None:
+    """Every key: type, default, unit, bounds, meaning."""
+    from tickmesh.ops import config_cmd
+
+    if as_json:
+        _print_json(config_cmd.json_schema())
+    else:
+        _print_table(config_cmd.schema_table())
+
+
+def _print_table(table: Any) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+# ---------------------------------------------------------------- looking
+
+
+@app.command(cls=_Command)
+def status(cluster: ClusterName = None, node: NodeNameOption = None, as_json: AsJson = False) -> None:
+    """Nodes of this host: counters, latencies, rings.
+
+    Read from outside, at no cost to them. Nodes that have ended show with their last numbers.
+    """
+    from tickmesh.ops.status_cmd import status_command
+
+    _finish(status_command(cluster, node, as_json=as_json))
+
+
+@app.command(cls=_Command)
+def top(
+    cluster: ClusterName = None,
+    node: NodeNameOption = None,
+    interval_s: Annotated[float, typer.Option("--interval", "-i", min=0.1, max=60, help="Seconds between looks.")] = 1.0,
+    once: Annotated[bool, typer.Option(help="One interval, then end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON line per interval.")] = False,
+) -> None:
+    """Rates and latencies of this host's nodes, live.
+
+    q or Ctrl-C ends it.
+    """
+    from tickmesh.ops.status_cmd import top_command
+
+    _finish(top_command(cluster, node, interval_s=interval_s, once=once, as_json=as_json))
+
+
+def _from_sequence(text: str | None) -> Any:
+    if text in (None, "now", "all"):
+        return text
+    if not text.isdigit():
+        raise typer.BadParameter(f"{text!r} is neither a sequence number nor now nor all", param_hint="--from")
+    return int(text)
+
+
+@app.command(cls=_Command)
+def subscribe(
+    pattern: Annotated[str, typer.Argument(metavar="PATTERN", help="tm.CLUSTER.KIND.SYMBOL, such as 'tm.demo.bbo.*' or 'tm.demo.>'.")],
+    server: Annotated[str, typer.Option(metavar="URL", help="Address of the NATS server.")] = "nats://127.0.0.1:4222",
+    start: Annotated[str | None, typer.Option("--from", metavar="SEQ|now|all", help="Read the streams, exactly once, from here.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="End after so many lines.")] = None,
+    batches: Annotated[bool, typer.Option(help="Print frames of the streams instead of events.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,
+) -> None:
+    """Print a cluster's outputs, live or from any place."""
+    from tickmesh.ops import subscribe_cmd
+
+    begin = _from_sequence(start)
+    code = subscribe_cmd.subscribe_command(pattern, server=server, from_sequence=begin, count=count, batches=batches, as_json=as_json)
+    _finish(EXIT_FAILED if code == subscribe_cmd.EXIT_SERVER else code)
+
+
+@app.command(cls=_Command)
+def doctor(as_json: AsJson = False) -> None:
+    """What this host lacks, and what to do about it."""
+    from tickmesh.ops.doctor import run
+
+    _finish(EXIT_CHECK if run(as_json) else EXIT_OK)
+
+
+@app.command(cls=_Command)
+def bench(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Which; none: all. See --list.")] = None,
+    quick: Annotated[bool, typer.Option(help="A tenth of the work: a look, not a measurement.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="Name the benchmarks and end.")] = False,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON here; -: print it.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure against the alternatives, on this machine.
+
+    Each benchmark runs us and its peer in turns and reports medians. What cannot run here is left out, with the reason.
+    """
+    from tickmesh.ops import bench as benches
+
+    if listed:
+        print(benches.list_text())
+        return
+    target = Path(json_file) if json_file not in (None, "-") else None
+    if target is not None:
+        _check_writable(target)
+    report = benches.run_benches(names or [], quick=quick, progress=_progress(quiet))
+    if target is not None:
+        _write_json(target, report)
+    if json_file == "-":
+        _print_json(report)
+    else:
+        print(benches.report_text(report))
+
+
+# ---------------------------------------------------------------- journals
+
+JournalFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A shard's journal.")]
+
+
+@journal_app.command("show", cls=_Command)
+def journal_show(
+    folder: JournalFolder,
+    start: Annotated[int | None, typer.Option("--from", metavar="SEQ", min=0, help="First sequence; none: the oldest kept.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="End after so many events.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,
+) -> None:
+    """Print a journal's events, with their symbols."""
+    from tickmesh.ops.journal_cmd import show_command
+
+    _finish(show_command(folder, start=start, count=count, as_json=as_json))
+
+
+@journal_app.command("verify", cls=_Command)
+def journal_verify(folder: JournalFolder, as_json: AsJson = False) -> None:
+    """Check every bit of a journal.
+
+    Exit code 3, and the place, if it is damaged.
+    """
+    from tickmesh.ops.journal_cmd import verify_command
+
+    _finish(verify_command(folder, as_json=as_json))
+
+
+def main() -> None:
+    """Entry point of ``tickmesh``."""
+    app()

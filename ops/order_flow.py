@@ -121,14 +121,20 @@ def messages_least(instruments: int, fills_max: int) -> int:
 
 
 @inlined
-def draw(m: Any) -> Any:
-    """64 random bits (splitmix64: Steele, Lea, Flood 2014)."""
-    clock = m.clock[0]
-    clock.random += _GOLDEN
-    word = np.uint64(clock.random)
+def random_word(states: Any) -> Any:
+    """64 random bits from the field `random` of ``states[0]`` (splitmix64: Steele, Lea, Flood 2014)."""
+    state = states[0]
+    state.random += _GOLDEN
+    word = np.uint64(state.random)
     word = (word ^ (word >> np.uint64(30))) * _MIX_1
     word = (word ^ (word >> np.uint64(27))) * _MIX_2
     return word ^ (word >> np.uint64(31))
+
+
+@inlined
+def draw(m: Any) -> Any:
+    """64 random bits of the market."""
+    return random_word(m.clock)
 
 
 @inlined

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from tickmesh.ops.order_flow import random_word
 from tickmesh.ops.simulator import Bytes, Simulator, SimulatorConfig, SimulatorConfigError
 from tickmesh.transports.capture import PACKET, write_pcap
 from tickmesh.transports.multicast import Sender, open_sender, parse_endpoint
@@ -30,7 +31,7 @@ DATAGRAM = np.dtype([("due_ns", "<i8"), ("sequence", "<i8"), ("offset", "<i8"), 
 _PACKING = np.dtype(
     [("sequence", "<i8"), ("last_ns", "<i8"), ("flush_ns", "<i8"), ("heartbeat_ns", "<i8"), ("payload_max", "<i8"), ("used", "<i8")]
 )
-_LINE = np.dtype([
+LINE = np.dtype([
     ("random", "<u8"), ("loss", "<i8"), ("duplicate", "<i8"), ("reorder", "<i8"),
     ("lost", "<i8"), ("duplicated", "<i8"), ("reordered", "<i8"), ("sent", "<i8"),
 ])  # fmt: skip
@@ -44,7 +45,6 @@ _HELD_MAX = 4
 _BLOCK_MESSAGES = 1024
 """Fixed, so that the datagrams do not depend on how they are pulled."""
 _DATAGRAMS_MAX = 2 * _BLOCK_MESSAGES + 4096
-_GOLDEN, _MIX_1, _MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,12 +156,7 @@ def pack(image: Any, end: Any, packing: Any, session: Any, out: Any, datagrams: 
 @inlined
 def _chance(line: Any) -> Any:
     """32 random bits of a line."""
-    state = line[0]
-    state.random += _GOLDEN
-    word = np.uint64(state.random)
-    word = (word ^ (word >> np.uint64(30))) * _MIX_1
-    word = (word ^ (word >> np.uint64(27))) * _MIX_2
-    return np.int64(word >> np.uint64(32))
+    return np.int64(random_word(line) >> np.uint64(32))
 
 
 @inlined
@@ -301,7 +296,7 @@ class SimulatedLines:
 
 
 def _line_state(config: SimulatorConfig, number: int, faults: FaultConfig) -> npt.NDArray[np.void]:
-    line = np.zeros(1, _LINE)
+    line = np.zeros(1, LINE)
     line["random"] = np.uint64((config.seed ^ (0xA5A5_0001 * (number + 1) << 17)) & ((1 << 64) - 1))
     for field in ("loss", "duplicate", "reorder"):
         line[field] = int(getattr(faults, field) * (1 << 32))

@@ -238,5 +238,6 @@ def test_no_index_leaves_its_array() -> None:
     """The twin test again with bounds checks compiled in."""
     program = "import test_matching_engine as t; t.test_engine_equals_its_twin()"
     environment = os.environ | {"TICKMESH_BOUNDSCHECK": "1"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False)
+    command, folder = [sys.executable, "-c", program], Path(__file__).parent
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -78,7 +78,9 @@ def test_other_settings_other_bytes(change: dict[str, int]) -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(seed=st.integers(0, 2**64 - 1), symbols=st.integers(1, 12), extra=st.integers(0, 1500), rate=st.sampled_from([1, 300, 50_000, 10**7]))
+@given(
+    seed=st.integers(0, 2**64 - 1), symbols=st.integers(1, 12), extra=st.integers(0, 1500), rate=st.sampled_from([1, 300, 50_000, 10**7])
+)
 def test_any_market_is_valid(seed: int, symbols: int, extra: int, rate: int) -> None:
     messages = messages_least(symbols, 32) + extra
     config = SimulatorConfig(
@@ -202,5 +204,6 @@ def test_no_index_leaves_its_array() -> None:
     """A day with bounds checks compiled in gives the same bytes."""
     program = "import test_simulator as t, hashlib; print(hashlib.sha256(t.generate(t.SMALL)).hexdigest())"
     environment = os.environ | {"TICKMESH_BOUNDSCHECK": "1"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False)
+    command, folder = [sys.executable, "-c", program], Path(__file__).parent
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == hashlib.sha256(generate(SMALL)).hexdigest(), done.stderr[-2000:]

@@ -41,7 +41,11 @@ from tickmesh.node.frames import (
     FrameHeader,
     InstrumentNames,
     encode_header,
+    reference_stream_name,
+    reference_subject,
     sequence_runs,
+    stream_name,
+    stream_subject,
 )
 from tickmesh.transports.nats import (
     WINDOW_MAX,
@@ -64,26 +68,6 @@ _PENDING_BYTES_MAX = 4 << 20
 """Per-event messages are skipped while the connection has more than this to send."""
 _MESSAGE_OVERHEAD_BYTES = 4096
 _LATENCIES_KEPT = 4096
-
-
-def stream_name(cluster: str, shard: int) -> str:
-    """Name of a shard's output stream."""
-    return f"TM_{cluster}_OUT_{shard}"
-
-
-def stream_subject(cluster: str, shard: int) -> str:
-    """Subject of a shard's batch frames."""
-    return f"tm.{cluster}.out.{shard}"
-
-
-def reference_stream_name(cluster: str) -> str:
-    """Name of the stream that keeps one REFERENCE event per instrument."""
-    return f"TM_{cluster}_REF"
-
-
-def reference_subject(cluster: str, shard: int | str, instrument: int | str) -> str:
-    """Subject of an instrument's REFERENCE event (64 bytes, raw); ``*`` for any."""
-    return f"tm.{cluster}.ref.{shard}.{instrument}"
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,29 @@ _TYPES = (_ARRAY8, _U32, _U64, _U64, _U64, _U32, _U64, _BIN8, _PADDING)
 assert _HEADER.size == HEADER_SIZE
 
 
+# ---------------------------------------------------------------- where outputs are
+
+
+def stream_name(cluster: str, shard: int) -> str:
+    """Name of a shard's output stream."""
+    return f"TM_{cluster}_OUT_{shard}"
+
+
+def stream_subject(cluster: str, shard: int) -> str:
+    """Subject of a shard's batch frames."""
+    return f"tm.{cluster}.out.{shard}"
+
+
+def reference_stream_name(cluster: str) -> str:
+    """Name of the stream that keeps one REFERENCE event per instrument."""
+    return f"TM_{cluster}_REF"
+
+
+def reference_subject(cluster: str, shard: int | str, instrument: int | str) -> str:
+    """Subject of an instrument's REFERENCE event (64 bytes, raw); ``*`` for any."""
+    return f"tm.{cluster}.ref.{shard}.{instrument}"
+
+
 # ---------------------------------------------------------------- batch frames
 
 

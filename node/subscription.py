@@ -19,7 +19,7 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import msgpack  # type: ignore[import-untyped]
 import nats.errors
@@ -27,12 +27,23 @@ import nats.js.errors as js_errors
 import numpy as np
 import numpy.typing as npt
 
-from tickmesh.node.delivery import reference_stream_name, stream_name, stream_subject
 from tickmesh.node.event import EVENT, EventArray
-from tickmesh.node.frames import EVENT_SIZE, FrameError, FrameHeader, InstrumentNames, decode_frame, sequence_runs
+from tickmesh.node.frames import (
+    EVENT_SIZE,
+    FrameError,
+    FrameHeader,
+    InstrumentNames,
+    decode_frame,
+    reference_stream_name,
+    sequence_runs,
+    stream_name,
+    stream_subject,
+)
 from tickmesh.transports.nats import Login, NatsLink, StreamMissing, connect
 from tickmesh.transports.nats_reader import StreamReader, find_by_header, stream_bounds
-from tickmesh.transports.ring import ReaderReleased, Ring
+
+if TYPE_CHECKING:
+    from tickmesh.transports.ring import Ring
 
 Start = int | Literal["now", "all"] | None
 _QUEUE_BATCHES = 64
@@ -354,6 +365,8 @@ class RingSubscription:
             RingNotFound, RingLayoutMismatch, TooManyReaders: see :class:`tickmesh.transports.ring.Ring`.
         """
         if self._ring is None:
+            from tickmesh.transports.ring import Ring  # brings the compiler: seconds that a NATS subscriber need not wait
+
             self._ring = Ring.attach(self._ring_name, EVENT)
             start: Literal["newest", "oldest"] = "newest" if self._start in ("now", None) else "oldest"
             self._reader = self._ring.reader(f"subscribe {os.getpid()}", start=start)
@@ -394,6 +407,8 @@ class RingSubscription:
         return self._ready.pop(0)
 
     def _read(self) -> EventArray:
+        from tickmesh.transports.ring import ReaderReleased
+
         try:
             events: EventArray = self._reader.read()
         except ReaderReleased:

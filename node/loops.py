@@ -1,0 +1,201 @@
+"""The compiled loops around a shard's ``step`` and around a decoder: live, replay and multicast reception.
+
+Each is generated as a small module that imports the functions it drives, so that nothing returns to Python while it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+from tickmesh.transports.codecache import load_generated
+
+_LIVE = """\
+# The live loop of one shard: input rings -> journal -> step -> output ring. Generated.
+import sys
+
+import numpy as np
+
+from tickmesh.node.event import ANY_VIEW, EVENT
+from tickmesh.node.journal import JournalArrays, journal_append_batch
+from tickmesh.node.shard_state import warm_arrays
+from tickmesh.transports.counters import histogram_record
+from tickmesh.transports.ring import HEADER_BYTES, RingArrays, ring_read_batch, ring_wait, ring_writer_heartbeat
+from tickmesh.transports.toolbox import idle, load_acquire, loop, now_ns
+import tickmesh_generated.{shard} as shard_module
+from tickmesh_generated.{shard} import step
+
+LATENCY_MAX_NS = 60_000_000_000  # older stamps are recorded ones, not ours
+
+
+@loop
+def run(stop, inputs, readers, journal, journalled, batch, batch_any, shard, latency, idle_mode):
+    # until stop[0] is set; stop[1] counts rounds without input, so that others see when everything is done
+    rounds = 0
+    while load_acquire(stop, 0) == 0:
+        taken = 0
+        for s in range({inputs}):
+            count = ring_read_batch(inputs[s], readers[s], batch, {batch})
+            if count == 0:
+                continue
+            taken += count
+            if journalled != 0:
+                count = journal_append_batch(journal, batch, count, stop, idle_mode)
+            done = np.int64(0)
+            while done < count:
+                done += step(batch_any, done, count, shard)
+                if done < count and ring_wait(shard.out, stop, idle_mode) == 0:
+                    break
+            now = now_ns()
+            for i in range(done):
+                age = now - batch[i].ts_recv
+                if age >= 0 and age < LATENCY_MAX_NS:
+                    histogram_record(latency, age)
+        if taken == 0:
+            stop[1] += 1
+            if rounds & 255 == 255:
+                ring_writer_heartbeat(shard.out)
+            rounds = idle(idle_mode, rounds)
+        else:
+            stop[2] += taken
+            rounds = 0
+
+
+def warm():
+    ring = RingArrays(np.zeros(HEADER_BYTES // 8, np.uint64), np.zeros(8, EVENT))
+    words = np.zeros(1, np.uint64)
+    journal = JournalArrays(words, words, np.zeros(1, EVENT), words)
+    batch = np.zeros(1, EVENT)
+    stop = np.ones(3, np.int64)
+    run(stop, (ring,) * {inputs}, np.zeros({inputs}, np.int64), journal, 0, batch, batch.view(ANY_VIEW), warm_arrays(shard_module),
+        np.zeros(8, np.int64), 0)
+"""
+
+_REPLAY = """\
+# Decoder and shard in one loop: recorded bytes -> batches of events -> step. Generated.
+import numpy as np
+
+from tickmesh.node.event import ANY_VIEW, EVENT
+from tickmesh.node.shard_state import warm_arrays
+from tickmesh.transports.toolbox import loop
+import tickmesh_generated.{decoder} as decoder_module
+import tickmesh_generated.{shard} as shard_module
+from tickmesh_generated.{decoder} import {decode}
+from tickmesh_generated.{shard} import step
+
+
+@loop
+{body}
+
+
+def warm():
+    feed = decoder_module.warm()
+    shard = warm_arrays(shard_module)
+    batch = np.zeros(8, EVENT)
+    {call}
+"""
+
+_REPLAY_STREAM = '''\
+def replay(buf, pos, end, ts_recv, feed, batch, batch_any, shard):
+    # returns where it stopped: what is left is not a whole message
+    while pos < end:
+        before = pos
+        pos, count = decode_stream(buf, pos, end, ts_recv, feed, batch)
+        step(batch_any, 0, count, shard)
+        if pos == before and count == 0:
+            break
+    return pos'''
+
+_REPLAY_PACKETS = '''\
+def replay(buf, packets, first, count, feed, batch, batch_any, shard):
+    while True:
+        first, events = decode_packets(buf, packets, first, count, feed, batch)
+        step(batch_any, 0, events, shard)
+        if first >= count and events == 0:
+            return first'''
+
+_RECEIVE = """\
+# The receiver of one multicast source: sockets -> datagrams -> events -> the shards' input rings. Generated.
+import socket
+
+import numpy as np
+
+from tickmesh.node.event import EVENT
+from tickmesh.node.instruments import InstrumentTable
+from tickmesh.node.router import make_router, route
+from tickmesh.transports.multicast import open_receiver, receive_batch
+from tickmesh.transports.ring import HEADER_BYTES, RingArrays
+from tickmesh.transports.toolbox import idle, load_acquire, loop, now_ns
+import tickmesh_generated.{decoder} as decoder_module
+from tickmesh_generated.{decoder} import decode_flush, decode_packets
+
+
+@loop
+def receive(stop, lines, buffers, packets, feed, batch, router, idle_mode):
+    # until stop[0] is set or a shard's ring stays full after it
+    rounds = 0
+    while load_acquire(stop, 0) == 0:
+        received = 0
+        for line in range({lines}):
+            now = now_ns()
+            count = receive_batch(lines[line], buffers[line], packets[line], line, now)
+            received += count
+            first = 0
+            while count > 0:
+                first, events = decode_packets(buffers[line], packets[line], first, count, feed, batch)
+                if not route(router, batch, 0, events):
+                    return
+                if first >= count and events == 0:
+                    break
+        if received == 0:
+            events = decode_flush(now_ns(), feed, batch)
+            while events > 0:
+                if not route(router, batch, 0, events):
+                    return
+                events = decode_flush(now_ns(), feed, batch)
+            rounds = idle(idle_mode, rounds)
+        else:
+            rounds = 0
+
+
+def warm():
+    feed = decoder_module.warm()
+    ring = RingArrays(np.zeros(HEADER_BYTES // 8, np.uint64), np.zeros(8, EVENT))
+    stop = np.ones(1, np.int64)
+    router = make_router((ring,) * {shards}, InstrumentTable(1).arrays.records, stop, 0, 0)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with open_receiver(f"udp://127.0.0.1:{{port}}") as receiver:
+        lines = (receiver.kernel,) * {lines}
+        receive(stop, lines, (receiver.buffer,) * {lines}, (receiver.packets,) * {lines}, feed, np.zeros(8, EVENT), router, 0)
+"""
+
+
+def live_loop(shard: ModuleType, inputs: int, batch_events: int, progress: Callable[[str], None] | None = None) -> ModuleType:
+    """The module whose ``run`` drives `shard`'s step from `inputs` rings."""
+    return load_generated("shard_live", _LIVE.format(shard=_stem(shard), inputs=inputs, batch=batch_events), progress)
+
+
+def replay_loop(decoder: ModuleType, shard: ModuleType, progress: Callable[[str], None] | None = None) -> ModuleType:
+    """The module whose ``replay`` decodes recorded bytes and steps `shard`, without returning to Python."""
+    stream = hasattr(decoder, "decode_stream")
+    source = _REPLAY.format(
+        decoder=_stem(decoder),
+        shard=_stem(shard),
+        decode="decode_stream" if stream else "decode_packets",
+        body=_REPLAY_STREAM if stream else _REPLAY_PACKETS,
+        call="replay(np.zeros(64, np.uint8), 0, 0, 0, feed, batch, batch.view(ANY_VIEW), shard)"
+        if stream
+        else "replay(np.zeros(64, np.uint8), feed.arbiter.no_packets, 0, 0, feed, batch, batch.view(ANY_VIEW), shard)",
+    )
+    return load_generated("replay", source, progress)
+
+
+def receive_loop(decoder: ModuleType, lines: int, shards: int, progress: Callable[[str], None] | None = None) -> ModuleType:
+    """The module whose ``receive`` polls `lines` multicast sockets, decodes, and routes to `shards` rings."""
+    return load_generated("receiver", _RECEIVE.format(decoder=_stem(decoder), lines=lines, shards=shards), progress)
+
+
+def _stem(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[2]

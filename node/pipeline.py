@@ -1,0 +1,92 @@
+"""From a configuration to the parts of a node's pipeline: instrument table, plan, shards, risk limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tickmesh.control.config import Config
+from tickmesh.node.calculation import Instance, plan
+from tickmesh.node.event import Kind
+from tickmesh.node.instruments import InstrumentTable
+from tickmesh.node.risk import make_limits
+from tickmesh.node.shard import Shard, ShardPlan
+from tickmesh.transports.ring import Ring
+
+_ORDER_KINDS = (Kind.ADD, Kind.EXECUTE, Kind.CANCEL, Kind.DELETE, Kind.REPLACE, Kind.MODIFY)
+
+
+def make_table(config: Config) -> InstrumentTable:
+    """The node's instrument table, with the configured placements registered."""
+    table = InstrumentTable(config.cluster.instruments_max, config.cluster.shards)
+    for number, options in enumerate(config.data_sources.values()):
+        for symbol, shard in config.cluster.shard_overrides.items():
+            table.intern(
+                symbol, number, options.tick_size_of(symbol) or 10_000_000, options.quantity_exponent_of(symbol) or 0, shard=shard
+            )
+    return table
+
+
+def make_plan(config: Config, folder: Path) -> ShardPlan:
+    """What the configured shard loop is made of.
+
+    Raises:
+        PlanError: a calculation, alert or bar is wrong.
+    """
+    processing = config.processing
+    instances: list[Instance] = plan(
+        {name: c.table() for name, c in processing.calculations.items()},
+        {name: a.table() for name, a in processing.alerts.items()},
+        {name: b.table() for name, b in processing.bars.items()},
+        folder,
+    )
+    return ShardPlan(tuple(instances), outputs_of(config), config.risk.enabled)
+
+
+def outputs_of(config: Config) -> frozenset[Kind]:
+    """The kinds that `processing.outputs` names."""
+    kinds: set[Kind] = set()
+    for name in config.processing.outputs:
+        if name == "order":
+            kinds.update(_ORDER_KINDS)
+        else:
+            kinds.add(Kind[name.upper()])
+    return frozenset(kinds)
+
+
+def risk_limits(config: Config) -> Any:
+    """The configured limits as a LIMITS record array of one."""
+    risk = config.risk
+    return make_limits(
+        max_qty=risk.max_qty,
+        max_notional=risk.max_notional,
+        price_collar_bps=risk.price_collar_bps,
+        max_rate=risk.max_rate,
+        rate_window_ms=risk.rate_window_ms,
+        kill_switch=risk.kill_switch,
+        collar_reference="mid",
+    )
+
+
+def make_shards(
+    config: Config, outputs: Sequence[Ring], folder: Path, order_ids: str, progress: Callable[[str], None] | None = None
+) -> list[Shard]:
+    """One shard per output ring."""
+    chosen = make_plan(config, folder)
+    limits = risk_limits(config)
+    shards = []
+    for ring in outputs:
+        shard = Shard(
+            chosen,
+            ring.arrays,
+            instruments_max=config.cluster.instruments_max,
+            orders_max=config.cluster.orders_max,
+            order_ids=order_ids,
+            progress=progress,
+        )
+        shard.arrays.limits[:] = np.repeat(limits, 2)
+        shards.append(shard)
+    return shards

@@ -1,0 +1,324 @@
+"""Readers: recorded feeds, whatever their format, as batches of events.
+
+:func:`open_reader` picks the reader of a source's `data_format`. A spec'd protocol is decoded by compiled code
+(:class:`StreamReader`, :class:`PacketReader`), a venue's JSON and CSV by Python decoders (:class:`BatchReader`). All count what they
+read the same way, so that a replay and a live node report the same numbers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tickmesh.control.config import Source
+from tickmesh.node.csv_feed import csv_events, lobster_events
+from tickmesh.node.decoder import (
+    arbitration,
+    bind_symbol,
+    dbn_symbols,
+    end_of_stream,
+    load_decoder,
+    make_feed,
+    malformed,
+    message_counts,
+)
+from tickmesh.node.event import EventArray
+from tickmesh.node.event_batch import EventBatch
+from tickmesh.node.instruments import InstrumentTable
+from tickmesh.node.json_feed import VENUE_FEEDS, VenueFeed, venue_feed
+from tickmesh.node.protocol import Framing, Spec, load_framing, load_spec
+from tickmesh.transports.capture import read_capture
+from tickmesh.transports.recording import SLACK, Problem, read_bytes, read_lines
+
+USUAL_FRAMING = {"itch50": ("binaryfile", "moldudp64"), "iex_deep_plus": ("iex_tp", "iex_tp"), "dbn_mbo": ("dbn", "dbn")}
+"""Framing of a shipped protocol in a file and in packets, for a source that names none."""
+CSV_FORMATS = ("lobster", "csv")
+
+Progress = Callable[[str], None] | None
+
+
+class SourceError(Exception):
+    """A source cannot be read.
+
+    Attributes:
+        source: its name.
+        reason: what is wrong, and what to do.
+    """
+
+    def __init__(self, source: str, reason: str) -> None:
+        super().__init__(f"data_sources.{source}: {reason}")
+        self.source, self.reason = source, reason
+
+
+class Reader(ABC):
+    """A recorded feed as events.
+
+    Attributes:
+        format: the protocol's name.
+        order_ids: how the venue numbers orders (see :func:`tickmesh.node.book.make_books`).
+        bytes: size of what is read, decompressed.
+    """
+
+    format: str = ""
+    order_ids: str = "random"
+    bytes: int = 0
+
+    @abstractmethod
+    def read(self, out: EventArray) -> int:
+        """Fill `out` from the start; returns how many events, 0 at the end."""
+
+    @property
+    @abstractmethod
+    def messages(self) -> dict[str, int]:
+        """Messages by type."""
+
+    @property
+    @abstractmethod
+    def malformed(self) -> dict[str, int]:
+        """Refused input by reason."""
+
+    @property
+    def duplicates(self) -> int:
+        """Messages or packets that came again and were dropped."""
+        return 0
+
+
+# ---------------------------------------------------------------- compiled
+
+
+class _SpecReader(Reader):
+    """What the readers of spec'd protocols share."""
+
+    def __init__(self, spec: Spec, framing: Framing, options: Source, table: InstrumentTable, source: int, progress: Progress) -> None:
+        self.spec, self.framing, self.format, self.order_ids = spec, framing, spec.name, spec.order_ids
+        self.decoder: Any = load_decoder(spec, framing, fields=protocol_fields(options), progress=progress)
+        table.let_through(source, options.symbols, options.exclude)
+        self.feed = make_feed(
+            spec, table, source, framing=framing, midnight_ns=options.midnight_ns(), gap_wait_ns=int(options.gap_wait_ms * 1e6)
+        )
+        self.problems: list[Problem] = []
+
+    @property
+    def messages(self) -> dict[str, int]:
+        return message_counts(self.feed, self.spec)
+
+    @property
+    def malformed(self) -> dict[str, int]:
+        damaged = Counter(f"recording_{problem.kind}" for problem in self.problems)
+        return {**malformed(self.feed), **damaged}
+
+    @property
+    def duplicates(self) -> int:
+        return arbitration(self.feed)["duplicates"]
+
+
+class StreamReader(_SpecReader):
+    """Files that hold a stream of messages, one after the other."""
+
+    def __init__(self, files: Sequence[Path], spec: Spec, framing: Framing, options: Source, table: InstrumentTable, source: int, progress: Progress) -> None:
+        super().__init__(spec, framing, options, table, source, progress)
+        self._files = list(files)
+        self.buffer: Any = None
+        self.position = self.end = 0
+        self._spec_table = table
+        self.next_file()
+
+    def next_file(self) -> bool:
+        """Go to the next file; false if there is none. What is left of the current one counts as a message cut short."""
+        if self.buffer is not None:
+            end_of_stream(self.feed, self.end - self.position)
+        if not self._files:
+            self.buffer = None
+            return False
+        self.buffer = read_bytes(self._files.pop(0), problems=self.problems)
+        self.position, self.end = 0, len(self.buffer) - SLACK
+        self.bytes += self.end
+        if self.framing.preamble_magic == b"DBN":
+            self._bind_dbn_symbols()
+        return True
+
+    def _bind_dbn_symbols(self) -> None:
+        try:
+            symbols = dbn_symbols(memoryview(self.buffer)[: self.end])
+        except ValueError:
+            return  # the decoder counts a bad preamble
+        for code, symbol in symbols.items():
+            bind_symbol(self.feed, self.spec, self._spec_table, code, symbol)
+
+    def read(self, out: EventArray) -> int:
+        while self.buffer is not None:
+            before = self.position
+            self.position, count = self.decoder.decode_stream(self.buffer, self.position, self.end, 0, self.feed, out)
+            if count:
+                return int(count)
+            if (self.position >= self.end or self.position == before) and not self.next_file():
+                return 0
+        return 0
+
+
+class PacketReader(_SpecReader):
+    """Packet captures; the datagrams of lines A and B are arbitrated."""
+
+    def __init__(self, files: Sequence[Path], spec: Spec, framing: Framing, options: Source, table: InstrumentTable, source: int, progress: Progress) -> None:
+        super().__init__(spec, framing, options, table, source, progress)
+        lines = capture_lines(options)
+        self._batches = (batch for path in files for batch in self._file(path, lines))
+        self.buffer: Any = None
+        self.packets: Any = None
+        self.position = self.count = 0
+        self._flushed = False
+        self._last_ns = 0
+
+    def _file(self, path: Path, lines: Mapping[tuple[str, int], int] | None) -> Iterator[tuple[Any, Any]]:
+        capture = read_capture(path, problems=self.problems)
+        self.bytes += path.stat().st_size
+        yield from capture.batches(lines)
+
+    def next_batch(self) -> bool:
+        """Go to the next run of datagrams; false if there is none."""
+        following = next(self._batches, None)
+        if following is None:
+            self.buffer = None
+            return False
+        self.buffer, self.packets = following
+        self.position, self.count = 0, len(self.packets)
+        if self.count:
+            self._last_ns = int(self.packets[-1]["ts_recv"])
+        return True
+
+    def read(self, out: EventArray) -> int:
+        while True:
+            if self.buffer is None and not self.next_batch():
+                return self._flush(out)
+            self.position, count = self.decoder.decode_packets(self.buffer, self.packets, self.position, self.count, self.feed, out)
+            if count:
+                return int(count)
+            if self.position >= self.count:
+                self.buffer = None
+
+    def _flush(self, out: EventArray) -> int:
+        """After the last packet nothing missing can come any more."""
+        return int(self.decoder.decode_flush(self._last_ns + (1 << 60), self.feed, out))
+
+    flush = _flush
+
+
+# ---------------------------------------------------------------- decoders in Python
+
+
+class BatchReader(Reader):
+    """Formats whose decoder is Python: an iterator of filled batches."""
+
+    def __init__(self, format: str, batches: Iterator[tuple[Any, EventArray]], size: int) -> None:
+        self.format, self._batches, self.bytes = format, batches, size
+        self._feed: Any = None
+        self._left: EventArray | None = None
+        self._messages: Counter[str] = Counter()
+        self._malformed: Counter[str] = Counter()
+
+    def read(self, out: EventArray) -> int:
+        while self._left is None or not len(self._left):
+            following = next(self._batches, None)
+            if following is None:
+                return 0
+            if self._feed is not None and following[0] is not self._feed:
+                self._messages += self._feed.messages
+                self._malformed += self._feed.malformed
+            self._feed, self._left = following
+        count = min(len(out), len(self._left))
+        out[:count] = self._left[:count]
+        self._left = self._left[count:]
+        return count
+
+    @property
+    def messages(self) -> dict[str, int]:
+        return dict(self._messages + self._feed.messages) if self._feed is not None else {}
+
+    @property
+    def malformed(self) -> dict[str, int]:
+        return dict(self._malformed + self._feed.malformed) if self._feed is not None else {}
+
+
+def _venue_batches(files: Sequence[Path], feed: VenueFeed, batch: EventBatch) -> Iterator[tuple[VenueFeed, EventArray]]:
+    """Batches end with every recorded line, so that a reader can pace them."""
+    for path in files:
+        problems: list[Problem] = []
+        for recv_ns, payload in read_lines(path, problems=problems):
+            feed.feed(payload, recv_ns, batch)
+            if batch.count:
+                yield feed, batch.view()
+                batch.clear()
+        feed.malformed.update(f"recording_{problem.kind}" for problem in problems)
+    yield feed, batch.view()
+
+
+# ---------------------------------------------------------------- choosing
+
+
+def protocol_fields(options: Source) -> dict[str, str] | list[str]:
+    """The `fields` of a spec'd source as the decoder takes them: protocol field -> event field."""
+    return {wanted.path: event for event, wanted in options.fields.items()}
+
+
+def capture_lines(options: Source) -> dict[tuple[str, int], int] | None:
+    """Destination -> line (0 = A, 1 = B) of a packet capture; None takes every datagram as line A."""
+    lines = {}
+    for line, endpoint in enumerate((options.endpoint, options.endpoint_b)):
+        if endpoint:
+            address, port = endpoint.removeprefix("udp://").rsplit(":", 1)
+            lines[address, int(port)] = line
+    return lines or None
+
+
+def spec_and_framing(name: str, options: Source) -> tuple[Spec, Framing]:
+    """Protocol and framing of a source that a spec file describes.
+
+    Raises:
+        SourceError: there is no such protocol, or it needs a framing.
+        SpecError: a spec file is wrong.
+    """
+    chosen = options.data_format or ""
+    packets = options.type in ("pcap", "multicast")
+    framing = options.framing or USUAL_FRAMING.get(chosen, ("", ""))[packets]
+    if not framing:
+        raise SourceError(name, f"name the framing of {chosen}: framing = \"moldudp64\"")
+    return load_spec(chosen), load_framing(framing)
+
+
+def open_reader(
+    name: str, options: Source, files: Sequence[Path], table: InstrumentTable, source: int = 0, progress: Progress = None
+) -> Reader:
+    """The reader of a recorded source.
+
+    Args:
+        name: of the source, for messages.
+        options: its configuration.
+        files: what to read, in order.
+        table: where its instruments are interned.
+        source: the source's number.
+        progress: told when a decoder has to be compiled.
+
+    Raises:
+        SourceError: a file is missing, or the format is not known.
+        SpecError, MappingError: the protocol or the field mapping is wrong.
+        RecordingError: a file cannot be read.
+    """
+    for path in files:
+        if not path.is_file():
+            raise SourceError(name, f"there is no file {path}")
+    chosen = options.data_format or ""
+    batch = EventBatch()
+    size = sum(path.stat().st_size for path in files)
+    if chosen in VENUE_FEEDS:
+        return BatchReader(chosen, _venue_batches(files, venue_feed(options, table, source), batch), size)
+    if chosen in CSV_FORMATS:
+        events = lobster_events if chosen == "lobster" else csv_events
+        pairs: Iterator[tuple[Any, EventArray]] = (pair for path in files for pair in events(path, options, table, batch, source))  # type: ignore[operator]
+        return BatchReader(chosen, pairs, size)
+    spec, framing = spec_and_framing(name, options)
+    if framing.packets:
+        return PacketReader(files, spec, framing, options, table, source, progress)
+    return StreamReader(files, spec, framing, options, table, source, progress)

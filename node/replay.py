@@ -1,0 +1,127 @@
+"""Replay: recordings through the same compiled pipeline as live, at full speed and without NATS, to a summary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tickmesh.control.config import Config
+from tickmesh.node.event import ALL_INSTRUMENTS, ANY_VIEW, EVENT, EventArray
+from tickmesh.node.instruments import InstrumentTable
+from tickmesh.node.loops import replay_loop
+from tickmesh.node.pipeline import make_shards, make_table
+from tickmesh.node.reader import PacketReader, Reader, SourceError, StreamReader, open_reader
+from tickmesh.node.shard import BATCH_EVENTS, Shard
+from tickmesh.node.summary import summarise
+from tickmesh.transports.ring import Ring
+
+_BATCH_EVENTS_PYTHON = 4096
+_RING_EVENTS = 1 << 12
+
+
+def replay(
+    config: Config,
+    files: Sequence[Path],
+    source: str | None = None,
+    depth: int = 10,
+    progress: Callable[[str], None] | None = None,
+    *,
+    folder: Path = Path(),
+    observe: Callable[[int, EventArray], None] | None = None,
+) -> dict[str, Any]:
+    """Run recordings through a source's configuration; returns the summary (see :func:`tickmesh.node.summary.summarise`).
+
+    Args:
+        config: which source settings, calculations and limits to use.
+        files: recordings, read in this order.
+        source: name of the source; none: the only one that reads recordings.
+        depth: levels of each book in the summary.
+        progress: told when something has to be compiled.
+        folder: where user calculations are.
+        observe: called with (shard, outputs) after every batch; slower, for tests and tools.
+
+    Raises:
+        SourceError: the source or a file is not there.
+    """
+    name = choose_source(config, source)
+    options = config.data_sources[name]
+    table = make_table(config)
+    reader = open_reader(name, options, files, table, 0, progress)
+    rings = [Ring.create(None, 1 << 16 if observe else _RING_EVENTS, EVENT, mode="lossy") for _ in range(config.cluster.shards)]
+    shards = make_shards(config, rings, folder, reader.order_ids, progress)
+    if observe is None and len(shards) == 1 and isinstance(reader, (StreamReader, PacketReader)):
+        module = replay_loop(reader.decoder, shards[0].module, progress)
+        started = time.perf_counter()
+        _replay_compiled(module, reader, shards[0])
+    else:
+        started = time.perf_counter()
+        _replay_batches(reader, shards, table, rings, observe)
+    seconds = time.perf_counter() - started
+    messages = reader.messages
+    return summarise(
+        source={"format": reader.format, "bytes": reader.bytes, "messages_total": sum(messages.values()), "seconds": seconds},
+        messages=messages,
+        malformed=reader.malformed,
+        gaps=shards[0].gaps(),
+        duplicates=reader.duplicates,
+        shards=shards,
+        instruments=table,
+        depth=depth,
+    )
+
+
+def choose_source(config: Config, name: str | None) -> str:
+    """The named source, or the only one there is.
+
+    Raises:
+        SourceError: there is none of that name, or several to choose from.
+    """
+    if name is not None:
+        if name not in config.data_sources:
+            raise SourceError(name, f"is not configured; there are: {', '.join(config.data_sources) or 'none'}")
+        return name
+    names = [n for n, options in config.data_sources.items() if options.type in ("file", "pcap")] or list(config.data_sources)
+    if len(names) != 1:
+        raise SourceError("*", f"name one with --source: {', '.join(names)}" if names else "the configuration has no source")
+    return names[0]
+
+
+def _replay_compiled(module: Any, reader: Reader, shard: Shard) -> None:
+    batch = np.zeros(BATCH_EVENTS, EVENT)
+    view = batch.view(ANY_VIEW)
+    if isinstance(reader, StreamReader):
+        while reader.buffer is not None:
+            reader.position = module.replay(reader.buffer, reader.position, reader.end, 0, reader.feed, batch, view, shard.arrays)
+            reader.next_file()
+    elif isinstance(reader, PacketReader):
+        while reader.next_batch():
+            module.replay(reader.buffer, reader.packets, 0, reader.count, reader.feed, batch, view, shard.arrays)
+        while count := reader.flush(batch):
+            shard.step(view, 0, count)
+
+
+def _replay_batches(
+    reader: Reader, shards: list[Shard], table: InstrumentTable, rings: list[Ring], observe: Callable[[int, EventArray], None] | None
+) -> None:
+    batch = np.zeros(_BATCH_EVENTS_PYTHON, EVENT)
+    readers = [ring.reader("replay") for ring in rings] if observe else []
+    while count := reader.read(batch):
+        for index, shard in enumerate(shards):
+            events = of_shard(batch[:count], table, index, len(shards))
+            for first in range(0, len(events), BATCH_EVENTS):
+                shard.step(events.view(ANY_VIEW), first, min(first + BATCH_EVENTS, len(events)))
+                if observe:
+                    observe(index, readers[index].read(1 << 16))
+
+
+def of_shard(events: EventArray, table: InstrumentTable, shard: int, shards: int) -> EventArray:
+    """Those events of a batch that concern a shard's instruments, or all instruments."""
+    if shards == 1:
+        return events
+    everywhere = events["instrument"] == ALL_INSTRUMENTS
+    places = table.arrays.records["shard"][np.where(everywhere, 0, events["instrument"])]
+    return events[everywhere | (places == shard)]

@@ -1,0 +1,99 @@
+"""Routing: a receiver's decoded events go to the input rings of the shards that own their instruments.
+
+Each receiver is the one writer of one ring per shard. Events that concern a whole source (a gap, a new session, a timer) go to every shard
+and are stamped with the source's number, and so is an instrument's definition, so that a shard knows whom they concern.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, Kind
+from tickmesh.transports.ring import RingArrays, ring_wait, ring_write_some
+from tickmesh.transports.toolbox import copy_record, inlined, loop, outlined
+
+ROUTE_EVENTS = 256
+"""Most events routed at once."""
+_REFERENCE = np.uint8(Kind.REFERENCE)
+_ALL = np.uint32(ALL_INSTRUMENTS)
+
+
+class Router(NamedTuple):
+    """What the routing kernel works on.
+
+    Attributes:
+        rings: tuple of :class:`RingArrays` with EVENT slots, one per shard.
+        records: the instrument table's records (their `shard`).
+        staged: EVENT[shards * ROUTE_EVENTS], events on their way to a ring.
+        counts: i64[shards + 2]: staged events per shard, then events routed, then times a ring was full.
+        stop: i64[1], ends a wait for a full ring.
+        settings: i64[2]: number of the source, idle mode.
+    """
+
+    rings: Any
+    records: Any
+    staged: Any
+    counts: Any
+    stop: Any
+    settings: Any
+
+
+def make_router(rings: tuple[RingArrays, ...], records: Any, stop: Any, source: int, idle_mode: int) -> Router:
+    """A router of one receiver; `rings` have EVENT slots and no other writer."""
+    shards = len(rings)
+    return Router(
+        rings, records, np.zeros(shards * ROUTE_EVENTS, EVENT), np.zeros(shards + 2, np.int64), stop, np.array([source, idle_mode], np.int64)
+    )
+
+
+@inlined
+def _stage(router: Any, shard: Any, batch: Any, i: Any) -> None:
+    copy_record(router.staged, shard * ROUTE_EVENTS + router.counts[shard], batch, i)
+    router.counts[shard] += 1
+
+
+@outlined
+def _flush(router: Any, ring: Any, shard: Any) -> Any:
+    """Hand the staged events of one shard over, waiting for room; false once the stop flag is set."""
+    count = router.counts[shard]
+    router.counts[shard] = 0
+    written = ring_write_some(ring, router.staged, np.int64(shard * ROUTE_EVENTS), count)
+    while written < count:
+        router.counts[router.counts.size - 1] += 1
+        if ring_wait(ring, router.stop, router.settings[1]) == 0:
+            return False
+        written += ring_write_some(ring, router.staged, np.int64(shard * ROUTE_EVENTS) + written, count - written)
+    return True
+
+
+@outlined
+def route(router: Any, batch: Any, first: Any, count: Any) -> Any:
+    """Send events ``[first, count)`` of `batch`, at most ROUTE_EVENTS, to their shards; false once the stop flag is set."""
+    shards = len(router.rings)
+    source = router.settings[0]
+    for i in range(np.int64(first), np.int64(count)):
+        event = batch[i]
+        if event.instrument == _ALL:
+            event.price = source
+            for shard in range(shards):
+                _stage(router, shard, batch, i)
+            continue
+        if event.kind == _REFERENCE:
+            event.flags = np.uint16(source)
+        shard = np.int64(0)
+        if shards > 1:
+            shard = np.int64(router.records[event.instrument].shard)
+        _stage(router, shard, batch, i)
+    router.counts[shards] += np.int64(count) - np.int64(first)
+    for shard in range(shards):
+        if router.counts[shard] > 0 and not _flush(router, router.rings[shard], shard):
+            return False
+    return True
+
+
+@loop
+def route_now(router: Any, batch: Any, first: Any, count: Any) -> Any:
+    """:func:`route`, called from Python: sources that are not compiled end to end."""
+    return route(router, batch, first, count)

@@ -1,0 +1,503 @@
+"""The shard: one compiled loop, generated from the configuration, that turns input events into outputs.
+
+A shard is a function: the same events give the same outputs, bit for bit, live or replayed. :func:`generate` writes the loop as a
+readable module with the configured calculations called directly, so that everything is inlined; :class:`Shard` owns the arrays it works on.
+
+For every event, in order: count it, apply it to the book, publish a trade or the new best bid and offer, run the calculations that
+listen, check order intents against the risk limits. Nothing in here reads a clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from tickmesh.node.calculation import SERIES, Instance
+from tickmesh.node.event import Kind
+from tickmesh.node.shard_state import make_arrays
+from tickmesh.node.symbol_filter import pattern_table
+from tickmesh.transports.codecache import load_generated
+from tickmesh.transports.ring import RingArrays
+
+BATCH_EVENTS = 256
+"""Events handed from the decoder to the loop at once: 16 KiB, half of a first-level cache."""
+_FAR, _NEAR = 24, 8
+"""Events of look-ahead at which the loop asks for an order's and a level's cache line."""
+
+_IMPORTS = """\
+# Shard loop, generated from the configuration. Calculations: {names}
+import sys
+from collections import namedtuple
+
+import numpy as np
+
+from tickmesh.node.book import (
+    bbo_fill, bbo_update, book_apply, book_best, book_prefetch_level, book_prefetch_order, book_state,
+)
+from tickmesh.node.event import ANY_VIEW
+from tickmesh.node.risk import risk_check, risk_fill
+from tickmesh.node.shard_kernels import (
+    bbo_microprice, bbo_mid, bbo_spread, begin_output, begin_record, fill_signal, fill_trade, pass_through, reaches, record_bbo, record_gap,
+    record_trade, register_instrument, trade_price, trade_qty,
+)
+from tickmesh.node.shard_state import warm_arrays
+from tickmesh.transports.ring import ring_claim, ring_free, ring_publish
+from tickmesh.transports.toolbox import inlined, loop, outlined
+
+Shard = namedtuple("Shard", "books core info statistics counts gaps patterns masks last scratch out limits risk {fields}")
+SLOTS = {slots}  # last values kept per instrument
+DTYPES = [  # state and parameters of the calculations
+{dtypes}
+]"""
+
+_DECISION = """\
+@outlined
+def decide(shard, intent, i, w):
+    # whether an order that a calculation wants may go out
+    limits = shard.limits[shard.core[0].parameters]
+    bid, _ = book_best(shard.books, i, 0)
+    ask, _ = book_best(shard.books, i, 1)
+    state = np.uint16(book_state(shard.books, i))
+    total = shard.risk[shard.risk.size - 1]
+    reason = risk_check(limits, shard.risk[i], total, intent, bid, ask, state, np.int64(shard.info[i].exponent))
+    shard.counts[68] += 1
+    o = begin_output(shard.out.slots, w, intent, 68)  #? emit_risk
+    w += np.uint64(1)  #? emit_risk
+    o = begin_output(shard.scratch, np.uint64(0), intent, 68)  #? no_risk
+    risk_fill(o, intent, reason)
+    return w
+
+"""
+
+_EVENT = """\
+@inlined
+def publish_bbo(shard, event, i, w):
+    if bbo_update(shard.books, i):
+        o = begin_output(shard.out.slots, w, event, 64)  #? emit_bbo
+        w += np.uint64(1)  #? emit_bbo
+        o = begin_output(shard.scratch, np.uint64(0), event, 64)  #? no_bbo
+        bbo_fill(shard.books, i, o)
+        shard.counts[64] += 1
+        record_bbo(shard.statistics, o)
+        w = on_bbo(shard, o, i, w)
+    return w
+
+
+@inlined
+def publish_trade(shard, event, i, w):
+    record_trade(shard.statistics, event)
+    o = begin_output(shard.out.slots, w, event, 9)  #? emit_trade
+    w += np.uint64(1)  #? emit_trade
+    o = begin_output(shard.scratch, np.uint64(0), event, 9)  #? no_trade
+    fill_trade(o, event)
+    return on_trade(shard, o, i, w)
+
+
+@outlined
+def rare_apply(shard, event):
+    return book_apply(shard.books, event)
+
+
+@outlined
+def rare_bbo(shard, event, i, w):
+    return publish_bbo(shard, event, i, w)
+
+
+@outlined
+def on_rare(shard, event, w):
+    # instrument definitions, trading status, gaps, venue messages, configuration changes
+    kind = event.kind
+    i = np.int64(event.instrument)
+    if kind == 13:
+        register_instrument(shard.core, shard.info, shard.books.ticks, shard.patterns, shard.masks, event)
+        w = pass_through(shard.out.slots, w, event)  #? emit_reference
+    elif kind == 17:
+        shard.core[0].parameters = event.aux & 1
+        shard.core[0].config_version = event.id
+    elif kind == 11:
+        if rare_apply(shard, event) < 0:
+            shard.core[0].refused += 1
+            return w
+        w = pass_through(shard.out.slots, w, event)  #? emit_status
+        w = rare_bbo(shard, event, i, w)
+    elif kind == 15:
+        record_gap(shard.gaps, shard.counts, event)
+        w = pass_through(shard.out.slots, w, event)  #? emit_gap
+        if i < shard.info.size:
+            rare_apply(shard, event)
+            w = rare_bbo(shard, event, i, w)
+    elif kind == 10:  #? emit_quote
+        w = pass_through(shard.out.slots, w, event)  #? emit_quote
+    elif kind == 12:  #? emit_imbalance
+        w = pass_through(shard.out.slots, w, event)  #? emit_imbalance
+    elif kind == 14:  #? emit_system
+        w = pass_through(shard.out.slots, w, event)  #? emit_system
+    elif kind == 18:  #? emit_break
+        w = pass_through(shard.out.slots, w, event)  #? emit_break
+    return w
+
+
+@inlined
+def on_event(shard, event, w):
+    kind = event.kind
+    shard.counts[kind & 127] += 1
+    if kind <= 8:
+        refused = book_apply(shard.books, event) < 0
+        i = np.int64(event.instrument)
+        if refused:
+            shard.core[0].refused += 1
+            if i >= shard.info.size:
+                return w
+        else:
+            if kind == 2 and not event.flags & 4:
+                w = publish_trade(shard, event, i, w)
+            w = pass_through(shard.out.slots, w, event)  #? emit_add
+            w = on_order(shard, event, i, w)  #? orders
+        if not event.flags & 1:
+            w = publish_bbo(shard, event, i, w)
+        return w
+    if kind == 9:
+        i = np.int64(event.instrument)
+        if i >= shard.info.size:
+            shard.core[0].refused += 1
+            return w
+        if event.flags & 4:
+            return w
+        return publish_trade(shard, event, i, w)
+    return on_rare(shard, event, w)
+
+
+@outlined
+def over_instruments(shard, event, w, limit):
+    # a timer, or a gap or new session of a whole source, reaches every instrument; held up by outputs it goes on where it stopped
+    core = shard.core[0]
+    if core.cursor == 0:
+        shard.counts[event.kind] += 1
+        if event.kind == 15:
+            w = on_rare(shard, event, w)
+    while core.cursor < core.instruments:
+        if w + np.uint64(ROOM) > limit:
+            return w
+        i = core.cursor
+        if event.kind == 16:
+            w = on_timer(shard, event, i, w)
+        elif reaches(shard.info, event, i):
+            o = shard.scratch[1]
+            o.seq = event.seq
+            o.ts_event = event.ts_event
+            o.ts_recv = event.ts_recv
+            o.kind = event.kind
+            o.side = event.side
+            o.flags = np.uint16(0)
+            o.instrument = np.uint32(i)
+            rare_apply(shard, o)
+            w = rare_bbo(shard, o, i, w)
+        core.cursor += 1
+    return w
+"""
+
+_LOOPS = """
+ROOM = np.int64({room})  # outputs that one input can cause
+CLAIM = np.int64({claim})
+
+
+@loop
+def step(batch, first, count, shard):
+    # events [first, count) of the batch; returns how many were taken: fewer when the output ring is full
+    core = shard.core[0]
+    start = core.out_seq
+    w = start
+    free = ring_free(shard.out, ROOM)
+    claimed = np.int64(0)
+    i = np.int64(first)
+    while i < count:
+        if np.int64(w - start) + ROOM > claimed:
+            if np.int64(w - start) + ROOM > free:
+                ring_publish(shard.out, w - start)
+                start = w
+                free = ring_free(shard.out, ROOM)
+                if ROOM > free:
+                    core.blocked += 1
+                    break
+            claimed = min(free, np.int64(w - start) + CLAIM)
+            ring_claim(shard.out, claimed)
+        if i + {far} < count:
+            book_prefetch_order(shard.books, batch[np.uint64(i + {far})])
+        if i + {near} < count:
+            book_prefetch_level(shard.books, batch[np.uint64(i + {near})])
+        event = batch[np.uint64(i)]
+        if event.kind == 16 or (event.instrument == np.uint32(0xFFFFFFFF) and (event.kind == 15 or event.kind == 7)):
+            w = over_instruments(shard, event, w, start + np.uint64(claimed))
+            if core.cursor < core.instruments:
+                claimed = np.int64(0)
+                continue
+            core.cursor = 0
+        else:
+            w = on_event(shard, event, w)
+        i += 1
+    core.events += np.uint64(i - np.int64(first))
+    core.out_seq = w
+    ring_publish(shard.out, w - start)
+    return i - np.int64(first)
+
+
+def warm():
+    # compiles the entry points: the helper process calls this
+    shard = warm_arrays(sys.modules[__name__])
+    step(np.zeros(1, ANY_VIEW), 0, 0, shard)
+"""
+
+DEFAULT_OUTPUTS = frozenset(
+    {Kind.BBO, Kind.TRADE, Kind.SIGNAL, Kind.ALERT, Kind.BAR, Kind.INTENT, Kind.RISK, Kind.STATUS, Kind.GAP, Kind.REFERENCE, Kind.IMBALANCE}
+)
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """What one shard's loop is made of; equal plans generate equal source.
+
+    Attributes:
+        instances: calculations, alerts and bars in an order where a series comes before its readers.
+        outputs: kinds of events that leave the shard.
+        risk: whether intents are checked.
+    """
+
+    instances: tuple[Instance, ...] = ()
+    outputs: frozenset[Kind] = DEFAULT_OUTPUTS
+    risk: bool = True
+
+
+# ---------------------------------------------------------------- generation
+
+
+@dataclass
+class _Source:
+    """Generated lines with an indentation."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, depth: int, *lines: str) -> None:
+        self.lines.extend("    " * depth + line if line else "" for line in lines)
+
+    def text(self) -> str:
+        return "\n".join(self.lines) + "\n"
+
+
+class _Generator:
+    """Writes the module of one plan."""
+
+    def __init__(self, plan: ShardPlan) -> None:
+        self.plan = plan
+        self.out = _Source()
+        self.slots: dict[str, int] = {}
+        for instance in plan.instances:
+            if instance.emits == "signal":
+                for output in instance.outputs:
+                    self.slots[f"{instance.name}.{output}"] = len(self.slots)
+        self.signals = len(self.slots)
+        for instance in plan.instances:  # a second series is read at its last value, which needs a place too
+            if instance.against in SERIES:
+                self.slots.setdefault(str(instance.against), len(self.slots))
+
+    @property
+    def room(self) -> int:
+        """The most outputs that one input event can cause."""
+        return 4 + sum(2 if i.emits == "intent" else max(1, len(i.outputs)) for i in self.plan.instances)
+
+    def generate(self) -> str:
+        self._imports()
+        emits = {"emit_risk": Kind.RISK in self.plan.outputs}
+        self.out.lines.append(_select(_DECISION, {**emits, "no_risk": not emits["emit_risk"]}))
+        for trigger in ("trade", "bbo", "order", "timer"):
+            self._listeners(trigger)
+        self._event()
+        self.out.lines.append(_LOOPS.format(room=self.room, claim=64 * self.room, far=_FAR, near=_NEAR))
+        return self.out.text()
+
+    def _imports(self) -> None:
+        names = ", ".join(f"{i.name} = {i.use}" for i in self.plan.instances) or "none"
+        fields = " ".join(f"s{k} p{k}" for k in range(len(self.plan.instances)))
+        pairs = ((i.state, i.calculation.params_dtype) for i in self.plan.instances)
+        dtypes = "\n".join(f"    (np.{state!r}, np.{params!r})," for state, params in pairs)
+        self.out.lines.append(_IMPORTS.format(names=names, fields=fields, slots=max(1, len(self.slots)), dtypes=dtypes))
+        for k, instance in enumerate(self.plan.instances):
+            self.out.add(0, f"from {instance.module} import {instance.function} as c{k}", f"k{k} = c{k}.kernel")
+        self.out.add(0, "", "")
+
+    # ---- calculations
+
+    def _listeners(self, trigger: str) -> None:
+        roots = [k for k, i in enumerate(self.plan.instances) if trigger in self._triggers(i)]
+        remembered = [name for name in self.slots if SERIES.get(name) == trigger]
+        self.out.add(0, "@inlined", f"def on_{trigger}(shard, event, i, w):")
+        for name in remembered:
+            self.out.add(1, f"shard.last[{self.slots[name]}, i] = {_series(name, 'event')}")
+        if roots:
+            self.out.add(1, "v = shard.core[0].parameters")
+        for k in roots:
+            self._call(1, k, "event")
+        self.out.add(1, "return w", "", "")
+
+    def _triggers(self, instance: Instance) -> set[str]:
+        timer = {"timer"} if instance.timer else set()
+        if instance.of is not None:
+            return ({SERIES[instance.of]} if instance.of in SERIES else set()) | timer
+        return (set(instance.inputs) - {"bar"}) | timer
+
+    def _call(self, depth: int, k: int, event: str, series: str | None = None) -> None:
+        """One calculation, and inside it those that read its outputs."""
+        instance = self.plan.instances[k]
+        out = self.out
+        arguments = []
+        condition = f"shard.masks[{k}, i] != 0"
+        out.add(depth, f"# {instance.name}: {instance.use}")
+        if instance.of is not None:
+            out.add(depth, f"x{k} = {series or _series(instance.of, event)}")
+            condition += f" and x{k} == x{k}"
+            arguments.append(f"x{k}")
+            if instance.against is not None:
+                out.add(depth, f"y{k} = shard.last[{self.slots[instance.against]}, i]")
+                condition += f" and y{k} == y{k}"
+                arguments.append(f"y{k}")
+        if instance.of is None or instance.takes_event:
+            arguments.append(event)
+        out.add(depth, f"if {condition}:")
+        arguments.append(f"shard.s{k}[{'0' if instance.calculation.scope == 'shard' else 'i'}]")
+        parameters = [_parameter(k, name) for name in instance.parameter_names]
+        if instance.emits == "signal":
+            self._signal(depth + 1, k, event, [*arguments, *parameters])
+        else:
+            self._record(depth + 1, k, event, [*arguments, "o", *parameters])
+
+    def _signal(self, depth: int, k: int, event: str, arguments: list[str]) -> None:
+        instance = self.plan.instances[k]
+        out = self.out
+        out.add(depth, f"r{k} = k{k}({', '.join(arguments)})")
+        for j, name in enumerate(instance.outputs):
+            value = f"r{k}[{j}]" if len(instance.outputs) > 1 else f"r{k}"
+            out.add(depth, f"if {value} == {value}:")
+            out.add(depth + 1, f"shard.last[{self.slots[f'{instance.name}.{name}']}, i] = {value}")
+            if Kind.SIGNAL in self.plan.outputs and not instance.silent:
+                out.add(depth + 1, f"o = begin_output(shard.out.slots, w, {event}, {int(Kind.SIGNAL)})")
+                out.add(depth + 1, f"fill_signal(o, {event}, i, {instance.index | j << 32}, {value})")
+                out.add(depth + 1, f"shard.counts[{int(Kind.SIGNAL)}] += 1", "w += np.uint64(1)")
+            for reader, other in enumerate(self.plan.instances):
+                if other.of == f"{instance.name}.{name}":
+                    self._call(depth + 1, reader, event, series=value)
+
+    def _record(self, depth: int, k: int, event: str, arguments: list[str]) -> None:
+        instance = self.plan.instances[k]
+        kind = {"alert": Kind.ALERT, "bar": Kind.BAR, "intent": Kind.INTENT}[instance.emits]
+        out = self.out
+        place = "shard.out.slots, w" if kind in self.plan.outputs else "shard.scratch, np.uint64(1)"
+        out.add(depth, f"o = begin_output({place}, {event}, {int(kind)})", f"begin_record(o, i, {instance.index})")
+        out.add(depth, f"if k{k}({', '.join(arguments)}):", f"    shard.counts[{int(kind)}] += 1")
+        if kind == Kind.BAR:
+            out.add(depth + 1, f"o.side = np.uint8({instance.index})")
+        if kind in self.plan.outputs:
+            out.add(depth + 1, "w += np.uint64(1)")
+        if kind == Kind.INTENT and self.plan.risk:
+            out.add(depth + 1, "w = decide(shard, o, i, w)")
+        for reader, other in enumerate(self.plan.instances):
+            if other.bars == instance.name:
+                out.add(depth + 1, f"bar{k} = o")
+                self._call(depth + 1, reader, f"bar{k}")
+
+    # ---- events
+
+    def _event(self) -> None:
+        outputs = self.plan.outputs
+        flags = {f"emit_{kind.name.lower()}": kind in outputs for kind in Kind}
+        flags |= {"no_bbo": not flags["emit_bbo"], "no_trade": not flags["emit_trade"]}
+        orders = any("order" in self._triggers(i) for i in self.plan.instances)
+        self.out.lines.append(_select(_EVENT, {**flags, "orders": orders}))
+
+
+def _series(name: str, event: str) -> str:
+    return f"{name.replace('.', '_')}(shard.info, {event})"
+
+
+def _parameter(k: int, name: str) -> str:
+    facts = {"tick": "shard.info[i].tick_size", "exponent": "np.int64(shard.info[i].exponent)"}
+    return facts.get(name, f"shard.p{k}[v].{name}")
+
+
+def _select(template: str, flags: dict[str, bool]) -> str:
+    """Keep the lines of a template whose ``#? flag`` marks hold, without the marks."""
+    kept = []
+    for line in template.splitlines():
+        code, mark, condition = line.partition("  #? ")
+        if not mark or all(flags[name] for name in condition.split()):
+            kept.append(code)
+    return "\n".join(kept)
+
+
+def generate(plan: ShardPlan) -> str:
+    """The source of the loop of one plan: a readable module that defines ``Shard``, ``step`` and ``run``."""
+    return _Generator(plan).generate()
+
+
+# ---------------------------------------------------------------- the object around the loop
+
+
+class Shard:
+    """One shard's state and its compiled loop.
+
+    Args:
+        plan: what the loop is made of.
+        output: the ring that takes the outputs; this shard is its only writer.
+        instruments_max: highest instrument id + 1.
+        orders_max: resting orders of all instruments together.
+        order_ids: how the venue numbers orders (:func:`tickmesh.node.book.make_books`).
+        progress: told when a loop has to be compiled.
+
+    Attributes:
+        arrays: the namedtuple of arrays that the loop works on.
+        module: the generated module.
+    """
+
+    def __init__(
+        self,
+        plan: ShardPlan,
+        output: RingArrays,
+        *,
+        instruments_max: int = 4096,
+        orders_max: int = 1 << 20,
+        order_ids: str = "sequential",
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        self.plan = plan
+        self.module: ModuleType = load_generated("shard", generate(plan), progress)
+        self.signal_names = [
+            i.name if len(i.outputs) == 1 else f"{i.name}.{output}" for i in plan.instances if i.emits == "signal" for output in i.outputs
+        ]
+        patterns = pattern_table([instance.symbols for instance in plan.instances])
+        self.arrays = make_arrays(self.module, output, patterns, instruments_max, orders_max, order_ids)
+        for k, instance in enumerate(plan.instances):
+            getattr(self.arrays, f"p{k}")[:] = instance.params
+
+    def step(self, batch: Any, first: int, count: int) -> int:
+        """Take events ``[first, count)`` of `batch` (ANY_VIEW array); returns how many, fewer if the output ring is full."""
+        return int(self.module.step(batch, first, count, self.arrays))
+
+    def event_counts(self) -> dict[str, int]:
+        """Events so far by kind, inputs and outputs."""
+        return {Kind(k).name.lower(): int(n) for k, n in enumerate(self.arrays.counts) if n and k in Kind._value2member_map_}
+
+    def seen_instruments(self) -> list[int]:
+        """Ids of the instruments that this shard has been told of."""
+        return [int(i) for i in np.flatnonzero(self.arrays.info["tick_size"])]
+
+    def gaps(self) -> list[tuple[int, int]]:
+        """First and last missing source sequence of the gaps so far, the first 4096 of them."""
+        known = min(int(self.arrays.counts[Kind.GAP]), len(self.arrays.gaps))
+        return [(int(first), int(last)) for first, last in self.arrays.gaps[:known]]
+
+    def last_signals(self, instrument: int) -> dict[str, float]:
+        """Last value of every signal that an instrument has emitted."""
+        values = self.arrays.last[: len(self.signal_names), instrument]
+        return {name: float(value) for name, value in zip(self.signal_names, values) if not np.isnan(value)}

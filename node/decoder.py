@@ -723,7 +723,7 @@ class _DecoderWriter:
             size = next((m.fields[self.spec.code].size for m in self.spec.messages if self.spec.code in m.fields), 0)
         out("\ndef warm():")
         out.indent()
-        out('"""Call each entry point once, so that it is compiled."""')
+        out('"""Call each entry point once, so that it is compiled; returns a feed of the final types."""')
         direct, hashed = (1 << 8 * size if size in (1, 2) else 0), (4 if size > 2 else 0)
         out(f"feed = make_arrays(InstrumentTable(1).arrays, source=0, counters={len(self.spec.counters)}, direct_codes={direct}, hashed_codes={hashed})")
         out("buf, out = np.zeros(64, np.uint8), np.zeros(4, EVENT)")
@@ -731,6 +731,7 @@ class _DecoderWriter:
             out("decode_packets(buf, feed.arbiter.no_packets, 0, 0, feed, out)\ndecode_flush(0, feed, out)")
         else:
             out("decode_stream(buf, 0, 0, 0, feed, out)")
+        out("return feed")
         out.indent(-1)
 
 

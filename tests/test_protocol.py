@@ -1,0 +1,175 @@
+"""Spec files: what is shipped is valid; every fault of a bad file is reported at once, with its line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tickmesh.node.protocol import SpecError, key_lines, load_framing, load_spec, raw_value, shipped_names
+
+GOOD = """\
+[protocol]
+name = "small"
+byte_order = "little"
+type_field = { offset = 0, type = "u8" }
+tick_size = "0.05"
+[timestamp]
+field = "time"
+[instrument]
+code = "id"
+symbol = "text"
+[maps.side]
+B = "BID"
+S = 1
+[fields]
+time = { offset = 8, type = "u64" }
+[messages.add]
+type = 1
+length = 48
+[messages.add.fields]
+id = { offset = 4, type = "u32" }
+order = { offset = 16, type = "u64" }
+side = { offset = 24, type = "char", map = "side" }
+qty = { offset = 28, type = "u32" }
+price = { offset = 32, type = "i64", decimals = 4 }
+text = { offset = 40, type = "alpha:8" }
+[messages.add.event]
+kind = "add"
+id = "order"
+side = "side"
+price = "price"
+qty = "qty"
+"""
+
+
+def load(tmp_path: Path, text: str) -> list[tuple[int, str, str]]:
+    """Problems of a spec: (line, key, reason)."""
+    path = tmp_path / "small.toml"
+    path.write_text(text)
+    try:
+        load_spec(path)
+    except SpecError as error:
+        assert all(str(p).startswith(f"{path}:{p.line}: ") for p in error.problems)
+        return [(p.line, p.key, p.reason) for p in error.problems]
+    return []
+
+
+def test_shipped_specs_are_valid() -> None:
+    assert shipped_names() == ["dbn_mbo", "iex_deep_plus", "itch50"]
+    assert shipped_names("framing_") == ["binaryfile", "dbn", "iex_tp", "moldudp64"]
+    for name in shipped_names():
+        spec = load_spec(name)
+        assert spec.name == name
+        assert len(set(spec.counters)) == len(spec.counters)
+    for name in shipped_names("framing_"):
+        assert load_framing(name).name == name
+
+
+def test_good(tmp_path: Path) -> None:
+    assert load(tmp_path, GOOD) == []
+    spec = load_spec(tmp_path / "small.toml")
+    assert (spec.tick_size, spec.order_ids, spec.counters) == (50_000_000, "random", ["add"])
+    assert spec.messages[0].fields["side"].map == {66: 0, 83: 1}
+    assert spec.messages[0].fields["time"].offset == 8
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key", "reason"),
+    [
+        ('type_field = { offset = 0, type = "u8" }', "", "protocol.type_field", "is missing"),
+        ('byte_order = "little"', 'byte_order = "middle"', "protocol.byte_order", "not one of big, little"),
+        ('tick_size = "0.05"', "tick_size = 0.05", "protocol.tick_size", "decimal text"),
+        ('tick_size = "0.05"', 'tick_size = "0"', "protocol.tick_size", "decimal text"),
+        ('name = "small"', 'name = "small"\ncolour = 1', "protocol.colour", "is not known here"),
+        ("[fields]", "[filds]", "filds", "is not known here"),
+        ('field = "time"', 'field = "when"', "timestamp.field", "no message has a field 'when'"),
+        ('code = "id"', 'code = "text"', "instrument.code", "must be a number"),
+        ("S = 1", 'S = "SELL"', "maps.side.S", "neither a whole number nor one of"),
+        ("length = 48", "length = 47", "messages.add.fields.text", "beyond the message's length 47"),
+        ("length = 48", 'length = "48"', "messages.add.length", "must be a whole number"),
+        ("offset = 28", "offset = 22", "messages.add.fields.qty", "overlaps order"),
+        ("offset = 28", "offset = -1", "messages.add.fields.qty.offset", "not within"),
+        ('qty = { offset = 28, type = "u32" }', 'qty = { offset = 28, type = "u7" }', "messages.add.fields.qty.type", "is not a type"),
+        ("decimals = 4", "decimals = 12", "messages.add.fields.price.decimals", "12 is not within 0 to 9"),
+        (", decimals = 4", "", "messages.add.event.price", "needs `decimals`"),
+        ('map = "side"', 'map = "sides"', "messages.add.fields.side.map", "there is no [maps.sides]"),
+        (', map = "side"', "", "messages.add.event.side", "needs a map"),
+        ('kind = "add"', 'kind = "addition"', "messages.add.event.kind", "is not one of"),
+        ('id = "order"', "", "messages.add.event.id", "is missing: an event of kind 'add' needs"),
+        ('qty = "qty"', 'qty = "size"', "messages.add.event.qty", "no field 'size'"),
+        ("type = 1\n", 'type = "xx"\n', "messages.add.type", "is not a value of the type field"),
+        ("type = 1\n", "type = 300\n", "messages.add.type", "is not a value of the type field"),
+        ('kind = "add"', 'kind = "add"\nflags = ["LOUD"]', "messages.add.event.flags", "is not one of MORE"),
+        ('kind = "add"', 'kind = "add"\nflag_if = [{ flag = "MORE", field = "qty" }]', "messages.add.event.flag_if", "either `equals` or `bits`"),
+        ('kind = "add"', 'kind = "add"\nwhen = { qty = "long" }', "messages.add.event.when.qty", "is not a value of qty"),
+        ('kind = "add"', 'kind = "add"\ninstrument = "all"', "messages.add.event", "needs an instrument"),
+        ('field = "time"', 'field = "time"\nsince = "time_message"', "timestamp.since", "kind 'time'"),
+    ],
+)
+def test_each_fault(tmp_path: Path, old: str, new: str, key: str, reason: str) -> None:
+    assert GOOD.count(old) >= 1
+    text = GOOD.replace(old, new, 1)
+    problems = load(tmp_path, text)
+    found = [(line, r) for line, k, r in problems if k == key]
+    assert found, problems
+    assert reason in found[0][1]
+    last = key.rsplit(".", 1)[-1]
+    if new and "missing" not in reason:
+        line = text.splitlines()[found[0][0] - 1]
+        assert last in line or key.split(".")[-2] in line or "event" in line, (line, key)
+
+
+def test_every_fault_at_once(tmp_path: Path) -> None:
+    text = GOOD.replace("decimals = 4", "decimals = 12").replace("S = 1", 'S = "SELL"').replace('qty = "qty"', 'qty = "size"')
+    assert len(load(tmp_path, text)) == 3
+
+
+def test_two_messages_of_one_type(tmp_path: Path) -> None:
+    assert any("is also the type of add" in reason for _, _, reason in load(tmp_path, GOOD + "[messages.again]\ntype = 1\nlength = 48\n"))
+
+
+def test_not_toml_and_not_there(tmp_path: Path) -> None:
+    assert load(tmp_path, "[protocol\nname = 3")[0][0] == 1
+    for reader in (load_spec, load_framing):
+        with pytest.raises(SpecError, match=r"cannot be read .*one of"):
+            reader("no_such_protocol")
+
+
+def test_bad_framing(tmp_path: Path) -> None:
+    path = tmp_path / "f.toml"
+    good = Path(load_framing("moldudp64").path).read_text()
+    path.write_text(good.replace("header_bytes = 20", "header_bytes = 12").replace("offset = 2\n", 'offset = "x"\n'))
+    with pytest.raises(SpecError) as error:
+        load_framing(path)
+    assert sorted(p.key for p in error.value.problems) == ["message.offset", "packet.count", "packet.sequence"]
+
+
+def test_key_lines() -> None:
+    lines = key_lines('a = 1\n[b.c]\nd = { e = 1, f = 2 }\n[[g]]\nh = 1\n[[g]]\nh = 2\n"x.y" = 3\n')
+    assert lines[("a",)] == 1
+    assert lines[("b", "c", "d", "f")] == 3
+    assert (lines[("g", "0", "h")], lines[("g", "1", "h")], lines[("g", "1", "x.y")]) == (5, 7, 8)
+
+
+def test_raw_values() -> None:
+    assert [raw_value(v, 1) for v in ("A", 65, "#65", "0x41", "AB", 256, -1, True, "é")] == [65, 65, 65, 65, None, None, None, None, None]
+
+
+HOWTO = Path(__file__).resolve().parent.parent / "docs" / "howto" / "add-a-protocol.md"
+
+
+def test_howto_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worked example of docs/howto/add-a-protocol.md: its files are written and its program runs as printed."""
+    text = HOWTO.read_text()
+    for name, body in re.findall(r"<!-- file: (\S+) -->\n```toml\n(.*?)```", text, re.S):
+        (tmp_path / name).write_text(body)
+    program = re.search(r"<!-- run -->\n```python\n(.*?)```", text, re.S)
+    output = re.search(r"<!-- output -->\n```\n(.*?)```", text, re.S)
+    assert program
+    assert output
+    monkeypatch.chdir(tmp_path)
+    lines: list[str] = []
+    exec(compile(program[1], "add-a-protocol.md", "exec"), {"print": lambda *a: lines.append(" ".join(map(str, a)))})
+    assert "\n".join(lines) == output[1].strip()

@@ -219,7 +219,8 @@ def test_endpoints_must_match_the_lines(tmp_path: Path) -> None:
     ("kind", "wrong"),
     [
         (LineConfig, {"session": ""}), (LineConfig, {"session": "ELEVENCHARS"}), (LineConfig, {"mtu_bytes": 60}),
-        (LineConfig, {"flush_ns": -1}), (LineConfig, {"heartbeat_ns": 5}), (LineConfig, {"faults": ()}), (FaultConfig, {"loss": 1.0}), (FaultConfig, {"reorder": -0.1}),
+        (LineConfig, {"flush_ns": -1}), (LineConfig, {"heartbeat_ns": 5}), (LineConfig, {"faults": ()}),
+        (FaultConfig, {"loss": 1.0}), (FaultConfig, {"reorder": -0.1}),
         (FaultConfig, {"duplicate": float("nan")}),
     ],
 )  # fmt: skip

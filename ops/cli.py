@@ -2,7 +2,7 @@
 
 Exit codes: 0 done, 1 failed (a file, a server, this host), 2 wrong usage or a refused configuration, 3 a check found something wrong,
 130 ended by Ctrl-C. Results go to standard output, everything else to standard error. ``docs/reference/cli.md`` is what
-:func:`reference_markdown` gives (``python -m tickmesh.ops.cli`` writes it); a test compares them.
+:func:`reference_markdown` gives (``tickmesh reference`` prints it); a test compares them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -332,7 +333,7 @@ def top(
     cluster: ClusterName = None,
     node: NodeNameOption = None,
     interval_s: Annotated[float, typer.Option("--interval", "-i", min=0.1, max=60, help="Seconds between looks.")] = 1.0,
-    once: Annotated[bool, typer.Option(help="One interval, then end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="One interval, then end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line per interval.")] = False,
 ) -> None:
     """Rates and latencies of this host's nodes, live.
@@ -358,7 +359,7 @@ def subscribe(
     server: Annotated[str, typer.Option(metavar="URL", help="Address of the NATS server.")] = "nats://127.0.0.1:4222",
     start: Annotated[str | None, typer.Option("--from", metavar="SEQ|now|all", help="Read the streams, exactly once, from here.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="End after so many lines.")] = None,
-    batches: Annotated[bool, typer.Option(help="Print frames of the streams instead of events.")] = False,
+    batches: Annotated[bool, typer.Option("--batches", help="Print frames of the streams instead of events.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,
 ) -> None:
     """Print a cluster's outputs, live or from any place."""
@@ -380,7 +381,7 @@ def doctor(as_json: AsJson = False) -> None:
 @app.command(cls=_Command)
 def bench(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Which; none: all. See --list.")] = None,
-    quick: Annotated[bool, typer.Option(help="A tenth of the work: a look, not a measurement.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A tenth of the work: a look, not a measurement.")] = False,
     listed: Annotated[bool, typer.Option("--list", help="Name the benchmarks and end.")] = False,
     json_file: Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON here; -: print it.")] = None,
     quiet: Quiet = False,
@@ -404,6 +405,7 @@ def bench(
         _print_json(report)
     else:
         print(benches.report_text(report))
+    _finish(EXIT_OK if report["rows"] else EXIT_FAILED)
 
 
 # ---------------------------------------------------------------- journals
@@ -435,6 +437,69 @@ def journal_verify(folder: JournalFolder, as_json: AsJson = False) -> None:
     _finish(verify_command(folder, as_json=as_json))
 
 
+# ---------------------------------------------------------------- the reference page
+
+
+@app.command(hidden=True)
+def reference() -> None:
+    """Print the reference page of the command line, ``docs/reference/cli.md``."""
+    print(reference_markdown(), end="")
+
+
+def commands(prefix: str = "tickmesh", group: Any = None) -> Iterator[tuple[str, Any]]:
+    """Every command with its full name, in the order of the help."""
+    for name, command in (group or typer.main.get_command(app)).commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(f"{prefix} {name}", command)
+        elif not command.hidden:
+            yield f"{prefix} {name}", simulate_command() if name == "simulate" else command
+
+
+def reference_markdown() -> str:
+    """The reference page of the command line."""
+    parts = [_MARKDOWN_HEAD]
+    for name, command in commands():
+        visible = [param for param in command.params if param.name != "help"]
+        arguments = [param for param in visible if param.param_type_name == "argument"]
+        options = [param for param in visible if param.param_type_name == "option"]
+        usage = " ".join([name, *(["[OPTIONS]"] if options else []), *(str(param.metavar or param.name).upper() for param in arguments)])
+        parts.append(f"\n## `{name}`\n\n{cleandoc(command.help or '')}\n\n```\n{usage}\n```\n")
+        parts += ["| | default | meaning |", "|---|---|---|"] if visible else []
+        parts += [_markdown_row(param) for param in [*arguments, *options]]
+    return "\n".join(parts) + "\n"
+
+
+def _markdown_row(param: Any) -> str:
+    if param.param_type_name == "argument":
+        shown, default = str(param.metavar or param.name).upper(), "" if param.required else "none"
+    else:
+        flag = getattr(param, "is_flag", False)
+        shown = ", ".join(param.opts) + ("" if flag else f" {param.metavar or 'VALUE'}")
+        default = "" if flag else "must be given" if param.required else "none" if param.default is None else f"`{param.default}`"
+    return f"| `{shown.replace('|', ' or ')}` | {default} | {param.help or ''} |"
+
+
+_MARKDOWN_HEAD = """# Command line
+
+<!-- Written by `tickmesh reference`; a test compares it with the commands. -->
+
+Results go to standard output; progress and errors go to standard error, errors as one line each that says what to do. `--json` prints
+for programs. `tickmesh --debug COMMAND …` (or `TICKMESH_DEBUG=1`) shows the traceback of an error. `tickmesh --version` prints the version,
+`tickmesh --install-completion` sets up the shell's completion.
+
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 1 | failed: a file, a server or this host; `status` and `top --once`: no node lives |
+| 2 | wrong usage, or a configuration is refused |
+| 3 | a check found something wrong: `journal verify`, `doctor` |
+| 130 | ended by Ctrl-C |"""
+
+
 def main() -> None:
     """Entry point of ``tickmesh``."""
     app()
+
+
+if __name__ == "__main__":
+    main()

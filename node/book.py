@@ -120,7 +120,7 @@ def make_books(
         orders_max: resting orders to expect at once over all instruments; the table is at most half full with as many.
         order_ids: ``"sequential"`` (dense, rising), ``"random"`` (any pattern) or ``"per_instrument"`` (any pattern, unique only
             within an instrument; every event must then carry its instrument).
-        window_log2: levels in a side's window, 6 to 12; more costs address space, not memory.
+        window_log2: levels in a side's window, 8 to 12; more costs address space, not memory.
         far_max: levels outside the windows over all instruments.
 
     Set ``books.ticks[instrument]`` (i64, 1e-9) before an instrument's first event; 0 means :data:`DEFAULT_TICK`. A price off the tick
@@ -133,8 +133,8 @@ def make_books(
         raise ValueError(f"instruments_max={instruments_max}: choose 1 to {1 << (_BS_BITS - 1)}")
     if order_ids not in _ID_MODES:
         raise ValueError(f"order_ids={order_ids!r}: choose one of {', '.join(_ID_MODES)}")
-    if not 6 <= window_log2 <= 12:
-        raise ValueError(f"window_log2={window_log2}: choose 6 to 12")
+    if not 8 <= window_log2 <= 12:
+        raise ValueError(f"window_log2={window_log2}: choose 8 to 12")
     if not (1 <= far_max < 1 << 30 and 1 <= orders_max <= 1 << 32):
         raise ValueError(f"far_max={far_max} must be 1 to 2**30 - 1, orders_max={orders_max} 1 to 2**32")
     slot_bits = max(_SLOT_BITS_MIN, (2 * orders_max - 1).bit_length())

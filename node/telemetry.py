@@ -274,9 +274,12 @@ class Telemetry:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0))
+            ours = CounterFile.attach(path).about == file.about  # not one that another node has just put in its place
         except OSError:
+            ours = False
+        if not ours:
             os.close(fd)
-            raise NodeRunning(path, cluster, node, _pid(path)) from None
+            raise NodeRunning(path, cluster, node, _pid(path))
         telemetry = cls(file, fd)
         telemetry.update("node", {"pid": os.getpid(), "started_ns": time.time_ns(), "heartbeat_ns": time.time_ns()})
         return telemetry

@@ -18,6 +18,7 @@ from collections import namedtuple
 from typing import Any
 
 import numpy as np
+
 from tickmesh.node.event import ALL_INSTRUMENTS, NO_SIDE, Kind
 from tickmesh.transports.capture import PACKET
 from tickmesh.transports.toolbox import inlined, outlined
@@ -28,7 +29,7 @@ HELD = np.dtype(
 """One packet that waits: its bytes are ``Arbiter.bytes[slot * slot_bytes :]``."""
 
 Arbiter = namedtuple("Arbiter", "state held bytes lines no_packets")
-"""`state` i64 (indices below); `held` HELD[packets]; `bytes` u8; `lines` u64[LINES_MAX, 4] counters of each line; `no_packets` PACKET[1]."""
+"""`state` i64 (indices below); `held` HELD[packets]; `bytes` u8; `lines` u64[LINES_MAX, 4] counters of each line; an empty PACKET[1]."""
 
 LINES_MAX = 4
 LINE_PACKETS, LINE_DUPLICATES, LINE_HELD, LINE_MESSAGES = range(4)

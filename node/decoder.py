@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+
 from tickmesh.node import arbiter, feed
 from tickmesh.node.event import NO_PRICE, NO_SIDE
 from tickmesh.node.feed import REASONS, Feed
@@ -75,7 +76,7 @@ def load_decoder(
         CompileError: the generated module does not compile.
     """
     chosen = select(spec, fields, messages)
-    return load_generated(f"decoder_{spec.name}_{framing.name}", decoder_source(chosen, framing), progress)  # type: ignore[return-value]
+    return load_generated(f"decoder_{spec.name}_{framing.name}", decoder_source(chosen, framing), progress)
 
 
 # ---------------------------------------------------------------- a source's own mapping
@@ -89,7 +90,9 @@ def select(spec: Spec, fields: Mapping[str, str] | Sequence[str], messages: Iter
     problems: list[str] = []
     wanted = set(messages)
     known = ", ".join(m.name for m in spec.messages)
-    problems += [f"messages: {spec.name} has no message {name!r}; it has {known}" for name in sorted(wanted - {m.name for m in spec.messages})]
+    problems += [
+        f"messages: {spec.name} has no message {name!r}; it has {known}" for name in sorted(wanted - {m.name for m in spec.messages})
+    ]
     changes = {k: _EVENT_NAMES.get(v, v) for k, v in fields.items()} if isinstance(fields, Mapping) else {}
     every = {name for m in spec.messages for name in m.fields}
     for source, target in changes.items():
@@ -111,7 +114,9 @@ def select(spec: Spec, fields: Mapping[str, str] | Sequence[str], messages: Iter
 
 def _silent(message: Message) -> Message:
     """The message, counted only; directory and time messages keep working, since other messages need them."""
-    kept = tuple(c if c.kind in ("reference", "time") else dataclasses.replace(c, kind="nothing", values={}, flag_rules=()) for c in message.cases)
+    kept = tuple(
+        c if c.kind in ("reference", "time") else dataclasses.replace(c, kind="nothing", values={}, flag_rules=()) for c in message.cases
+    )
     return dataclasses.replace(message, cases=kept)
 
 
@@ -206,7 +211,12 @@ def arbitration(state: Feed) -> dict[str, int]:
     result = {name: int(state.arbiter.state[index]) for name, index in arbiter.COUNTERS.items()}
     result["expected"] = int(state.arbiter.state[arbiter.EXPECTED])
     result["held_now"] = int(state.arbiter.state[arbiter.HELD_COUNT])
-    names = (("packets", arbiter.LINE_PACKETS), ("duplicates", arbiter.LINE_DUPLICATES), ("held", arbiter.LINE_HELD), ("messages", arbiter.LINE_MESSAGES))
+    names = (
+        ("packets", arbiter.LINE_PACKETS),
+        ("duplicates", arbiter.LINE_DUPLICATES),
+        ("held", arbiter.LINE_HELD),
+        ("messages", arbiter.LINE_MESSAGES),
+    )
     for name, column in names:
         result[name] = int(state.arbiter.lines[:, column].sum())
         result.update({f"{name}_{line}": int(n) for line, n in enumerate(state.arbiter.lines[:, column]) if n})
@@ -282,7 +292,7 @@ class _Source:
         self.depth += by
 
 
-_IMPORTS = '''
+_IMPORTS = """
 import numpy as np
 
 from tickmesh.node import arbiter as A
@@ -300,7 +310,7 @@ _ONE, _ZERO = np.uint64(1), np.uint64(0)
 _NO_PRICE = np.int64({no_price})
 _BAD = np.int64({bad})
 _ALL = np.uint32(0xFFFFFFFF)
-'''
+"""
 _BAD = -(1 << 62) - 1
 """In a map's table: no such raw value."""
 
@@ -329,8 +339,11 @@ def _load(field: Field, base: str) -> str:
     if field.size == 1:
         raw = f"buf[np.uint64({at})]"
     elif field.size == 3:
-        raw = f"(np.uint32(be16(buf, {at})) << np.uint32(8) | np.uint32(buf[np.uint64({at} + 2)]))" if field.big else (
-            f"(np.uint32(le16(buf, {at})) | np.uint32(buf[np.uint64({at} + 2)]) << np.uint32(16))")
+        raw = (
+            f"(np.uint32(be16(buf, {at})) << np.uint32(8) | np.uint32(buf[np.uint64({at} + 2)]))"
+            if field.big
+            else (f"(np.uint32(le16(buf, {at})) | np.uint32(buf[np.uint64({at} + 2)]) << np.uint32(16))")
+        )
     elif field.size == 6:
         raw = f"(be64(buf, {at}) >> np.uint64(16))" if field.big else f"(le64(buf, {at}) & np.uint64(0xFFFFFFFFFFFF))"
     elif field.text:
@@ -394,7 +407,10 @@ class _DecoderWriter:
         add = 0 if fr.length_includes_itself else fr.message_offset
         unit = f" * {fr.length_unit}" if fr.length_unit != 1 else ""
         out("\n@inlined\ndef _total(buf, pos):")
-        out(f'    """Bytes from one message\'s start to the next."""\n    return np.int64({_load(fr.length, "pos")}){unit}' + (f" + {add}" if add else ""))
+        out(
+            f'    """Bytes from one message\'s start to the next."""\n    return np.int64({_load(fr.length, "pos")}){unit}'
+            + (f" + {add}" if add else "")
+        )
         out()
 
     def messages(self) -> None:
@@ -505,8 +521,8 @@ class _DecoderWriter:
             out("whole = True")
         elif symbol:
             out(f"symbol_at = {symbol.offset}")
-        for variable, name in (("stamp", spec.timestamp), ("received", spec.received), ("number", spec.code)):
-            found = message.fields.get(name or "")
+        for variable, source in (("stamp", spec.timestamp), ("received", spec.received), ("number", spec.code)):
+            found = message.fields.get(source or "")
             if variable in varying and found and not (variable == "number" and case.all_instruments):
                 cast = "np.uint64" if variable == "number" else "np.int64"
                 out(f"{variable} = {cast}({_load(found, 'm')})")
@@ -657,9 +673,14 @@ class _DecoderWriter:
             test = " and ".join(f"buf[np.uint64(pos + {i})] == {b}" for i, b in enumerate(fr.preamble_magic))
             out(f"if feed.state[STARTED] == 0:\n    if pos + {need} > end:\n        return pos, np.int64(0)\n    if {test}:")
             out(f"        skip = {fr.preamble_fixed} + np.int64({_load(fr.preamble_length, 'pos')})")
-            out("        if pos + skip > end:\n            return pos, np.int64(0)\n        pos += skip\n    else:\n        feed.malformed[BAD_PREAMBLE] += _ONE")
+            out(
+                "        if pos + skip > end:\n            return pos, np.int64(0)\n        pos += skip\n"
+                "    else:\n        feed.malformed[BAD_PREAMBLE] += _ONE"
+            )
             out("    feed.state[STARTED] = 1")
-        out("pos, left, seq, n = _decode(buf, pos, end, np.int64(1 << 62), feed.state[NEXT_SEQ], np.int64(ts_recv), feed, out, np.int64(0))")
+        out(
+            "pos, left, seq, n = _decode(buf, pos, end, np.int64(1 << 62), feed.state[NEXT_SEQ], np.int64(ts_recv), feed, out, np.int64(0))"
+        )
         out("feed.state[NEXT_SEQ] = seq\nreturn pos, n")
         out.indent(-1)
         out()
@@ -679,7 +700,9 @@ class _DecoderWriter:
         out("\n@inlined\ndef _accept(buf, packet, feed):")
         out.indent()
         out('"""Read a packet\'s header and act on the arbiter\'s verdict; true if the packet is done with."""')
-        out("arb = feed.arbiter\ns = arb.state\np, size, line = np.int64(packet.offset), np.int64(packet.length), np.int64(packet.line) & 3")
+        out(
+            "arb = feed.arbiter\ns = arb.state\np, size, line = np.int64(packet.offset), np.int64(packet.length), np.int64(packet.line) & 3"
+        )
         out("s[A.NOW] = max(s[A.NOW], packet.ts_recv)")
         short = "feed.malformed[SHORT_PACKET] += _ONE\n    return True"
         heart = fr.heartbeat_when
@@ -702,9 +725,18 @@ class _DecoderWriter:
         if fr.end_count is not None:
             out(f"ended = count == {fr.end_count}\nif ended:\n    count = np.int64(0)")
         if fr.unsequenced is not None:
-            out(f"if seq == {fr.unsequenced}:\n    s[A.UNSEQUENCED] += 1\n    s[A.CURRENT], s[A.CURRENT_SEQ] = A.FROM_UNSEQUENCED, feed.state[NEXT_SEQ]")
-            out(f"    s[A.CURRENT_POS], s[A.CURRENT_END], s[A.CURRENT_LEFT], s[A.CURRENT_SKIP] = p + {fr.header_bytes}, p + size, count, 0\n    return False")
-        session = " ^ ".join(f"np.int64({_load(f, 'p')}) << {17 * i}" if i else f"np.int64({_load(f, 'p')})" for i, f in enumerate(fr.session)) or "np.int64(0)"
+            out(
+                f"if seq == {fr.unsequenced}:\n    s[A.UNSEQUENCED] += 1\n"
+                "    s[A.CURRENT], s[A.CURRENT_SEQ] = A.FROM_UNSEQUENCED, feed.state[NEXT_SEQ]"
+            )
+            out(
+                f"    s[A.CURRENT_POS], s[A.CURRENT_END] = p + {fr.header_bytes}, p + size\n"
+                "    s[A.CURRENT_LEFT], s[A.CURRENT_SKIP] = count, 0\n    return False"
+            )
+        session = (
+            " ^ ".join(f"np.int64({_load(f, 'p')}) << {17 * i}" if i else f"np.int64({_load(f, 'p')})" for i, f in enumerate(fr.session))
+            or "np.int64(0)"
+        )
         out(f"session = {session}\nverdict = offer(arb, seq, count, session, line)")
         if fr.end_count is not None:
             out("if ended and verdict == A.CONSUMED:\n    s[A.ENDS] += 1")
@@ -725,7 +757,10 @@ class _DecoderWriter:
         out.indent()
         out('"""Call each entry point once, so that it is compiled; returns a feed of the final types."""')
         direct, hashed = (1 << 8 * size if size in (1, 2) else 0), (4 if size > 2 else 0)
-        out(f"feed = make_arrays(InstrumentTable(1).arrays, source=0, counters={len(self.spec.counters)}, direct_codes={direct}, hashed_codes={hashed})")
+        out(
+            f"feed = make_arrays(InstrumentTable(1).arrays, source=0, counters={len(self.spec.counters)}, "
+            f"direct_codes={direct}, hashed_codes={hashed})"
+        )
         out("buf, out = np.zeros(64, np.uint8), np.zeros(4, EVENT)")
         if self.framing.packets:
             out("decode_packets(buf, feed.arbiter.no_packets, 0, 0, feed, out)\ndecode_flush(0, feed, out)")
@@ -828,5 +863,5 @@ def decode_flush(now_ns, feed, out):
     i, n = _advance(feed.arbiter.bytes, feed.arbiter.no_packets, np.int64(0), np.int64(0), feed, out)
     return n
 '''
-__all__ = ["FILTERED", "Decoder", "MappingError", "arbitration", "bind_symbol", "dbn_symbols", "decoder_source", "end_of_stream", "filtered",
-           "load_decoder", "make_feed", "malformed", "message_counts", "select"]  # fmt: skip
+__all__ = ["FILTERED", "Decoder", "MappingError", "arbitration", "bind_symbol", "dbn_symbols", "decoder_source", "end_of_stream",
+           "filtered", "load_decoder", "make_feed", "malformed", "message_counts", "select"]  # fmt: skip

@@ -10,6 +10,7 @@ from collections import namedtuple
 from typing import Any
 
 import numpy as np
+
 from tickmesh.node.arbiter import make_arbiter
 from tickmesh.node.event import NO_INSTRUMENT, Kind
 from tickmesh.node.instruments import FILTERED, code_words, intern
@@ -46,8 +47,8 @@ _REFERENCE = np.uint8(Kind.REFERENCE)
 
 def make_arrays(
     instruments: Any, *, source: int, counters: int, direct_codes: int, hashed_codes: int, header_bytes: int = 0, midnight_ns: int = 0,
-    tick_size: int = 10_000_000, qty_exponent: int = 0, rebind: bool = False, gap_wait_ns: int = 0, hold_packets: int = 0, hold_bytes: int = 0,
-    start_sequence: int = 0, restart_distance: int = 0,
+    tick_size: int = 10_000_000, qty_exponent: int = 0, rebind: bool = False, gap_wait_ns: int = 0, hold_packets: int = 0,
+    hold_bytes: int = 0, start_sequence: int = 0, restart_distance: int = 0,
 ) -> Feed:  # fmt: skip
     """A feed's arrays; `direct_codes` entries by code, or `hashed_codes` (a power of two) entries by hash, or neither."""
     state = np.zeros(STATE_WORDS, np.int64)

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+
 from tickmesh.node.event import NO_INSTRUMENT
 from tickmesh.transports.toolbox import compare_and_swap, count_leading_zeros, fetch_add, inlined, load_acquire, loop, outlined
 

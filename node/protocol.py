@@ -225,7 +225,9 @@ class _Document:
             prefix = prefix[:-1]
         self.problems.append(Problem(str(self.path), self._lines.get(prefix, 1), ".".join(key), reason))
 
-    def table(self, parent: Mapping[str, Any], key: tuple[str, ...], allowed: tuple[str, ...] | None = None, required: bool = False) -> dict[str, Any]:
+    def table(
+        self, parent: Mapping[str, Any], key: tuple[str, ...], allowed: tuple[str, ...] | None = None, required: bool = False
+    ) -> dict[str, Any]:
         """The table ``parent[key[-1]]``; unknown keys are faults."""
         value = parent.get(key[-1])
         if value is None:
@@ -500,9 +502,9 @@ def _case(
         if name not in raw:
             doc.fault((*key, name), f"is missing: an event of kind {kind!r} needs {', '.join(REQUIRED[kind])}")
     everything = doc.text(raw, (*key, "instrument"), ("own", "all"), "own") == "all"
-    has_instrument = instrument.get("code") in fields or instrument.get("symbol") in fields
+    has_instrument = instrument.get("code", instrument.get("symbol")) in fields
     if kind in OF_INSTRUMENT and (everything or not has_instrument):
-        doc.fault(key, f"an event of kind {kind!r} needs an instrument: no field of [instrument] is in this message")
+        doc.fault(key, f"an event of kind {kind!r} needs an instrument: the field that [instrument] names is not in this message")
     if kind == "reference" and instrument.get("symbol") not in fields:
         doc.fault(key, "an event of kind 'reference' needs the symbol field of [instrument] in its message")
     when = _when(doc, (*key, "when"), doc.table(raw, (*key, "when")), fields)
@@ -692,7 +694,9 @@ def _packet(doc: _Document, order: str) -> dict[str, Any]:
     return result
 
 
-def _packet_rule(doc: _Document, key: tuple[str, ...], parent: Mapping[str, Any], order: str, header: int) -> tuple[Field, tuple[int, ...]] | None:
+def _packet_rule(
+    doc: _Document, key: tuple[str, ...], parent: Mapping[str, Any], order: str, header: int
+) -> tuple[Field, tuple[int, ...]] | None:
     table = dict(doc.table(parent, key))
     raw = table.pop("equals", None)
     found = _number_field(doc, key, table, order)
@@ -711,4 +715,17 @@ def fields_of(case: Case) -> Iterator[str]:
 
 
 KINDS: dict[str, Kind] = {k: Kind[k.upper()] for k in REQUIRED if k not in ("time", "nothing")}
-__all__ = ["KINDS", "Case", "Field", "FlagRule", "Framing", "Message", "Problem", "Spec", "SpecError", "load_framing", "load_spec", "shipped_names"]
+__all__ = [
+    "KINDS",
+    "Case",
+    "Field",
+    "FlagRule",
+    "Framing",
+    "Message",
+    "Problem",
+    "Spec",
+    "SpecError",
+    "load_framing",
+    "load_spec",
+    "shipped_names",
+]

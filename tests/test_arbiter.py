@@ -61,7 +61,9 @@ def pack(datagrams: list[tuple[bytes, int, int]]) -> tuple[np.ndarray, np.ndarra
     return np.frombuffer(b"".join(d for d, _, _ in datagrams) + bytes(64), np.uint8).copy(), packets
 
 
-def decoded(decoder: Any, feed: Any, datagrams: list[tuple[bytes, int, int]], room: int = 258, flush_at: int | None = None) -> list[tuple[int, ...]]:
+def decoded(
+    decoder: Any, feed: Any, datagrams: list[tuple[bytes, int, int]], room: int = 258, flush_at: int | None = None
+) -> list[tuple[int, ...]]:
     """What came out: (seq,) of a message, (first, last) of a gap, () of a clear."""
     buf, packets = pack(datagrams)
     out, events, at = np.zeros(room, EVENT), [], 0
@@ -212,7 +214,13 @@ def make(tiny: Any, **options: Any) -> tuple[Any, Any]:
 
 def test_other_line_fills_the_gap(tiny: Any) -> None:
     decoder, feed = make(tiny)
-    sent = [(datagram(7, 1, 2), 0, 0), (datagram(7, 5, 2), 0, 1), (datagram(7, 1, 2), 1, 2), (datagram(7, 3, 2), 1, 3), (datagram(7, 5, 2), 1, 4)]
+    sent = [
+        (datagram(7, 1, 2), 0, 0),
+        (datagram(7, 5, 2), 0, 1),
+        (datagram(7, 1, 2), 1, 2),
+        (datagram(7, 3, 2), 1, 3),
+        (datagram(7, 5, 2), 1, 4),
+    ]
     assert decoded(decoder, feed, sent) == [(i,) for i in range(1, 7)]
     counts = arbitration(feed)
     assert (counts["gaps"], counts["duplicates"], counts["duplicates_1"], counts["held_0"], counts["messages_1"]) == (0, 2, 2, 1, 2)
@@ -241,7 +249,13 @@ def test_end_of_session(tiny: Any) -> None:
 
 def test_new_session_settles_the_old_one(tiny: Any) -> None:
     decoder, feed = make(tiny)
-    sent = [(datagram(7, 1, 1), 0, 0), (datagram(7, 3, 1), 0, 1), (datagram(8, 2, 1), 0, 2), (datagram(7, 4, 1), 1, 3), (datagram(8, 1, 1), 1, 4)]
+    sent = [
+        (datagram(7, 1, 1), 0, 0),
+        (datagram(7, 3, 1), 0, 1),
+        (datagram(8, 2, 1), 0, 2),
+        (datagram(7, 4, 1), 1, 3),
+        (datagram(8, 1, 1), 1, 4),
+    ]
     assert decoded(decoder, feed, sent) == [(1,), (2, 2), (3,), (), (1,), (2,)]
     counts = arbitration(feed)
     assert (counts["sessions"], counts["stale_session"], counts["gaps"]) == (1, 1, 1)
@@ -271,5 +285,7 @@ def test_sequence_zero_is_not_arbitrated(tiny: Any) -> None:
 
 def test_absurd_sequence_is_refused(tiny: Any) -> None:
     decoder, feed = make(tiny)
-    assert decoded(decoder, feed, [(datagram(7, 1, 1), 0, 0), (datagram(7, 1 << 60, 1), 0, 0), (datagram(7, (1 << 64) - 1, 0), 0, 0)]) == [(1,)]
+    assert decoded(decoder, feed, [(datagram(7, 1, 1), 0, 0), (datagram(7, 1 << 60, 1), 0, 0), (datagram(7, (1 << 64) - 1, 0), 0, 0)]) == [
+        (1,)
+    ]
     assert malformed(feed) == {"bad_sequence": 2}

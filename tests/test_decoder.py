@@ -42,7 +42,9 @@ def image(raw: bytes) -> np.ndarray:
     return np.frombuffer(raw + bytes(64), np.uint8).copy()
 
 
-def stream(raw: bytes, spec_name: str = "itch50", framing_name: str = "binaryfile", room: int = 258, **options: Any) -> tuple[list[Any], Any, Any, int]:
+def stream(
+    raw: bytes, spec_name: str = "itch50", framing_name: str = "binaryfile", room: int = 258, **options: Any
+) -> tuple[list[Any], Any, Any, int]:
     """Events, feed, table and where it stopped, of a byte stream."""
     spec, framing, decoder = load(spec_name, framing_name)
     table = options.pop("table", None)
@@ -74,7 +76,12 @@ ADD = bytes.fromhex("41020c00001f1aced02127000000000017aba5420000012c414d5a55202
 def test_itch_add_by_hand() -> None:
     events, feed, table, _ = stream(framed(ADD), midnight_ns=10**18)
     reference, add = events
-    assert (reference["kind"], reference["instrument"], reference.view(REFERENCE)["symbol"], reference["price"]) == (Kind.REFERENCE, 0, b"AMZU", 10**7)
+    assert (reference["kind"], reference["instrument"], reference.view(REFERENCE)["symbol"], reference["price"]) == (
+        Kind.REFERENCE,
+        0,
+        b"AMZU",
+        10**7,
+    )
     assert (add["kind"], add["side"], add["flags"], add["instrument"], add["seq"], add["ts_recv"]) == (Kind.ADD, 0, 0, 0, 1, 5)
     assert (add["price"], add["qty"], add["id"], add["aux"]) == (24_270_000_000, 300, 0x17ABA5, 0)
     assert add["ts_event"] == 10**18 + 0x1F1ACED02127
@@ -83,32 +90,56 @@ def test_itch_add_by_hand() -> None:
 
 
 ITCH_CASES = [
-    (head(b"F") + struct.pack(">QcI8sI4s", 7, b"S", 10, b"ABC     ", 12345, b"MPID"), dict(kind=Kind.ADD, side=1, price=1234500000, qty=10, id=7)),
-    (head(b"E") + struct.pack(">QIQ", 7, 3, 99), dict(kind=Kind.EXECUTE, id=7, qty=3, aux=99, flags=0)),
-    (head(b"C") + struct.pack(">QIQcI", 7, 3, 99, b"N", 10000), dict(kind=Kind.EXECUTE, price=10**9, flags=Flag.PRICED | Flag.NON_PRINTABLE)),
-    (head(b"C") + struct.pack(">QIQcI", 7, 3, 99, b"Y", 10000), dict(kind=Kind.EXECUTE, id=7, qty=3, aux=99, flags=Flag.PRICED)),
-    (head(b"X") + struct.pack(">QI", 7, 3), dict(kind=Kind.CANCEL, id=7, qty=3)),
-    (head(b"D") + struct.pack(">Q", 7), dict(kind=Kind.DELETE, id=7)),
-    (head(b"U") + struct.pack(">QQII", 7, 8, 5, 20000), dict(kind=Kind.REPLACE, id=8, aux=7, qty=5, price=2 * 10**9, side=2)),
-    (head(b"P") + struct.pack(">QcI8sIQ", 0, b"B", 4, b"ABC     ", 10000, 55), dict(kind=Kind.TRADE, qty=4, id=55, side=2, flags=Flag.HIDDEN)),
-    (head(b"Q") + struct.pack(">Q8sIQc", 1 << 40, b"ABC     ", 10000, 56, b"O"), dict(kind=Kind.TRADE, qty=1 << 40, id=56, flags=Flag.AUCTION)),
-    (head(b"B") + struct.pack(">Q", 56), dict(kind=Kind.BREAK, id=56)),
+    (
+        head(b"F") + struct.pack(">QcI8sI4s", 7, b"S", 10, b"ABC     ", 12345, b"MPID"),
+        {"kind": Kind.ADD, "side": 1, "price": 1234500000, "qty": 10, "id": 7},
+    ),
+    (head(b"E") + struct.pack(">QIQ", 7, 3, 99), {"kind": Kind.EXECUTE, "id": 7, "qty": 3, "aux": 99, "flags": 0}),
+    (
+        head(b"C") + struct.pack(">QIQcI", 7, 3, 99, b"N", 10000),
+        {"kind": Kind.EXECUTE, "price": 10**9, "flags": Flag.PRICED | Flag.NON_PRINTABLE},
+    ),
+    (head(b"C") + struct.pack(">QIQcI", 7, 3, 99, b"Y", 10000), {"kind": Kind.EXECUTE, "id": 7, "qty": 3, "aux": 99, "flags": Flag.PRICED}),
+    (head(b"X") + struct.pack(">QI", 7, 3), {"kind": Kind.CANCEL, "id": 7, "qty": 3}),
+    (head(b"D") + struct.pack(">Q", 7), {"kind": Kind.DELETE, "id": 7}),
+    (head(b"U") + struct.pack(">QQII", 7, 8, 5, 20000), {"kind": Kind.REPLACE, "id": 8, "aux": 7, "qty": 5, "price": 2 * 10**9, "side": 2}),
+    (
+        head(b"P") + struct.pack(">QcI8sIQ", 0, b"B", 4, b"ABC     ", 10000, 55),
+        {"kind": Kind.TRADE, "qty": 4, "id": 55, "side": 2, "flags": Flag.HIDDEN},
+    ),
+    (
+        head(b"Q") + struct.pack(">Q8sIQc", 1 << 40, b"ABC     ", 10000, 56, b"O"),
+        {"kind": Kind.TRADE, "qty": 1 << 40, "id": 56, "flags": Flag.AUCTION},
+    ),
+    (head(b"B") + struct.pack(">Q", 56), {"kind": Kind.BREAK, "id": 56}),
     (
         head(b"I") + struct.pack(">QQc8sIIIcc", 10, 20, b"S", b"ABC     ", 1, 20000, 10000, b"O", b"L"),
-        dict(kind=Kind.IMBALANCE, side=1, price=10**9, qty=20, id=10, aux=2 * 10**9, flags=Flag.AUCTION),
+        {"kind": Kind.IMBALANCE, "side": 1, "price": 10**9, "qty": 20, "id": 10, "aux": 2 * 10**9, "flags": Flag.AUCTION},
     ),
-    (head(b"H") + b"ABC     H T1  ", dict(kind=Kind.STATUS, aux=TradingStatus.HALTED, id=int.from_bytes(b"T1  ", "little"))),
-    (head(b"H") + b"ABC     T     ", dict(kind=Kind.STATUS, aux=TradingStatus.TRADING)),
-    (head(b"h") + b"ABC     QH", dict(kind=Kind.STATUS, aux=TradingStatus.HALTED, id=ord("Q"))),
-    (head(b"Y") + b"ABC     1", dict(kind=Kind.SYSTEM, aux=ord("Y"), id=ord("1"))),
-    (head(b"L") + b"MPIDABC     YNA", dict(kind=Kind.SYSTEM, aux=ord("L"), id=int.from_bytes(b"MPID", "little"), qty=ord("A"))),
-    (head(b"N") + b"ABC     B", dict(kind=Kind.SYSTEM, aux=ord("N"), id=ord("B"))),
-    (head(b"J") + struct.pack(">8sIIII", b"ABC     ", 10000, 20000, 5000, 1), dict(kind=Kind.SYSTEM, aux=ord("J"), price=10**9, qty=2 * 10**9)),
-    (head(b"K") + struct.pack(">8sIcI", b"ABC     ", 34200, b"A", 10000), dict(kind=Kind.SYSTEM, aux=ord("K"), price=10**9, id=34200)),
-    (head(b"O") + struct.pack(">8scIIIQII", b"ABC     ", b"Y", 1, 2, 10000, 9, 3, 4), dict(kind=Kind.SYSTEM, aux=ord("O"), price=10**9)),
-    (head(b"V", 0) + struct.pack(">QQQ", 10**8, 2 * 10**8, 3 * 10**8), dict(kind=Kind.SYSTEM, price=10**9, id=3 * 10**9, instrument=ALL_INSTRUMENTS)),
-    (head(b"W", 0) + b"1", dict(kind=Kind.SYSTEM, aux=ord("W"), id=ord("1"), instrument=ALL_INSTRUMENTS)),
-    (head(b"S", 0) + b"Q", dict(kind=Kind.SYSTEM, aux=ord("Q"), instrument=ALL_INSTRUMENTS)),
+    (head(b"H") + b"ABC     H T1  ", {"kind": Kind.STATUS, "aux": TradingStatus.HALTED, "id": int.from_bytes(b"T1  ", "little")}),
+    (head(b"H") + b"ABC     T     ", {"kind": Kind.STATUS, "aux": TradingStatus.TRADING}),
+    (head(b"h") + b"ABC     QH", {"kind": Kind.STATUS, "aux": TradingStatus.HALTED, "id": ord("Q")}),
+    (head(b"Y") + b"ABC     1", {"kind": Kind.SYSTEM, "aux": ord("Y"), "id": ord("1")}),
+    (head(b"L") + b"MPIDABC     YNA", {"kind": Kind.SYSTEM, "aux": ord("L"), "id": int.from_bytes(b"MPID", "little"), "qty": ord("A")}),
+    (head(b"N") + b"ABC     B", {"kind": Kind.SYSTEM, "aux": ord("N"), "id": ord("B")}),
+    (
+        head(b"J") + struct.pack(">8sIIII", b"ABC     ", 10000, 20000, 5000, 1),
+        {"kind": Kind.SYSTEM, "aux": ord("J"), "price": 10**9, "qty": 2 * 10**9},
+    ),
+    (
+        head(b"K") + struct.pack(">8sIcI", b"ABC     ", 34200, b"A", 10000),
+        {"kind": Kind.SYSTEM, "aux": ord("K"), "price": 10**9, "id": 34200},
+    ),
+    (
+        head(b"O") + struct.pack(">8scIIIQII", b"ABC     ", b"Y", 1, 2, 10000, 9, 3, 4),
+        {"kind": Kind.SYSTEM, "aux": ord("O"), "price": 10**9},
+    ),
+    (
+        head(b"V", 0) + struct.pack(">QQQ", 10**8, 2 * 10**8, 3 * 10**8),
+        {"kind": Kind.SYSTEM, "price": 10**9, "id": 3 * 10**9, "instrument": ALL_INSTRUMENTS},
+    ),
+    (head(b"W", 0) + b"1", {"kind": Kind.SYSTEM, "aux": ord("W"), "id": ord("1"), "instrument": ALL_INSTRUMENTS}),
+    (head(b"S", 0) + b"Q", {"kind": Kind.SYSTEM, "aux": ord("Q"), "instrument": ALL_INSTRUMENTS}),
 ]
 
 
@@ -127,11 +158,29 @@ def test_every_itch_message_type_is_there() -> None:
 
 
 def directory(locate: int, symbol: str) -> bytes:
-    return head(b"R", locate) + symbol.ljust(8).encode() + b"QN" + struct.pack(">I", 100) + b"NC" + b"Z " + b"PN" + b" 1N" + struct.pack(">I", 0) + b"N"
+    return (
+        head(b"R", locate)
+        + symbol.ljust(8).encode()
+        + b"QN"
+        + struct.pack(">I", 100)
+        + b"NC"
+        + b"Z "
+        + b"PN"
+        + b" 1N"
+        + struct.pack(">I", 0)
+        + b"N"
+    )
 
 
 def test_directory_binds_and_an_unknown_code_gets_a_name() -> None:
-    raw = framed(directory(3, "XYZ"), head(b"D", 3) + bytes(8), head(b"D", 9) + bytes(8), directory(9, "LATE"), head(b"D", 9) + bytes(8), directory(3, "XYZ"))
+    raw = framed(
+        directory(3, "XYZ"),
+        head(b"D", 3) + bytes(8),
+        head(b"D", 9) + bytes(8),
+        directory(9, "LATE"),
+        head(b"D", 9) + bytes(8),
+        directory(3, "XYZ"),
+    )
     events, feed, table, _ = stream(raw)
     assert [(Kind(e["kind"]).name, table.symbol(e["instrument"])) for e in events] == [
         ("REFERENCE", "XYZ"), ("DELETE", "XYZ"), ("REFERENCE", "#9"), ("DELETE", "#9"), ("REFERENCE", "LATE"), ("DELETE", "LATE"),
@@ -185,7 +234,7 @@ def test_own_mapping_and_messages() -> None:
     with pytest.raises(D.MappingError) as error:
         D.select(spec, {"nope": "price", "stock": "colour"}, ["gone"])
     assert len(error.value.problems) == 3
-    with pytest.raises(D.MappingError, match="tick_size|colour"):
+    with pytest.raises(D.MappingError, match="colour"):
         D.select(spec, ["colour"], [])
 
 
@@ -307,8 +356,9 @@ def test_totalview_captures(path: Path) -> None:
 
 IEX = sorted(PCAPS.glob("Iex/DeepPlus*/*.pcap"))
 IEX_TYPES = {
-    "B": "trade_break", "D": "security_directory", "E": "security_event", "H": "trading_status", "I": "retail_liquidity", "L": "order_executed",
-    "M": "order_modify", "O": "operational_halt", "P": "short_sale_test", "R": "order_delete", "S": "system_event", "T": "trade", "a": "add_order",
+    "B": "trade_break", "D": "security_directory", "E": "security_event", "H": "trading_status", "I": "retail_liquidity",
+    "L": "order_executed", "M": "order_modify",
+    "O": "operational_halt", "P": "short_sale_test", "R": "order_delete", "S": "system_event", "T": "trade", "a": "add_order",
 }  # fmt: skip
 
 
@@ -341,7 +391,9 @@ DBN = DATA / "dbn_esm4_mbo"
 def test_dbn_recording() -> None:
     import zstandard
 
-    raw, definition = (zstandard.ZstdDecompressor().stream_reader(next(DBN.glob(g)).read_bytes()).read() for g in ("*_mbo_*.zst", "*_definition*.zst"))
+    raw, definition = (
+        zstandard.ZstdDecompressor().stream_reader(next(DBN.glob(g)).read_bytes()).read() for g in ("*_mbo_*.zst", "*_definition*.zst")
+    )
     spec, framing, _ = load("dbn_mbo", "dbn")
     assert D.dbn_symbols(raw) == {5602: "ESM4"}
     table = InstrumentTable(16)
@@ -399,7 +451,8 @@ for number in range(300):
     blobs = []
     for k in range(12):
         messages = t.framed(*(rng.choice(t.ITCH_CASES)[0] for _ in range(rng.randint(0, 5))))
-        raw = bytearray(bytes(9) + bytes([rng.choice([1, 1, 1, 2])]) + (k + rng.randint(0, 4)).to_bytes(8, "big") + rng.randint(0, 5).to_bytes(2, "big") + messages)
+        sequence, count = k + rng.randint(0, 4), rng.randint(0, 5)
+        raw = bytearray(bytes(9) + bytes([rng.choice([1, 1, 1, 2])]) + sequence.to_bytes(8, "big") + count.to_bytes(2, "big") + messages)
         for _ in range(rng.choice([0, 0, 2])):
             raw[rng.randrange(len(raw))] = rng.randrange(256)
         blobs.append(bytes(raw[: rng.randrange(len(raw) + 1)] if rng.random() < 0.2 else raw))

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tickmesh.control.config import Source
 from tickmesh.node.csv_feed import csv_events, lobster_events
 from tickmesh.node.decoder import (
@@ -27,7 +29,8 @@ from tickmesh.node.decoder import (
 )
 from tickmesh.node.event import EventArray
 from tickmesh.node.event_batch import EventBatch
-from tickmesh.node.instruments import InstrumentTable
+from tickmesh.node.feed import STARTED, bind_code
+from tickmesh.node.instruments import FILTERED, InstrumentTable, InstrumentTableFull, SymbolFiltered
 from tickmesh.node.json_feed import VENUE_FEEDS, VenueFeed, venue_feed
 from tickmesh.node.protocol import Framing, Spec, load_framing, load_spec
 from tickmesh.transports.capture import read_capture
@@ -136,6 +139,7 @@ class StreamReader(_SpecReader):
         self.buffer = read_bytes(self._files.pop(0), problems=self.problems)
         self.position, self.end = 0, len(self.buffer) - SLACK
         self.bytes += self.end
+        self.feed.state[STARTED] = 0  # every file has its own preamble
         if self.framing.preamble_magic == b"DBN":
             self._bind_dbn_symbols()
         return True
@@ -146,7 +150,12 @@ class StreamReader(_SpecReader):
         except ValueError:
             return  # the decoder counts a bad preamble
         for code, symbol in symbols.items():
-            bind_symbol(self.feed, self.spec, self._spec_table, code, symbol)
+            try:
+                bind_symbol(self.feed, self.spec, self._spec_table, code, symbol)
+            except SymbolFiltered:
+                bind_code(self.feed, np.uint64(code), np.uint32(FILTERED))
+            except (InstrumentTableFull, ValueError):
+                continue  # the decoder counts the messages that name it
 
     def read(self, out: EventArray) -> int:
         while self.buffer is not None:
@@ -175,7 +184,8 @@ class PacketReader(_SpecReader):
     def _file(self, path: Path, lines: Mapping[tuple[str, int], int] | None) -> Iterator[tuple[Any, Any]]:
         capture = read_capture(path, problems=self.problems)
         self.bytes += path.stat().st_size
-        yield from capture.batches(lines)
+        for packets in capture.batches(lines):
+            yield capture.buffer, packets
 
     def next_batch(self) -> bool:
         """Go to the next run of datagrams; false if there is none."""

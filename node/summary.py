@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tickmesh.node.book import top
+from tickmesh.node.book import Refusal, top
 from tickmesh.node.event import NO_PRICE, decimal_text, price_text
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.shard import Shard
@@ -25,7 +25,8 @@ def summarise(
     """The replay contract: a JSON-ready dictionary.
 
     Prices and quantities are exact decimal strings, an absent side is null, a symbol that two sources share is written
-    ``symbol@source`` for the second one.
+    ``symbol@source`` for the second one. `malformed` counts what the decoder could not read, `refused` the events that it could read
+    but that no book takes: an order that was never added, a quantity above the order's, a price without a place.
     """
     shards = list(shards)
     events: dict[str, int] = {}
@@ -42,11 +43,25 @@ def summarise(
         "source": dict(source),
         "messages": dict(messages),
         "malformed": {reason: count for reason, count in malformed.items() if count},
+        "refused": refused_events(shards),
         "gaps": [{"first": int(first), "last": int(last)} for first, last in gaps],
         "duplicates": int(duplicates),
         "events": events,
         "instruments": described,
     }
+
+
+def refused_events(shards: Iterable[Shard]) -> dict[str, int]:
+    """Events that the books refused, by reason."""
+    found: dict[str, int] = {}
+    for shard in shards:
+        by_reason = {reason.name.lower(): int(shard.arrays.books.counters[reason]) for reason in Refusal}
+        elsewhere = int(shard.arrays.core[0]["refused"]) - sum(by_reason.values())
+        by_reason["unknown_instrument"] += max(0, elsewhere)  # trades and definitions do not go through a book
+        for reason, count in by_reason.items():
+            if count:
+                found[reason] = found.get(reason, 0) + count
+    return found
 
 
 def describe_instrument(shard: Shard, instrument: int, depth: int) -> dict[str, Any]:

@@ -60,15 +60,7 @@ def outputs_of(config: Config) -> frozenset[Kind]:
 def risk_limits(config: Config) -> Any:
     """The configured limits as a LIMITS record array of one."""
     risk = config.risk
-    return make_limits(
-        max_qty=risk.max_qty,
-        max_notional=risk.max_notional,
-        price_collar_bps=risk.price_collar_bps,
-        max_rate=risk.max_rate,
-        rate_window_ms=risk.rate_window_ms,
-        kill_switch=risk.kill_switch,
-        collar_reference="mid",
-    )
+    return make_limits(**risk.model_dump(exclude={"enabled"}))
 
 
 def make_shards(

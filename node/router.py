@@ -12,7 +12,7 @@ import numpy as np
 
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, Kind
 from tickmesh.transports.ring import RingArrays, ring_wait, ring_write_some
-from tickmesh.transports.toolbox import copy_record, inlined, loop, outlined
+from tickmesh.transports.toolbox import copy_record, inlined, loop, now_ns, outlined
 
 ROUTE_EVENTS = 256
 """Most events routed at once."""
@@ -29,7 +29,7 @@ class Router(NamedTuple):
         staged: EVENT[shards * ROUTE_EVENTS], events on their way to a ring.
         counts: i64[shards + 2]: staged events per shard, then events routed, then times a ring was full.
         stop: i64[1], ends a wait for a full ring.
-        settings: i64[2]: number of the source, idle mode.
+        settings: i64[3]: number of the source, idle mode, whether `ts_recv` becomes the time of routing (recordings played live).
     """
 
     rings: Any
@@ -40,12 +40,13 @@ class Router(NamedTuple):
     settings: Any
 
 
-def make_router(rings: tuple[RingArrays, ...], records: Any, stop: Any, source: int, idle_mode: int) -> Router:
+def make_router(
+    rings: tuple[RingArrays, ...], records: Any, stop: Any, source: int, idle_mode: int, restamp: bool = False
+) -> Router:
     """A router of one receiver; `rings` have EVENT slots and no other writer."""
     shards = len(rings)
-    return Router(
-        rings, records, np.zeros(shards * ROUTE_EVENTS, EVENT), np.zeros(shards + 2, np.int64), stop, np.array([source, idle_mode], np.int64)
-    )
+    settings = np.array([source, idle_mode, restamp], np.int64)
+    return Router(rings, records, np.zeros(shards * ROUTE_EVENTS, EVENT), np.zeros(shards + 2, np.int64), stop, settings)
 
 
 @inlined
@@ -73,8 +74,11 @@ def route(router: Any, batch: Any, first: Any, count: Any) -> Any:
     """Send events ``[first, count)`` of `batch`, at most ROUTE_EVENTS, to their shards; false once the stop flag is set."""
     shards = len(router.rings)
     source = router.settings[0]
+    now = now_ns() if router.settings[2] != 0 else np.int64(0)
     for i in range(np.int64(first), np.int64(count)):
         event = batch[i]
+        if now != 0:
+            event.ts_recv = now
         if event.instrument == _ALL:
             event.price = source
             for shard in range(shards):
@@ -82,10 +86,10 @@ def route(router: Any, batch: Any, first: Any, count: Any) -> Any:
             continue
         if event.kind == _REFERENCE:
             event.flags = np.uint16(source)
-        shard = np.int64(0)
+        owner = np.int64(0)
         if shards > 1:
-            shard = np.int64(router.records[event.instrument].shard)
-        _stage(router, shard, batch, i)
+            owner = np.int64(router.records[event.instrument].shard)
+        _stage(router, owner, batch, i)
     router.counts[shards] += np.int64(count) - np.int64(first)
     for shard in range(shards):
         if router.counts[shard] > 0 and not _flush(router, router.rings[shard], shard):

@@ -49,6 +49,9 @@ from tickmesh.transports.ring import ring_claim, ring_free, ring_publish
 from tickmesh.transports.toolbox import inlined, loop, outlined
 
 Shard = namedtuple("Shard", "books core info statistics counts gaps patterns masks last scratch out limits risk {fields}")
+BID, ASK = np.int64(0), np.int64(1)
+TRADE, BBO, SIGNAL, ALERT, INTENT, RISK, BAR = (np.uint8(kind) for kind in (9, 64, 65, 66, 67, 68, 69))
+ZERO, ONE = np.uint64(0), np.uint64(1)
 SLOTS = {slots}  # last values kept per instrument
 DTYPES = [  # state and parameters of the calculations
 {dtypes}
@@ -59,15 +62,15 @@ _DECISION = """\
 def decide(shard, intent, i, w):
     # whether an order that a calculation wants may go out
     limits = shard.limits[shard.core[0].parameters]
-    bid, _ = book_best(shard.books, i, 0)
-    ask, _ = book_best(shard.books, i, 1)
+    bid, _ = book_best(shard.books, i, BID)
+    ask, _ = book_best(shard.books, i, ASK)
     state = np.uint16(book_state(shard.books, i))
     total = shard.risk[shard.risk.size - 1]
     reason = risk_check(limits, shard.risk[i], total, intent, bid, ask, state, np.int64(shard.info[i].exponent))
     shard.counts[68] += 1
-    o = begin_output(shard.out.slots, w, intent, 68)  #? emit_risk
+    o = begin_output(shard.out.slots, w, intent, RISK)  #? emit_risk
     w += np.uint64(1)  #? emit_risk
-    o = begin_output(shard.scratch, np.uint64(0), intent, 68)  #? no_risk
+    o = begin_output(shard.scratch, ZERO, intent, RISK)  #? no_risk
     risk_fill(o, intent, reason)
     return w
 
@@ -77,9 +80,9 @@ _EVENT = """\
 @inlined
 def publish_bbo(shard, event, i, w):
     if bbo_update(shard.books, i):
-        o = begin_output(shard.out.slots, w, event, 64)  #? emit_bbo
+        o = begin_output(shard.out.slots, w, event, BBO)  #? emit_bbo
         w += np.uint64(1)  #? emit_bbo
-        o = begin_output(shard.scratch, np.uint64(0), event, 64)  #? no_bbo
+        o = begin_output(shard.scratch, ZERO, event, BBO)  #? no_bbo
         bbo_fill(shard.books, i, o)
         shard.counts[64] += 1
         record_bbo(shard.statistics, o)
@@ -90,9 +93,9 @@ def publish_bbo(shard, event, i, w):
 @inlined
 def publish_trade(shard, event, i, w):
     record_trade(shard.statistics, event)
-    o = begin_output(shard.out.slots, w, event, 9)  #? emit_trade
+    o = begin_output(shard.out.slots, w, event, TRADE)  #? emit_trade
     w += np.uint64(1)  #? emit_trade
-    o = begin_output(shard.scratch, np.uint64(0), event, 9)  #? no_trade
+    o = begin_output(shard.scratch, ZERO, event, TRADE)  #? no_trade
     fill_trade(o, event)
     return on_trade(shard, o, i, w)
 
@@ -382,8 +385,8 @@ class _Generator:
             out.add(depth, f"if {value} == {value}:")
             out.add(depth + 1, f"shard.last[{self.slots[f'{instance.name}.{name}']}, i] = {value}")
             if Kind.SIGNAL in self.plan.outputs and not instance.silent:
-                out.add(depth + 1, f"o = begin_output(shard.out.slots, w, {event}, {int(Kind.SIGNAL)})")
-                out.add(depth + 1, f"fill_signal(o, {event}, i, {instance.index | j << 32}, {value})")
+                out.add(depth + 1, f"o = begin_output(shard.out.slots, w, {event}, SIGNAL)")
+                out.add(depth + 1, f"fill_signal(o, {event}, i, np.uint64({instance.index | j << 32}), {value})")
                 out.add(depth + 1, f"shard.counts[{int(Kind.SIGNAL)}] += 1", "w += np.uint64(1)")
             for reader, other in enumerate(self.plan.instances):
                 if other.of == f"{instance.name}.{name}":
@@ -393,8 +396,8 @@ class _Generator:
         instance = self.plan.instances[k]
         kind = {"alert": Kind.ALERT, "bar": Kind.BAR, "intent": Kind.INTENT}[instance.emits]
         out = self.out
-        place = "shard.out.slots, w" if kind in self.plan.outputs else "shard.scratch, np.uint64(1)"
-        out.add(depth, f"o = begin_output({place}, {event}, {int(kind)})", f"begin_record(o, i, {instance.index})")
+        place = "shard.out.slots, w" if kind in self.plan.outputs else "shard.scratch, ONE"
+        out.add(depth, f"o = begin_output({place}, {event}, {kind.name})", f"begin_record(o, i, np.uint64({instance.index}))")
         out.add(depth, f"if k{k}({', '.join(arguments)}):", f"    shard.counts[{int(kind)}] += 1")
         if kind == Kind.BAR:
             out.add(depth + 1, f"o.side = np.uint8({instance.index})")

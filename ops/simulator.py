@@ -88,6 +88,7 @@ class SimulatorConfig:
         breaks_per_million: broken trades per million transactions.
         halt_messages: length of a halt, in messages of the whole market.
         depth_orders: most resting orders per instrument.
+        names: of the instruments, at most 8 characters each; None = fictitious ones.
 
     Raises:
         SimulatorConfigError: a value is out of range, or `messages` is too few for a whole day of that many symbols.
@@ -102,10 +103,13 @@ class SimulatorConfig:
     breaks_per_million: int = 10
     halt_messages: int = 30_000
     depth_orders: int = 512
+    names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _check("seed", self.seed, 0, _MASK)
         _check("symbols", self.symbols, 1, SYMBOLS_MAX)
+        if self.names is not None and (len(set(self.names)) != self.symbols or not all(_is_name(name) for name in self.names)):
+            raise SimulatorConfigError("names", self.names, f"{self.symbols} different names of 1 to 8 printable characters without spaces")
         _check("rate", self.rate, 1, RATE_MAX)
         _check("halts_per_million", self.halts_per_million, 0, 100_000)
         _check("breaks_per_million", self.breaks_per_million, 0, 100_000)
@@ -117,6 +121,10 @@ class SimulatorConfig:
                 raise SimulatorConfigError("messages", self.messages, f"at least {least}, a whole day of {self.symbols} symbols")
         if self.seconds is not None and not 0 < self.seconds <= 200_000:
             raise SimulatorConfigError("seconds", self.seconds, "more than 0 and at most 200000")
+
+
+def _is_name(name: str) -> bool:
+    return 0 < len(name) <= 8 and name.isascii() and name.isprintable() and " " not in name
 
 
 _FILLS_MAX = 32
@@ -216,7 +224,7 @@ def _make_market(config: SimulatorConfig) -> Market:
     clock = _make_clock(config, random)
     flows = np.zeros(config.symbols, FLOW)
     weights = []
-    for i, name in enumerate(symbol_names(config.symbols)):
+    for i, name in enumerate(config.names or symbol_names(config.symbols)):
         _fill_flow(flows[i], name, random, ticks, config.depth_orders, int(clock["now_ns"][0]))
         weights.append((1000 + random.below(3000)) * 8 // (i + 8) + 20)
     roots = np.array([math.isqrt(k * 65536) for k in range(1025)], np.int64)
@@ -241,7 +249,7 @@ class Simulator:
 
     def __init__(self, config: SimulatorConfig) -> None:
         self.config = config
-        self.symbols = symbol_names(config.symbols)
+        self.symbols = config.names or symbol_names(config.symbols)
         self._market = _make_market(config)
         self._clock = self._market.clock
 

@@ -1,0 +1,468 @@
+"""The node process: sources, shards, journals and delivery of one configuration, started, watched and stopped together.
+
+Threads: one per source, one per shard (both compiled, both pinned where `cluster.cpus` says so), the gateway's, the journals' helpers, and
+the main thread, which only mirrors counters and waits for a signal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nats.js.errors as js_errors
+import numpy as np
+import structlog
+
+from tickmesh.control.config import Config, Delivery
+from tickmesh.node.delivery import DeliveryOptions, Gateway
+from tickmesh.node.event import ANY_VIEW, EVENT, Kind
+from tickmesh.node.frames import stream_name, stream_subject
+from tickmesh.node.journal import Journal, JournalArrays, JournalReader
+from tickmesh.node.loops import live_loop
+from tickmesh.node.pipeline import make_shards, make_table
+from tickmesh.node.receivers import BlockSourceMaker, MulticastReceiver, Receiver, ReceiverContext, make_receiver
+from tickmesh.node.shard import BATCH_EVENTS, Shard
+from tickmesh.node.telemetry import NodeState, ShardCounter, Telemetry
+from tickmesh.transports.nats import Login, connect
+from tickmesh.transports.ring import W_CLAIMED, W_GATE, W_PUBLISHED, Ring, ring_path
+from tickmesh.transports.toolbox import IDLE_MODES
+
+Progress = Callable[[str], None] | None
+_MIRROR_S = 0.1
+_STOP_S = 5.0
+_RECORD_BYTES = 72
+_log = structlog.get_logger("node")
+
+
+class NodeError(Exception):
+    """The node cannot start, or had to stop; the message says what to do."""
+
+
+class ShardThread:
+    """A shard, its input rings, journal, output ring and thread."""
+
+    def __init__(
+        self, number: int, shard: Shard, inputs: Sequence[Ring], output: Ring, journal: Journal | None, telemetry: Telemetry, idle: int, progress: Progress
+    ) -> None:
+        self.number, self.shard, self.inputs, self.output, self.journal = number, shard, list(inputs), output, journal
+        self.stop = np.zeros(3, np.int64)
+        self.error: BaseException | None = None
+        self._readers = [ring.reader(f"shard-{number}") for ring in inputs]
+        self._idle = idle
+        self._latency = telemetry.shard(number).receive_to_output
+        self._module = live_loop(shard.module, len(inputs), BATCH_EVENTS, progress)
+        self._thread = threading.Thread(target=self._run, name=f"shard-{number}", daemon=True)
+        self.writer = output.writer
+
+    def start(self) -> None:
+        """Start the loop."""
+        self._thread.start()
+
+    @property
+    def thread_id(self) -> int | None:
+        """The kernel's id of the thread, for pinning."""
+        return self._thread.native_id
+
+    @property
+    def running(self) -> bool:
+        """Whether the loop runs."""
+        return self._thread.is_alive()
+
+    def idle_rounds(self) -> int:
+        """Rounds without input so far."""
+        return int(self.stop[1])
+
+    def end(self) -> None:
+        """Stop the loop after the batch in hand."""
+        self.stop[0] = 1
+        if self._thread.ident is not None:
+            self._thread.join(_STOP_S)
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except Exception as error:
+            self.error = error
+
+    def _loop(self) -> None:
+        batch = np.zeros(BATCH_EVENTS, EVENT)
+        words = np.zeros(1, np.uint64)
+        journal = self.journal.arrays if self.journal else JournalArrays(words, words, np.zeros(1, EVENT), words)
+        self._module.run(
+            self.stop,
+            tuple(ring.arrays for ring in self.inputs),
+            np.array([reader.slot for reader in self._readers], np.int64),
+            journal,
+            int(self.journal is not None),
+            batch,
+            batch.view(ANY_VIEW),
+            self.shard.arrays,
+            self._latency,
+            self._idle,
+        )
+
+
+class Node:
+    """A node of one configuration. :meth:`start`, then :meth:`watch` until something ends it, then :meth:`stop`.
+
+    Args:
+        config: the configuration.
+        generators: makers of in-process sources by source type, e.g. ``{"simulator": …}``.
+        targets: address of the NATS server by delivery name, in place of the configured one (an embedded server's).
+        progress: told when something has to be compiled.
+
+    Raises:
+        NodeError and the typed errors of its parts: it cannot start.
+    """
+
+    def __init__(
+        self, config: Config, generators: Mapping[str, BlockSourceMaker] | None = None, targets: Mapping[str, str] | None = None, progress: Progress = None
+    ) -> None:
+        if not config.data_sources:
+            raise NodeError("the configuration has no data source: add a [data_sources.NAME] table")
+        self.config, self._progress = config, progress
+        self._targets = dict(targets or {})
+        cluster = config.cluster
+        self.telemetry = Telemetry.create(cluster.name, cluster.node, list(config.data_sources), cluster.shards, self._delivery_names())
+        self.receivers: list[Receiver] = []
+        self.shards: list[ShardThread] = []
+        self.outputs: list[Ring] = []
+        self.gateways: dict[str, Gateway] = {}
+        self.journals: list[Journal] = []
+        try:
+            self._build(dict(generators or {}))
+        except BaseException:
+            self.stop()
+            raise
+
+    def _delivery_names(self) -> list[str]:
+        return [name for name, delivery in self.config.delivery.items() if delivery.method == "nats"]
+
+    # ---- building
+
+    def _build(self, generators: dict[str, BlockSourceMaker]) -> None:
+        config, cluster = self.config, self.config.cluster
+        idle = IDLE_MODES[cluster.idle]
+        self.table = make_table(config)
+        inputs: list[list[Ring]] = []
+        for number, name in enumerate(config.data_sources):
+            rings = [Ring.create(None, cluster.ring_capacity, EVENT, reader_timeout_ms=60_000) for _ in range(cluster.shards)]
+            inputs.append(rings)
+            context = ReceiverContext(self.table, rings, number, idle, self._progress)
+            self.receivers.append(make_receiver(name, config, context, generators))
+        self._create_outputs()
+        shards = make_shards(config, self.outputs, config.folder, self._order_ids(), self._progress)
+        self._restore(shards)
+        for number, shard in enumerate(shards):
+            journal = self.journals[number] if self.journals else None
+            mine = [rings[number] for rings in inputs]
+            self.shards.append(ShardThread(number, shard, mine, self.outputs[number], journal, self.telemetry, idle, self._progress))
+        self._create_gateways()
+
+    def _order_ids(self) -> str:
+        kinds = {receiver.order_ids for receiver in self.receivers}
+        return kinds.pop() if len(kinds) == 1 else "per_instrument"
+
+    def _create_outputs(self) -> None:
+        cluster = self.config.cluster
+        shm = next((delivery for delivery in self.config.delivery.values() if delivery.method == "shm"), None)
+        base = (shm.ring if shm else None) or f"{cluster.name}-{cluster.node}-out"
+        mode: Any = "lossless" if cluster.output_overflow == "block" else "lossy"
+        capacity = shm.ring_capacity if shm else cluster.ring_capacity
+        for number in range(cluster.shards):
+            name = f"{base}-{number}"
+            ring_path(name).unlink(missing_ok=True)  # left by a node that was killed: the counters' lock says that none runs
+            self.outputs.append(Ring.create(name, capacity, EVENT, mode=mode))
+
+    # ---- the journal
+
+    def _restore(self, shards: list[Shard]) -> None:
+        """Open the journals. A live feed goes on where the journal ends; a recording or a simulation starts anew."""
+        settings = self.config.journal
+        live = all(isinstance(receiver, MulticastReceiver) for receiver in self.receivers)
+        if not settings.enabled or not live:
+            self._continue_numbering(shards)
+        if not settings.enabled:
+            return
+        records = 1 << max(9, (settings.segment_mb * (1 << 20) // _RECORD_BYTES).bit_length() - 1)
+        base = self.config.cluster.data_path / "journal" / self.config.cluster.node
+        for number, shard in enumerate(shards):
+            folder = base / f"shard-{number}"
+            if folder.exists() and any(folder.iterdir()):
+                if live:
+                    self.journals.append(Journal.open(folder, number, sync=settings.sync))
+                    self._replay_journal(folder, shard, number)
+                    continue
+                previous = folder.with_name(folder.name + ".previous")
+                shutil.rmtree(previous, ignore_errors=True)
+                folder.rename(previous)
+            self.journals.append(Journal.create(folder, number, segment_records=records, sync=settings.sync))
+
+    def _replay_journal(self, folder: Path, shard: Shard, number: int) -> None:
+        """Bring a shard to where its journal ends. What was put out then is numbered again, not put out again."""
+        output = self.outputs[number]
+        words = output.arrays.words
+        events = 0
+        for batch in JournalReader(folder).batches():
+            view = np.ascontiguousarray(batch).view(ANY_VIEW)
+            for first in range(0, len(view), BATCH_EVENTS):
+                shard.step(view, first, min(first + BATCH_EVENTS, len(view)))
+            events += len(view)
+        for reference in JournalReader(folder).batches():
+            for event in reference[reference["kind"] == Kind.REFERENCE]:
+                self._intern_again(event)
+        _log.info("journal replayed", shard=number, events=events, outputs=int(words[W_PUBLISHED]))
+
+    def _intern_again(self, event: Any) -> None:
+        """Give an instrument of the journal the id it had."""
+        symbol = event.tobytes()[40:64].rstrip(b"\0").decode("ascii")
+        exponent = int(np.int8(event["side"]))
+        found = self.table.intern(symbol, int(event["flags"]), int(event["price"]), exponent)
+        if found != int(event["instrument"]):
+            raise NodeError(f"instrument {symbol} had number {int(event['instrument'])} in the journal and has {found} now; move the journal away")
+
+    def _continue_numbering(self, shards: list[Shard]) -> None:
+        """Without a journal to replay, outputs are numbered after the last one in the output stream."""
+        for name, delivery in self.config.delivery.items():
+            if delivery.method != "nats":
+                continue
+            try:
+                last = asyncio.run(self._last_outputs(self._targets.get(name, delivery.target), delivery))
+            except (OSError, Exception) as error:
+                reason = f"delivery.{name}: NATS must be there when a node without a replayable journal starts, to know where its output stream ends"
+                raise NodeError(f"{reason} ({error})") from error
+            for shard, ring, sequence in zip(shards, self.outputs, last):
+                shard.arrays.core["out_seq"] = sequence
+                ring.arrays.words[[W_PUBLISHED, W_CLAIMED, W_GATE]] = sequence
+
+    async def _last_outputs(self, target: str, delivery: Delivery) -> list[int]:
+        cluster = self.config.cluster
+        link = await connect(target, name=f"tickmesh {cluster.name}", login=login_of(delivery), wait_s=5.0)
+        try:
+            found = []
+            for shard in range(cluster.shards):
+                try:
+                    message = await link.client.jetstream(timeout=2).get_last_msg(stream_name(cluster.name, shard), stream_subject(cluster.name, shard))
+                    found.append(int((message.headers or {}).get("Out-Seq", "0")))
+                except js_errors.NotFoundError:
+                    found.append(0)
+            return found
+        finally:
+            await link.close()
+
+    # ---- delivery
+
+    def _create_gateways(self) -> None:
+        rings = dict(enumerate(self.outputs))
+        names = signal_names(self.shards[0].shard)
+        for name, delivery in self.config.delivery.items():
+            if delivery.method == "nats":
+                options = delivery_options(self.config, delivery, self._targets.get(name, delivery.target))
+                self.gateways[name] = Gateway(options, rings, calculations=names, login=login_of(delivery))
+
+    # ---- running
+
+    def start(self) -> None:
+        """Start everything: consumers first."""
+        for gateway in self.gateways.values():
+            gateway.start()
+        for shard in self.shards:
+            shard.start()
+        for receiver in self.receivers:
+            receiver.start()
+        self._pin()
+        self.telemetry.set_state(NodeState.RUNNING)
+
+    def _pin(self) -> None:
+        threads = [*self.receivers, *self.shards]
+        for thread, cpu in zip(threads, self.config.cluster.cpus):
+            try:
+                if thread.thread_id is not None:
+                    os.sched_setaffinity(thread.thread_id, {cpu})
+            except OSError as error:
+                _log.warning("cannot pin a thread", cpu=cpu, reason=str(error))
+
+    def watch(self, stop: threading.Event, each: Callable[[Node], None] | None = None) -> None:
+        """Mirror counters until `stop` is set.
+
+        Raises:
+            NodeError: a source or a shard has failed.
+        """
+        while not stop.wait(_MIRROR_S):
+            self.mirror()
+            self._check()
+            if each:
+                each(self)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every source has come to its end and everything it brought has been processed."""
+        return all(receiver.finished for receiver in self.receivers) and self.drained()
+
+    def drained(self) -> bool:
+        """Whether the shards have taken everything from their input rings."""
+        return all(ring.published == int(ring.arrays.words[ring_cursor(reader)]) for s in self.shards for ring, reader in zip(s.inputs, s._readers))
+
+    def _check(self) -> None:
+        for receiver in self.receivers:
+            if receiver.error is not None:
+                raise NodeError(f"data_sources.{receiver.name}: {receiver.error}") from receiver.error
+        for shard in self.shards:
+            if shard.error is not None:
+                raise NodeError(f"shard {shard.number}: {shard.error}") from shard.error
+            if shard.journal is not None and shard.journal.state:
+                reason = os.strerror(shard.journal.state)
+                raise NodeError(f"shard {shard.number}: its journal in {shard.journal.folder} cannot be written ({reason}); free space and start again")
+
+    def mirror(self) -> None:
+        """Write the numbers that no loop writes itself into the counters, and look after the rings."""
+        for ring in self.outputs:
+            ring.release_dead_readers()
+        for receiver in self.receivers:
+            self.telemetry.update(f"source.{receiver.name}", receiver.counters())
+        for shard in self.shards:
+            self.telemetry.update(f"shard.{shard.number}", shard_numbers(shard))
+        for name, gateway in self.gateways.items():
+            for number, status in enumerate(gateway.status()):
+                self.telemetry.update(f"delivery.{name}.{number}", delivery_numbers(status))
+        self.telemetry.beat()
+
+    def stop(self) -> None:
+        """Stop sources, let the shards finish what has come in, deliver it, close everything. Can be called at any stage."""
+        self.telemetry.set_state(NodeState.STOPPING)
+        for receiver in self.receivers:
+            receiver.ask_stop()
+        for receiver in self.receivers:
+            receiver.join(_STOP_S)
+        limit = time.monotonic() + _STOP_S
+        while self.shards and not self.drained() and time.monotonic() < limit and all(s.running for s in self.shards):
+            time.sleep(0.002)
+        for shard in self.shards:
+            shard.end()
+        for gateway in self.gateways.values():
+            gateway.stop()
+        if self.shards:
+            self.mirror()
+        for journal in self.journals:
+            journal.close()
+        for receiver in self.receivers:
+            receiver.close()
+        for ring in self.outputs:
+            ring.close()
+            ring.unlink()
+        self.telemetry.set_state(NodeState.STOPPED)
+        self.telemetry.close()
+
+
+# ---------------------------------------------------------------- from configuration
+
+
+def ring_cursor(reader: Any) -> int:
+    """Index of a reader's cursor among its ring's words."""
+    return int(reader._base)
+
+
+def signal_names(shard: Shard) -> dict[tuple[int, int], str]:
+    """Names of signals, alerts and intents by (calculation, output)."""
+    names = {}
+    for instance in shard.plan.instances:
+        for output, label in enumerate(instance.outputs):
+            single = len(instance.outputs) == 1
+            names[instance.index, output] = instance.name if single else f"{instance.name}.{label}"
+        names.setdefault((instance.index, 0), instance.name)
+    return names
+
+
+def login_of(delivery: Delivery) -> Login:
+    """How to log in: secrets come from the environment and from files only."""
+    token = os.environ.get(delivery.token_env) if delivery.token_env else None
+    login = Login.from_environment()
+    if token:
+        login = replace(login, token=token)
+    if delivery.credentials_file:
+        login = replace(login, credentials=Path(delivery.credentials_file).expanduser())
+    if delivery.tls_ca_file:
+        login = replace(login, ca=Path(delivery.tls_ca_file).expanduser())
+    return login
+
+
+def delivery_options(config: Config, delivery: Delivery, target: str) -> DeliveryOptions:
+    """The gateway's options from a `[delivery.NAME]` table."""
+    kinds = frozenset(int(Kind[name.upper()]) for name in delivery.per_event if name.upper() in Kind.__members__)
+    return DeliveryOptions(
+        cluster=config.cluster.name,
+        target=target,
+        batch_max_events=delivery.batch_max_events,
+        batch_max_wait_ms=delivery.batch_max_wait_ms,
+        window=min(256, delivery.window),
+        stream_max_bytes=delivery.stream_max_mb << 20,
+        stream_max_age_s=delivery.stream_max_age_s,
+        per_event=kinds,
+    )
+
+
+def shard_numbers(shard: ShardThread) -> dict[str, int]:
+    """Numbers of a shard for :class:`ShardCounter`."""
+    arrays = shard.shard.arrays
+    core, counts = arrays.core[0], arrays.counts
+    numbers = {
+        ShardCounter.EVENTS_IN: core["events"],
+        ShardCounter.REFUSED: core["refused"],
+        ShardCounter.OUTPUTS: core["out_seq"],
+        ShardCounter.BLOCKED: core["blocked"],
+        ShardCounter.TRADES: arrays.statistics["trades"][: int(core["instruments"])].sum(),
+        ShardCounter.BBO: counts[Kind.BBO],
+        ShardCounter.SIGNALS: counts[Kind.SIGNAL],
+        ShardCounter.ALERTS: counts[Kind.ALERT],
+        ShardCounter.INSTRUMENTS: np.count_nonzero(arrays.info["tick_size"][: int(core["instruments"])]),
+        ShardCounter.CONFIG_VERSION: core["config_version"],
+        ShardCounter.JOURNAL_RECORDS: shard.journal.next_sequence if shard.journal else 0,
+    }
+    return {counter.name.lower(): int(value) for counter, value in numbers.items()}
+
+
+def delivery_numbers(status: Mapping[str, Any]) -> dict[str, int]:
+    """Numbers of a gateway's shard for :class:`DeliveryCounter`."""
+    names = {"frames": "frames", "events": "events", "acks": "acks", "retries": "retries", "reconnects": "reconnects", "skipped": "per_event_skipped", "lag": "lag"}
+    return {counter: int(status[key]) for counter, key in names.items() if key in status}
+
+
+def run_node(
+    config: Config,
+    config_path: Path | None = None,
+    *,
+    progress: Progress = None,
+    ready: Callable[[], None] | None = None,
+    generators: Mapping[str, BlockSourceMaker] | None = None,
+    targets: Mapping[str, str] | None = None,
+    each: Callable[[Node], None] | None = None,
+) -> int:
+    """Run a node until SIGINT or SIGTERM; returns 0.
+
+    Raises:
+        NodeError and the typed errors of the node's parts.
+    """
+    stop = threading.Event()
+    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        node = Node(config, generators, targets, progress)
+        try:
+            node.start()
+            if ready:
+                ready()
+            node.watch(stop, each)
+        finally:
+            node.stop()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return 0
+

@@ -1,0 +1,302 @@
+"""Receivers: one thread per source that turns its bytes into events and routes them to the shards' input rings.
+
+Multicast is compiled end to end. Recordings and in-process generators (the market simulator) are paced by Python, block by block.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from tickmesh.control.config import Config, Source
+from tickmesh.node.decoder import arbitration, filtered, load_decoder, make_feed, malformed, message_counts
+from tickmesh.node.event import EVENT, EventArray
+from tickmesh.node.instruments import InstrumentTable
+from tickmesh.node.loops import receive_loop
+from tickmesh.node.protocol import load_framing, load_spec
+from tickmesh.node.reader import Reader, open_reader, protocol_fields, spec_and_framing
+from tickmesh.node.router import ROUTE_EVENTS, Router, make_router, route_now
+from tickmesh.transports.multicast import Receiver as Socket
+from tickmesh.transports.multicast import open_receiver
+from tickmesh.transports.pacing import Pace
+from tickmesh.transports.ring import Ring
+
+Progress = Callable[[str], None] | None
+_PACE_SLICE_S = 0.05
+"""A paced receiver looks at its stop flag at least this often."""
+
+
+class Block(NamedTuple):
+    """BinaryFILE-framed messages ``image[:end]``, followed by 64 bytes of slack."""
+
+    image: Any
+    end: int
+
+
+class BlockSource(Protocol):
+    """A generator of framed messages inside this process, e.g. the market simulator."""
+
+    finished: bool
+    next_ns: int
+
+    def next_block(self, max_messages: int, until_ns: int) -> Block:
+        """The next messages, up to that time of the generator's clock."""
+
+
+BlockSourceMaker = Callable[[Source], BlockSource]
+
+
+@dataclass
+class ReceiverContext:
+    """What every receiver of a node gets.
+
+    Attributes:
+        table: the node's instruments.
+        rings: this source's input ring of each shard.
+        number: the source's number.
+        idle_mode: how a polling loop waits.
+    """
+
+    table: InstrumentTable
+    rings: Sequence[Ring]
+    number: int
+    idle_mode: int
+    progress: Progress = None
+
+
+class Receiver(ABC):
+    """A source and its thread.
+
+    Attributes:
+        order_ids: how the venue numbers orders.
+        finished: a recording has been read to its end.
+        error: what ended the thread early.
+    """
+
+    order_ids = "random"
+
+    def __init__(self, name: str, options: Source, context: ReceiverContext, *, restamp: bool) -> None:
+        self.name, self.options, self.context = name, options, context
+        self.stop = np.zeros(1, np.int64)
+        self.router: Router = make_router(
+            tuple(ring.arrays for ring in context.rings), context.table.arrays.records, self.stop, context.number, context.idle_mode, restamp
+        )
+        self.finished = False
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._guarded, name=f"receiver-{name}", daemon=True)
+
+    def start(self) -> None:
+        """Start receiving."""
+        self._thread.start()
+
+    def ask_stop(self) -> None:
+        """Make the thread end; it may be waiting for a full ring."""
+        self.stop[0] = 1
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread; false if it did not end."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    @property
+    def thread_id(self) -> int | None:
+        """The kernel's id of the thread, for pinning."""
+        return self._thread.native_id
+
+    def _guarded(self) -> None:
+        try:
+            self.run()
+        except Exception as error:
+            self.error = error
+
+    @abstractmethod
+    def run(self) -> None:
+        """Receive until the stop flag is set or the source ends."""
+
+    @abstractmethod
+    def counters(self) -> dict[str, int]:
+        """Numbers for :class:`tickmesh.node.telemetry.SourceCounter`."""
+
+    def routed(self) -> dict[str, int]:
+        """What the router counted."""
+        return {"events": int(self.router.counts[-2]), "ring_full": int(self.router.counts[-1])}
+
+    def close(self) -> None:
+        """Free sockets and files; after the thread has ended."""
+
+
+# ---------------------------------------------------------------- recordings
+
+
+class RecordedReceiver(Receiver):
+    """A recording, at its own pace, faster, or as fast as it goes."""
+
+    def __init__(self, name: str, options: Source, files: Sequence[Any], context: ReceiverContext) -> None:
+        super().__init__(name, options, context, restamp=True)
+        self.reader: Reader = open_reader(name, options, files, context.table, context.number, context.progress)
+        self.order_ids = self.reader.order_ids
+        self._pace = Pace(options.pace) if options.pace != "max" else None
+
+    def run(self) -> None:
+        batch = np.zeros(ROUTE_EVENTS, EVENT)
+        while self.stop[0] == 0:
+            count = self.reader.read(batch)
+            if count == 0:
+                self.finished = True
+                return
+            if not self._deliver(batch, count):
+                return
+
+    def _deliver(self, batch: EventArray, count: int) -> bool:
+        """Route the events of a batch as they become due."""
+        if self._pace is None:
+            return bool(route_now(self.router, batch, 0, count))
+        times = np.maximum.accumulate(batch["ts_recv"][:count])
+        first = 0
+        while first < count:
+            wait_ns = self._pace.wait_ns(int(times[first]))
+            while wait_ns > 0:
+                if self.stop[0]:
+                    return False
+                time.sleep(min(wait_ns / 1e9, _PACE_SLICE_S))
+                wait_ns = self._pace.wait_ns(int(times[first]))
+            end = int(np.searchsorted(times, times[first], side="right"))
+            if not route_now(self.router, batch, first, end):
+                return False
+            first = end
+        return True
+
+    def counters(self) -> dict[str, int]:
+        return {
+            **self.routed(),
+            "messages": sum(self.reader.messages.values()),
+            "bytes": self.reader.bytes,
+            "malformed": sum(self.reader.malformed.values()),
+            "duplicates": self.reader.duplicates,
+        }
+
+
+# ---------------------------------------------------------------- generators in this process
+
+
+class GeneratedReceiver(Receiver):
+    """A generator in this process, paced by its own clock against ours."""
+
+    order_ids = "sequential"
+    _SLICE_NS = 2_000_000
+    _MESSAGES = 4096
+
+    def __init__(self, name: str, options: Source, source: BlockSource, context: ReceiverContext) -> None:
+        super().__init__(name, options, context, restamp=True)
+        self._source = source
+        self.spec, framing = load_spec("itch50"), load_framing("binaryfile")
+        self._decoder: Any = load_decoder(self.spec, framing, progress=context.progress)
+        self.feed = make_feed(self.spec, context.table, context.number, framing=framing, midnight_ns=options.midnight_ns())
+        self._speed = 0.0 if options.pace == "max" else 1.0 if options.pace == "realtime" else float(options.pace)
+        self._bytes = 0
+
+    def run(self) -> None:
+        batch = np.zeros(ROUTE_EVENTS, EVENT)
+        started, start_ns = time.monotonic_ns(), self._source.next_ns
+        while self.stop[0] == 0 and not self._source.finished:
+            now_ns = start_ns + int((time.monotonic_ns() - started) * self._speed) if self._speed else 1 << 62
+            block = self._source.next_block(self._MESSAGES, now_ns)
+            if block.end:
+                self._decode(block, batch)
+            elif not self._source.finished:
+                due = (self._source.next_ns - now_ns) / max(self._speed, 1e-9) / 1e9
+                time.sleep(min(max(due, self._SLICE_NS / 1e9), _PACE_SLICE_S))
+        self.finished = self._source.finished
+
+    def _decode(self, block: Block, batch: EventArray) -> None:
+        position = 0
+        self._bytes += block.end
+        while position < block.end and self.stop[0] == 0:
+            position, count = self._decoder.decode_stream(block.image, position, block.end, 0, self.feed, batch)
+            route_now(self.router, batch, 0, count)
+
+    def counters(self) -> dict[str, int]:
+        messages = sum(message_counts(self.feed, self.spec).values())
+        return {**self.routed(), "messages": messages, "bytes": self._bytes, "malformed": sum(malformed(self.feed).values())}
+
+
+# ---------------------------------------------------------------- multicast
+
+
+class MulticastReceiver(Receiver):
+    """One or two multicast lines, compiled from the socket to the shards' rings."""
+
+    def __init__(self, name: str, options: Source, context: ReceiverContext) -> None:
+        super().__init__(name, options, context, restamp=False)
+        self.spec, framing = spec_and_framing(name, options)
+        self.order_ids = self.spec.order_ids
+        decoder: Any = load_decoder(self.spec, framing, fields=protocol_fields(options), progress=context.progress)
+        context.table.let_through(context.number, options.symbols, options.exclude)
+        self.feed = make_feed(
+            self.spec, context.table, context.number, framing=framing, midnight_ns=options.midnight_ns(), gap_wait_ns=int(options.gap_wait_ms * 1e6)
+        )
+        endpoints = [endpoint for endpoint in (options.endpoint, options.endpoint_b) if endpoint]
+        self._module = receive_loop(decoder, len(endpoints), len(context.rings), context.progress)
+        self.sockets: list[Socket] = []
+        try:
+            for endpoint in endpoints:
+                buffer_bytes = options.recv_buffer_kb * 1024
+                self.sockets.append(open_receiver(endpoint, interface=options.interface, receive_buffer_bytes=buffer_bytes))
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self) -> None:
+        sockets = self.sockets
+        self._module.receive(
+            self.stop,
+            tuple(s.kernel for s in sockets),
+            tuple(s.buffer for s in sockets),
+            tuple(s.packets for s in sockets),
+            self.feed,
+            np.zeros(ROUTE_EVENTS, EVENT),
+            self.router,
+            self.context.idle_mode,
+        )
+
+    def counters(self) -> dict[str, int]:
+        lines = arbitration(self.feed)
+        return {
+            **self.routed(),
+            "messages": sum(message_counts(self.feed, self.spec).values()),
+            "packets": lines["packets"],
+            "malformed": sum(malformed(self.feed).values()),
+            "gaps": lines["gaps"],
+            "missing": lines["missing"],
+            "duplicates": lines["duplicates"],
+            "filtered": filtered(self.feed),
+            "dropped_by_kernel": sum(s.dropped_by_kernel() for s in self.sockets),
+        }
+
+    def close(self) -> None:
+        for opened in self.sockets:
+            opened.close()
+
+
+def make_receiver(
+    name: str, config: Config, context: ReceiverContext, generators: dict[str, BlockSourceMaker], files: Sequence[Any] | None = None
+) -> Receiver:
+    """The receiver of a configured source.
+
+    Raises:
+        SourceError, MulticastError, RecordingError, SpecError, MappingError: the source cannot be opened; the message says what to do.
+    """
+    options = config.data_sources[name]
+    if options.type == "multicast":
+        return MulticastReceiver(name, options, context)
+    if options.type in generators:
+        return GeneratedReceiver(name, options, generators[options.type](options), context)
+    return RecordedReceiver(name, options, files or [config.resolve(path) for path in options.path], context)
+

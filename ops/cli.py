@@ -250,7 +250,7 @@ def _replay_text(result: dict[str, Any]) -> str:
         f"{source['format']}: {source['messages_total']:,} messages, {source['bytes']:,} bytes in {seconds:.3f} s"
         f" ({source['messages_total'] / seconds:,.0f} messages/s)",
         f"malformed {malformed:,}   gaps {len(result['gaps']):,} ({missing:,} missing)   duplicates {result['duplicates']:,}",
-        "outputs   " + ("  ".join(f"{kind} {count:,}" for kind, count in result["events"].items()) or "none"),
+        "events    " + ("  ".join(f"{kind} {count:,}" for kind, count in result["events"].items()) or "none"),
         f"{'symbol':<14}{'trades':>10}{'volume':>16}  {'bid':>14}{'ask':>14}",
     ]
     ordered = sorted(instruments.items(), key=lambda item: -item[1]["trades"])

@@ -44,25 +44,27 @@ def journal_events(folder: Path, start: int | None = None, count: int | None = N
         JournalCorrupt: a record does not hold; every event before it has been given.
     """
     reader = JournalReader(folder)
-    first = start = reader.first_sequence if start is None else start
     at = reader.first_sequence
-    if start < at:
-        raise BadRange(start, at, verify(folder).next_sequence)
+    begin = at if start is None else start
+    end = None if count is None else begin + count
+    if begin < at:
+        raise BadRange(begin, at, verify(folder).next_sequence)
     names = InstrumentNames()
     for batch in reader.batches():
         names.learn(batch)
-        skipped = max(0, first - at)
-        wanted = batch[skipped:] if count is None else batch[skipped : skipped + count - (first - start)]
-        yield from enumerate(event_maps(wanted, names), at + skipped)
+        first, last = max(begin, at), at + len(batch) if end is None else min(end, at + len(batch))
+        if first < last:
+            yield from enumerate(event_maps(batch[first - at : last - at], names), first)
         at += len(batch)
-        first += len(wanted)
-        if count is not None and first - start >= count:
+        if end is not None and at >= end:
             return
-    if first == start and start > at:
+    if start is not None and start >= at:
         raise BadRange(start, reader.first_sequence, at)
 
 
-def show_command(folder: Path, *, start: int | None = None, count: int | None = None, as_json: bool = False, out: TextIO | None = None) -> int:
+def show_command(
+    folder: Path, *, start: int | None = None, count: int | None = None, as_json: bool = False, out: TextIO | None = None
+) -> int:
     """Print events: their place in the journal, then what they say.
 
     Returns:
@@ -99,5 +101,10 @@ def report_text(folder: Path, report: JournalReport) -> str:
     for problem in report.problems:
         place = "header" if problem.record < 0 else f"record {problem.record} (sequence {problem.sequence})"
         rows.append(f"  {problem.file}: {place}: {problem.kind}, {problem.detail}")
-    rows.append("whole" if report.ok else "DAMAGED: take the journal of a standby, or a copy from a backup; a node will not start on this one")
+    if report.ok:
+        rows.append("whole")
+    elif all(problem.kind == "torn" for problem in report.problems):
+        rows.append("TORN: a write was cut short at the end; the node that opens it next cuts that off")
+    else:
+        rows.append("DAMAGED: take the journal of a standby, or a copy")
     return "\n".join(rows)

@@ -31,7 +31,17 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from tickmesh.transports.counters import Counter, CounterFile, CountersNotFound, Histogram, Values, counters_path, list_counters
+from tickmesh.transports.counters import (
+    Counter,
+    CounterFile,
+    CountersNotFound,
+    Histogram,
+    Values,
+    counters_path,
+    histogram_record,
+    list_counters,
+)
+from tickmesh.transports.toolbox import loop
 
 
 class NodeState(IntEnum):
@@ -244,6 +254,18 @@ class _Sets:
     sources: list[str]
     shards: list[int]
     deliveries: list[tuple[str, int]]
+
+
+@loop
+def record_values(histogram: Any, values: Any) -> Any:
+    """Record many values at once from Python, for a histogram that no loop writes.
+
+    Args:
+        histogram: e.g. `output_to_published` of :meth:`Telemetry.delivery`.
+        values: i64, shape ``(n,)``.
+    """
+    for value in values:
+        histogram_record(histogram, value)
 
 
 # ---------------------------------------------------------------- the file

@@ -102,6 +102,10 @@ def _given_rows(result: Result) -> Iterator[Row]:
 
 BENCHES = (
     Bench(
+        "book", "ITCH decode and full-depth book, against C++ and Python packages", "tickmesh.ops.bench_book", "bench_book", _given_rows,
+        {"messages": 200_000, "symbols": (400,), "repeats": 1},
+    ),
+    Bench(
         "ring", "one process to another through shared memory, against C++", "tickmesh.ops.bench_ring", "bench_ring", _ring_rows,
         {"repeats": 3, "records": 400_000, "trips": 5_000},
     ),

@@ -35,6 +35,7 @@ REFUSALS = (
     "tickmesh.node.reader.SourceError",
     "tickmesh.node.risk.LimitError",
     "tickmesh.ops.bench.UnknownBench",
+    "tickmesh.ops.capture_kind.UnknownCapture",
     "tickmesh.ops.journal_cmd.BadRange",
     "tickmesh.ops.simulator.SimulatorConfigError",
     "tickmesh.ops.subscribe_cmd.PatternError",
@@ -160,22 +161,33 @@ def _print_json(value: Any) -> None:
 
 @app.command(cls=_Command)
 def up(
-    captures: Annotated[list[Path] | None, typer.Argument(metavar="[CAPTURE]...", help="Recordings to play as the feed.")] = None,
-    config: Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="The configuration; none: a demonstration.")] = None,
+    capture: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A recording to play; may be given again.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="A configuration of one's own.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port of the embedded nats-server; 0: any free one.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Everything on this host: nats-server, node and feed."""
+    """Everything on this host: nats-server, node and feed.
+
+    Without options a simulated market; with --capture recordings, at their own pace; with --config what that says. Ctrl-C ends it well.
+    """
+    if config is not None and (capture or port is not None):
+        raise typer.BadParameter("a configuration names its own sources and ports", param_hint="--capture, --port")
+    _check_files(capture or [])
     from tickmesh.ops.up import up as start
 
-    _finish(start(captures or [], config, progress=_progress(quiet)))
+    _finish(start(capture or [], config, port=port, progress=_progress(quiet)))
 
 
 @node_app.command("run", cls=_Command)
 def node_run(config: ConfigFile, quiet: Quiet = False) -> None:
     """Run a node until Ctrl-C or SIGTERM."""
+    loaded = _load(config)
     from tickmesh.node.process import run_node
+    from tickmesh.ops.up import GENERATORS, embedded_servers
 
-    _finish(run_node(_load(config), config, progress=_progress(quiet), ready=None if quiet else lambda: _say("ready")))
+    ready = None if quiet else lambda: _say("ready")
+    with embedded_servers(loaded) as targets:
+        _finish(run_node(loaded, config, progress=_progress(quiet), ready=ready, generators=GENERATORS, targets=targets))
 
 
 @app.command(cls=_Command)
@@ -448,7 +460,8 @@ def reference() -> None:
 
 def commands(prefix: str = "tickmesh", group: Any = None) -> Iterator[tuple[str, Any]]:
     """Every command with its full name, in the order of the help."""
-    for name, command in (group or typer.main.get_command(app)).commands.items():
+    found: Any = group or typer.main.get_command(app)
+    for name, command in found.commands.items():
         if hasattr(command, "commands"):
             yield from commands(f"{prefix} {name}", command)
         elif not command.hidden:
@@ -493,7 +506,7 @@ for programs. `tickmesh --debug COMMAND …` (or `TICKMESH_DEBUG=1`) shows the t
 | 1 | failed: a file, a server or this host; `status` and `top --once`: no node lives |
 | 2 | wrong usage, or a configuration is refused |
 | 3 | a check found something wrong: `journal verify`, `doctor` |
-| 130 | ended by Ctrl-C |"""
+| 130 | ended by Ctrl-C; `up` and `node run` stop in order and end with 0 |"""
 
 
 def main() -> None:

@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tickmesh.node.telemetry import (
     DELIVERY_ABOUT,
@@ -27,9 +30,10 @@ from tickmesh.node.telemetry import (
     Telemetry,
     find_nodes,
     read_telemetry,
+    record_values,
     telemetry_path,
 )
-from tickmesh.transports.counters import CounterFile, CountersNotFound, counter_add, counter_set, histogram_record_n
+from tickmesh.transports.counters import BUCKETS, CounterFile, CountersNotFound, counter_add, counter_set, histogram_record_n
 from tickmesh.transports.toolbox import inlined
 
 
@@ -103,6 +107,19 @@ def test_what_compiled_code_writes_is_read_from_outside(cluster: str) -> None:
     assert reading["deliveries"]["out"][0]["output_to_published"]["p50"] is None
     assert reading["sources"]["nasdaq"]["messages"] == 99
     json.dumps(reading, allow_nan=False)
+
+
+edges = st.builds(lambda exponent, below: 2**exponent - below, st.integers(0, 50), st.integers(0, 1))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.one_of(st.integers(-5, 5000), edges), max_size=40))
+def test_values_recorded_from_python_are_as_those_of_a_loop(values: list[int]) -> None:
+    histograms = np.zeros((2, 16 + BUCKETS), np.int64)
+    record_values(histograms[0], np.array(values, np.int64))
+    for value in values:
+        histogram_record_n(histograms[1], value, 1)
+    assert np.array_equal(histograms[0], histograms[1])
 
 
 def test_a_reading_says_who_and_since_when(cluster: str) -> None:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
 from tickmesh.node.event import ALL_INSTRUMENTS, NO_INSTRUMENT, NO_PRICE, NO_SIDE, Flag, Kind, TradingStatus
 from tickmesh.transports.toolbox import count_leading_zeros, count_trailing_zeros, f64_bits, inlined, loop, outlined, prefetch
 
@@ -176,7 +177,7 @@ _QTY_OVERFLOW, _PRICE_RANGE, _ORDERS_FULL, _LEVELS_FULL, _WRONG_BOOK, _OTHER_INS
 
 _U = np.uint64
 _I = np.int64
-_ZERO, _ONE, _THREE, _SIX, _LOW6 = _U(0), _U(1), _U(3), _U(6), _U(63)
+_ZERO, _ONE, _TWO, _THREE, _SIX, _LOW6 = _U(0), _U(1), _U(2), _U(3), _U(6), _U(63)
 _TAG_SHIFT = _U(_BS_BITS)
 _BS_MASK = _U((1 << _BS_BITS) - 1)
 _QTY_SHIFT = _U(_QTY_BITS)
@@ -444,45 +445,25 @@ def _top_bit(word: Any) -> Any:
 
 
 @inlined
-def _mark(books: Any, bs: Any, key: Any) -> Any:
-    """A level inside the window came into being."""
-    side = books.sides[bs]
-    block = _block(books, key)
-    books.words[_word_index(books, bs, block)] |= _ONE << (_U(key) & _LOW6)
-    if side.summary == _ZERO or key > _I(side.best):
-        side.best = key
-    side.summary |= _ONE << block
-
-
-@inlined
-def _unmark(books: Any, bs: Any, key: Any) -> Any:
-    """A level inside the window is gone: find the next best."""
-    side = books.sides[bs]
-    block = _block(books, key)
-    index = _word_index(books, bs, block)
-    left = books.words[index] & ~(_ONE << (_U(key) & _LOW6))
-    books.words[index] = left
-    if left == _ZERO:
-        side.summary &= ~(_ONE << block)
-    if key == _I(side.best):
-        if left != _ZERO:
-            side.best = (key & ~63) + _I(_top_bit(left))
-        else:
-            _next_block(books, bs, key, block)
-
-
-@inlined
-def _next_block(books: Any, bs: Any, key: Any, block: Any) -> Any:
-    """The block of the best level is empty now: the best is in the next one that is not, going round the window."""
-    side = books.sides[bs]
-    if side.summary == _ZERO:
+def _toggle(books: Any, side: Any, bs: Any, key: Any) -> Any:
+    """A level inside the window came into being, or is gone: find the best, without a branch, as the first one below the window's top."""
+    last = (_ONE << _U(books.window_bits - 6)) - _ONE
+    block = (_U(key) >> _SIX) & last
+    first = _word_index(books, bs, _ZERO)
+    word = books.words[first + block] ^ (_ONE << (_U(key) & _LOW6))
+    books.words[first + block] = word
+    bit = _ONE << block
+    summary = (side.summary & ~bit) | (bit if word != _ZERO else _ZERO)
+    side.summary = summary
+    if summary == _ZERO:
         if side.far_head != 0:
             _move_down(books, bs, _far_best(books, bs))
         return
-    below = side.summary & ((_ONE << block) - _ONE)
-    found = _top_bit(below if below != _ZERO else side.summary)
-    down = (block - found) & ((_ONE << _U(books.window_bits - 6)) - _ONE)
-    side.best = (key & ~63) - _I(down << _SIX) + _I(_top_bit(books.words[_word_index(books, bs, found)]))
+    base = _I(side.base)
+    lowest = (_U(base) >> _SIX) & last
+    ordered = (summary >> lowest) | (summary << ((last + _ONE - lowest) & _LOW6))
+    up = _top_bit(ordered & (((_ONE << last) << _ONE) - _ONE))
+    side.best = base + _I((up << _SIX) + _top_bit(books.words[first + ((lowest + up) & last)]))
 
 
 @outlined
@@ -617,7 +598,7 @@ def _level_outside(books: Any, bs: Any, key: Any, word: Any, adds: Any) -> Any:
         _far_insert(books, bs, key, word)
     elif covered == 1:
         books.levels[_level_index(books, bs, key)] = word
-        _mark(books, bs, key)
+        _toggle(books, books.sides[_U(bs)], bs, key)
         return _I(0)
     return covered
 
@@ -633,7 +614,7 @@ def _level_add(books: Any, bs: Any, key: Any, qty: Any) -> Any:
         return _I(_QTY_OVERFLOW)
     books.levels[index] = before + (_ONE_ORDER + qty)
     if before == _ZERO:
-        _mark(books, bs, key)
+        _toggle(books, books.sides[_U(bs)], bs, key)
     return _I(0)
 
 
@@ -655,7 +636,7 @@ def _level_take(books: Any, bs: Any, key: Any, take: Any) -> Any:
     after = books.levels[index] - take
     books.levels[index] = after
     if after == _ZERO:
-        _unmark(books, bs, key)
+        _toggle(books, books.sides[_U(bs)], bs, key)
 
 
 # ---------------------------------------------------------------- prices
@@ -669,12 +650,12 @@ def _ticks_of(side: Any, price: Any) -> Any:
 
 @inlined
 def _price_of(side: Any, bs: Any, key: Any) -> Any:
-    return (key ^ -(_I(bs) & 1)) * side.tick
+    return (key ^ -_I(_U(bs) & _ONE)) * side.tick
 
 
 @inlined
 def _key_of_ticks(bs: Any, ticks: Any) -> Any:
-    return ticks ^ -(_I(bs) & 1)
+    return ticks ^ -_I(_U(bs) & _ONE)
 
 
 @inlined
@@ -840,9 +821,9 @@ def _modify(books: Any, event: Any, index: Any) -> Any:
     return _I(0)
 
 
-@inlined
+@outlined
 def _apply_order(books: Any, event: Any, kind: Any) -> Any:
-    """ADD, EXECUTE, CANCEL, DELETE, REPLACE, MODIFY: all or nothing, so what is new comes onto the book before what is old leaves it."""
+    """ADD, EXECUTE, CANCEL, DELETE, REPLACE, MODIFY in every case. All or nothing: what is new rests before what is old leaves."""
     old, index = _ZERO, _I(-1)
     if kind == _ADD:
         bs = _I(event.instrument) * 2 + _I(event.side)
@@ -887,10 +868,8 @@ def _apply_level(books: Any, event: Any) -> Any:
     index = _level_index(books, bs, key)
     before = books.levels[index]
     books.levels[index] = _U(event.qty)
-    if before == _ZERO and event.qty != 0:
-        _mark(books, bs, key)
-    elif before != _ZERO and event.qty == 0:
-        _unmark(books, bs, key)
+    if (before == _ZERO) != (event.qty == 0):
+        _toggle(books, side, bs, key)
     return _I(0)
 
 
@@ -968,6 +947,63 @@ def _apply_state(books: Any, event: Any, kind: Any) -> Any:
     return _I(0)
 
 
+@outlined
+def _apply_any(books: Any, event: Any, kind: Any) -> Any:
+    """Any event, by the complete rules; counts a refusal."""
+    if kind <= _MODIFY:
+        result = _apply_order(books, event, kind)
+    elif kind == _LEVEL:
+        result = _apply_level(books, event)
+    else:
+        result = _apply_state(books, event, kind)
+    if result < 0:
+        books.counters[-result] += 1
+    return result
+
+
+@inlined
+def _apply_usual(books: Any, event: Any, kind: Any) -> Any:
+    """ADD, EXECUTE, CANCEL, DELETE as they nearly always are; false, and nothing done, if this one is not.
+
+    Usual is: the order in its preferred slot, the level in the window, every field in bounds. Which of the four kinds comes next cannot be
+    predicted, so there is no branch on it: choices are made by selection, and the only doubtful branch is whether a level comes or goes.
+    """
+    adds = kind == _ADD
+    hashed = _hash(books, event.id, event.instrument)
+    tag = _tag(books, hashed) << _TAG_SHIFT
+    order = books.orders[_preferred(books, hashed)]
+    word, resting, instrument = order.word, _U(order.qty), _U(event.instrument)
+    bs = instrument * _TWO + _U(event.side) if adds else word & _BS_MASK
+    placed = (resting == _ZERO) & (books.state[_DISPLACED] == 0)
+    found = (resting != _ZERO) & (word ^ tag <= _BS_MASK)
+    named = (instrument == bs >> _ONE) | ((event.instrument == NO_INSTRUMENT) & (not adds))
+    if not ((placed if adds else found) & named & (bs < _U(books.sides.size))):
+        return False
+    side = books.sides[bs]
+    key = _key_of_ticks(bs, _ticks_of(side, event.price)) if adds else _I(order.key)
+    price = _price_of(side, bs, key)
+    qty = resting if kind == _DELETE else _U(event.qty)
+    index = _level_index(books, bs, key)
+    before = books.levels[index]
+    unusual = adds & ((price != event.price) | ((side.flags & _BY_LEVEL) != 0) | _overflows(before, qty))
+    if unusual | (qty - _ONE >= (_ORDER_QTY_MAX if adds else resting)) | (not _in_window(books, side, key)):
+        return False
+    left = qty if adds else resting - qty
+    change = qty + (_ONE_ORDER if adds | (left == _ZERO) else _ZERO)
+    after = before + change if adds else before - change
+    order.word = tag | bs
+    order.key = key
+    order.qty = left
+    books.levels[index] = after
+    event.instrument = bs >> _ONE
+    event.side = bs & _ONE
+    event.qty = qty
+    event.price = event.price if event.flags & _PRICED else price
+    if (before == _ZERO) | (after == _ZERO):
+        _toggle(books, side, bs, key)
+    return True
+
+
 @inlined
 def book_apply(books: Any, event: Any) -> Any:
     """Apply one event to its book and complete in place what the wire leaves out.
@@ -982,40 +1018,40 @@ def book_apply(books: Any, event: Any) -> Any:
         Kinds that do not concern books (TRADE, QUOTE, TIMER, ...) return 0.
     """
     kind = event.kind
-    if _U(kind - _ADD) <= _U(_MODIFY - _ADD):
-        result = _apply_order(books, event, kind)
+    if _U(kind - _ADD) <= _U(_DELETE - _ADD):
+        if _apply_usual(books, event, kind):
+            return _I(0)
     elif kind == _LEVEL:
         result = _apply_level(books, event)
-    elif kind in (_CLEAR, _STATUS, _GAP):
-        result = _apply_state(books, event, kind)
-    else:
+        if result < 0:
+            books.counters[-result] += 1
+        return result
+    elif kind not in (_REPLACE, _MODIFY, _CLEAR, _STATUS, _GAP):
         return _I(0)
-    if result < 0:
-        books.counters[-result] += 1
-    return result
+    return _apply_any(books, event, kind)
+
+
+@inlined
+def _order_named(books: Any, event: Any) -> Any:
+    """Preferred slot of the order that an event needs first: the old one of a REPLACE."""
+    return _preferred(books, _hash(books, _U(event.aux) if event.kind == _REPLACE else event.id, event.instrument))
 
 
 @inlined
 def book_prefetch_order(books: Any, event: Any) -> Any:
     """Hint, to be given some 16 to 32 events ahead: the order that an event names will be looked up."""
-    order_id = _U(event.aux) if event.kind == _REPLACE else event.id
-    prefetch(books.orders, _I(_preferred(books, _hash(books, order_id, event.instrument))))
-    prefetch(books.sides, _I(min(_I(event.instrument) * 2, _I(books.sides.size) - 1)))
+    prefetch(books.orders, _I(_order_named(books, event)))
 
 
 @inlined
 def book_prefetch_level(books: Any, event: Any) -> Any:
     """Hint, to be given some 4 to 12 events ahead, after :func:`book_prefetch_order`: the level that an event changes will be looked up."""
-    kind = event.kind
-    if kind in (_ADD, _LEVEL):
-        bs = min(_I(event.instrument) * 2, _I(books.sides.size) - 2) + _I(event.side & 1)
-        key = _key_of_ticks(bs, _ticks_of(books.sides[bs], event.price))
-    else:
-        order_id = _U(event.aux) if kind == _REPLACE else event.id
-        order = books.orders[_preferred(books, _hash(books, order_id, event.instrument))]
-        bs = _I(order.word & _BS_MASK)
-        key = _I(order.key)
-    prefetch(books.sides, bs)
+    order = books.orders[_order_named(books, event)]
+    brings = (event.kind == _ADD) | (event.kind == _LEVEL)
+    wire = min(_U(event.instrument) * _TWO + _U(event.side & 1), _U(books.sides.size - 1))
+    bs = wire if brings else order.word & _BS_MASK
+    key = _key_of_ticks(bs, _ticks_of(books.sides[wire], event.price)) if brings else _I(order.key)
+    prefetch(books.sides, _I(bs))
     prefetch(books.levels, _I(_level_index(books, bs, key)))
 
 

@@ -51,7 +51,7 @@ from tickmesh.transports.toolbox import inlined, loop, outlined
 Shard = namedtuple("Shard", "books core info statistics counts gaps patterns masks last scratch out limits risk {fields}")
 BID, ASK = np.int64(0), np.int64(1)
 TRADE, BBO, SIGNAL, ALERT, INTENT, RISK, BAR = (np.uint8(kind) for kind in (9, 64, 65, 66, 67, 68, 69))
-ZERO, ONE = np.uint64(0), np.uint64(1)
+FOR_BOOK, FOR_SOURCE, FOR_ALERT, FOR_BAR, FOR_INTENT, FOR_RISK = (np.uint64(place) for place in range(6))  # in shard.scratch
 SLOTS = {slots}  # last values kept per instrument
 DTYPES = [  # state and parameters of the calculations
 {dtypes}
@@ -70,7 +70,7 @@ def decide(shard, intent, i, w):
     shard.counts[68] += 1
     o = begin_output(shard.out.slots, w, intent, RISK)  #? emit_risk
     w += np.uint64(1)  #? emit_risk
-    o = begin_output(shard.scratch, ZERO, intent, RISK)  #? no_risk
+    o = begin_output(shard.scratch, FOR_RISK, intent, RISK)  #? no_risk
     risk_fill(o, intent, reason)
     return w
 
@@ -82,7 +82,7 @@ def publish_bbo(shard, event, i, w):
     if bbo_update(shard.books, i):
         o = begin_output(shard.out.slots, w, event, BBO)  #? emit_bbo
         w += np.uint64(1)  #? emit_bbo
-        o = begin_output(shard.scratch, ZERO, event, BBO)  #? no_bbo
+        o = begin_output(shard.scratch, FOR_BOOK, event, BBO)  #? no_bbo
         bbo_fill(shard.books, i, o)
         shard.counts[64] += 1
         record_bbo(shard.statistics, o)
@@ -95,7 +95,7 @@ def publish_trade(shard, event, i, w):
     record_trade(shard.statistics, event)
     o = begin_output(shard.out.slots, w, event, TRADE)  #? emit_trade
     w += np.uint64(1)  #? emit_trade
-    o = begin_output(shard.scratch, ZERO, event, TRADE)  #? no_trade
+    o = begin_output(shard.scratch, FOR_BOOK, event, TRADE)  #? no_trade
     fill_trade(o, event)
     return on_trade(shard, o, i, w)
 
@@ -148,7 +148,7 @@ def on_rare(shard, event, w):
 def on_event(shard, event, w):
     kind = event.kind
     shard.counts[kind & 127] += 1
-    if kind <= 8:
+    if np.uint64(kind - 1) < np.uint64(8):
         refused = book_apply(shard.books, event) < 0
         i = np.int64(event.instrument)
         if refused:
@@ -158,7 +158,12 @@ def on_event(shard, event, w):
         else:
             if kind == 2 and not event.flags & 4:
                 w = publish_trade(shard, event, i, w)
-            w = pass_through(shard.out.slots, w, event)  #? emit_add
+            if kind <= 6:  #? emit_add
+                w = pass_through(shard.out.slots, w, event)  #? emit_add
+            if kind == 7:  #? emit_clear
+                w = pass_through(shard.out.slots, w, event)  #? emit_clear
+            if kind == 8:  #? emit_level
+                w = pass_through(shard.out.slots, w, event)  #? emit_level
             w = on_order(shard, event, i, w)  #? orders
         if not event.flags & 1:
             w = publish_bbo(shard, event, i, w)
@@ -179,17 +184,20 @@ def over_instruments(shard, event, w, limit):
     # a timer, or a gap or new session of a whole source, reaches every instrument; held up by outputs it goes on where it stopped
     core = shard.core[0]
     if core.cursor == 0:
+        core.cursor = 1  # from here on the next instrument + 1
         shard.counts[event.kind] += 1
         if event.kind == 15:
             w = on_rare(shard, event, w)
-    while core.cursor < core.instruments:
+        elif event.kind == 7:  #? emit_clear
+            w = pass_through(shard.out.slots, w, event)  #? emit_clear
+    while core.cursor <= core.instruments:
         if w + np.uint64(ROOM) > limit:
             return w
-        i = core.cursor
+        i = core.cursor - 1
         if event.kind == 16:
             w = on_timer(shard, event, i, w)
         elif reaches(shard.info, event, i):
-            o = shard.scratch[1]
+            o = shard.scratch[FOR_SOURCE]
             o.seq = event.seq
             o.ts_event = event.ts_event
             o.ts_recv = event.ts_recv
@@ -235,7 +243,7 @@ def step(batch, first, count, shard):
         event = batch[np.uint64(i)]
         if event.kind == 16 or (event.instrument == np.uint32(0xFFFFFFFF) and (event.kind == 15 or event.kind == 7)):
             w = over_instruments(shard, event, w, start + np.uint64(claimed))
-            if core.cursor < core.instruments:
+            if core.cursor <= core.instruments:
                 claimed = np.int64(0)
                 continue
             core.cursor = 0
@@ -308,8 +316,9 @@ class _Generator:
 
     @property
     def room(self) -> int:
-        """The most outputs that one input event can cause."""
-        return 4 + sum(2 if i.emits == "intent" else max(1, len(i.outputs)) for i in self.plan.instances)
+        """The most outputs that one input event can cause: an execution is an order event, a trade and a new BBO at once."""
+        calls = max((len(self._triggers(i) - {"timer"}) for i in self.plan.instances), default=1)
+        return 4 + max(1, calls) * sum(2 if i.emits == "intent" else max(1, len(i.outputs)) for i in self.plan.instances)
 
     def generate(self) -> str:
         self._imports()
@@ -396,7 +405,7 @@ class _Generator:
         instance = self.plan.instances[k]
         kind = {"alert": Kind.ALERT, "bar": Kind.BAR, "intent": Kind.INTENT}[instance.emits]
         out = self.out
-        place = "shard.out.slots, w" if kind in self.plan.outputs else "shard.scratch, ONE"
+        place = "shard.out.slots, w" if kind in self.plan.outputs else f"shard.scratch, FOR_{kind.name}"
         out.add(depth, f"o = begin_output({place}, {event}, {kind.name})", f"begin_record(o, i, np.uint64({instance.index}))")
         out.add(depth, f"if k{k}({', '.join(arguments)}):", f"    shard.counts[{int(kind)}] += 1")
         if kind == Kind.BAR:

@@ -15,6 +15,8 @@ from tickmesh.transports.ring import HEADER_BYTES, RingArrays
 
 GAPS_KEPT = 4096
 """Gaps whose bounds a shard remembers; all are counted."""
+SCRATCH = 8
+"""Places for records that calculations read but that do not leave the shard, a power of two; the loop's FOR_… say which is whose."""
 KINDS = 128
 """Size of the table of event counts: kinds are below it."""
 
@@ -34,7 +36,9 @@ CORE = np.dtype(
 """A shard's scalars: outputs written, inputs taken, version and slot of the live parameters, highest instrument + 1, inputs that the
 book refused, latest event time, times that the output ring was full, next instrument of a timer or gap under way."""
 
-INSTRUMENT_INFO = np.dtype([("tick_size", "<i8"), ("quantity_scale", "<f8"), ("exponent", "<i4"), ("source", "<i4"), ("symbol", "u1", (24,))])
+INSTRUMENT_INFO = np.dtype(
+    [("tick_size", "<i8"), ("quantity_scale", "<f8"), ("exponent", "<i4"), ("source", "<i4"), ("symbol", "u1", (24,))]
+)
 
 STATISTICS = np.dtype(
     [
@@ -76,7 +80,7 @@ def make_arrays(
         patterns,
         np.zeros((max(1, len(module.DTYPES)), instruments_max), np.uint8),
         last,
-        np.zeros(2, ANY_VIEW),
+        np.zeros(SCRATCH, ANY_VIEW),
         RingArrays(output.words, output.slots.view(ANY_VIEW)),
         np.repeat(no_limits(), 2),
         make_risk_state(instruments_max),

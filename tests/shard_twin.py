@@ -63,6 +63,7 @@ max_rate = 3
 """
 """Calculations of every kind: of trades, of the best bid and offer, of each other, of bars; alerts, intents and limits."""
 
+CHECK = interpreted(risk_check.py_func)
 TRADE_SERIES, BBO_SERIES = ("trade.price", "trade.qty"), ("bbo.mid", "bbo.spread", "bbo.microprice")
 
 
@@ -94,7 +95,7 @@ class ShardTwin:
         instances: the plan's instances.
         outputs: kinds that leave the shard.
         limits: LIMITS record array of one; None: intents go out unchecked.
-        instruments: highest instrument id + 1.
+        instruments: highest instrument id + 1; all have the book's default tick.
     """
 
     def __init__(self, instances: tuple[Instance, ...], outputs: frozenset[Kind], limits: Any, instruments: int) -> None:
@@ -201,8 +202,6 @@ class ShardTwin:
         symbol = row.tobytes()[40:64].rstrip(b"\0").decode()
         old = self.known.get(event.instrument)
         tick = old[0] if old else event.price
-        if not self.book.ticks[event.instrument]:
-            self.book.ticks[event.instrument] = tick
         self.known[event.instrument] = (tick, int(np.int8(event.side)), symbol, int(event.flags))
         self.highest = max(self.highest, event.instrument + 1)
         self._pass(event)
@@ -213,7 +212,7 @@ class ShardTwin:
         trade.side, trade.id, trade.aux = event.side, event.id, event.aux
         if event.kind == Kind.EXECUTE:
             trade.side = 1 - event.side if event.side < 2 else NO_SIDE
-            trade.id, trade.aux = event.aux % (1 << 64), (event.id + (1 << 63)) % (1 << 64) - (1 << 63)
+            trade.id, trade.aux = int(event.aux) % (1 << 64), (int(event.id) + (1 << 63)) % (1 << 64) - (1 << 63)
         self._emit(trade, Kind.TRADE)
         self._listeners("trade", trade, event.instrument)
 
@@ -300,7 +299,7 @@ class ShardTwin:
         state = np.uint16(flags & (Flag.STALE | Flag.HALTED))
         numbers = (np.int64(bid), np.int64(ask), state, np.int64(self.known[instrument][1]))
         with np.errstate(all="ignore"):
-            reason = int(interpreted(risk_check.py_func)(PlainRecord(self.limits[0]), *states, intent, *numbers))
+            reason = int(CHECK(PlainRecord(self.limits[0]), *states, intent, *numbers))
         decision = self._record(Kind.RISK, intent, instrument)
         decision.side, decision.price, decision.qty, decision.id, decision.aux = intent.side, intent.price, intent.qty, intent.seq, reason
         decision.flags = 0 if reason == RiskReason.ACCEPTED else Flag.REFUSED

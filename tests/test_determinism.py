@@ -56,6 +56,7 @@ class Loop:
     def run(self, events: EventArray, size: Callable[[], int] = lambda: 256, read: Callable[[], int] = lambda: 1 << 16) -> bytes:
         """All outputs of some events, stepped `size()` at a time, at most `read()` outputs taken after each step."""
         batch, outputs, first, idle = events.copy().view(ANY_VIEW), [], 0, 0
+        taken = np.zeros(0, EVENT)
         while first < len(batch) or len(taken):
             end = min(first + size(), len(batch))
             done = self.shard.step(batch, first, end)

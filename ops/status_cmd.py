@@ -22,7 +22,7 @@ from rich.text import Text
 
 from tickmesh.node.telemetry import NodeName, Telemetry, find_nodes, read_telemetry
 from tickmesh.transports.counters import CounterFile, CountersError, Values, percentile
-from tickmesh.transports.ring import RingError, list_rings, ring_stat
+from tickmesh.transports.ring import RingError, list_rings, ring_path, ring_stat
 
 EXIT_OK, EXIT_FAILED = 0, 1
 HEARTBEAT_LATE_S = 5.0
@@ -156,6 +156,10 @@ def status_view(nodes: Sequence[Mapping[str, Any]], rings: Sequence[Mapping[str,
         parts += [*_node_view(reading), Text("")]
     if rings:
         parts.append(_ring_table(rings))
+    left = [ring["name"] for ring in rings if not ring["writer_alive"] and not any(reader["alive"] for reader in ring["readers"])]
+    if left:
+        paths = " ".join(str(ring_path(name)) for name in left)
+        parts.append(Text(f"nobody writes or reads {', '.join(left)}: if that node has ended for good, remove {paths}", style="yellow"))
     return Group(*parts)
 
 

@@ -458,7 +458,9 @@ def test_bench_report_from_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr("tickmesh.ops.bench_delivery.bench_delivery", lambda **_: 1 / 0)
     monkeypatch.delenv("TICKMESH_DEBUG", raising=False)
     target = tmp_path / "b.json"
-    code, out, _ = run("bench", "ring", "delivery", "--quick", "--json", target)
+    assert run("bench", "ring", "--quick", "--json", target)[0] == 0
+    assert [row["met"] for row in json.loads(target.read_text())["rows"]] == [None, None, None]
+    code, out, _ = run("bench", "ring", "delivery", "--json", target)
     assert code == 0
     report = json.loads(target.read_text())
     assert [row["met"] for row in report["rows"]] == [True, True, None]

@@ -105,6 +105,8 @@ class Kind(IntEnum):
     CONFIG = 17
     BREAK = 18
     """Trade `id` is cancelled by the venue."""
+    CODE = 19
+    """The instrument's numeric code at its source is `id`; follows its REFERENCE, so that a journal knows it."""
     BBO = 64
     SIGNAL = 65
     ALERT = 66

@@ -17,7 +17,7 @@ import sys
 import numpy as np
 
 from tickmesh.node.event import ANY_VIEW, EVENT
-from tickmesh.node.journal import JournalArrays, journal_append_batch
+from tickmesh.node.journal import JournalArrays, journal_append_batch, journal_state
 from tickmesh.node.shard_state import warm_arrays
 from tickmesh.transports.counters import histogram_record
 from tickmesh.transports.ring import HEADER_BYTES, RingArrays, ring_read_batch, ring_wait, ring_writer_heartbeat
@@ -30,7 +30,8 @@ LATENCY_MAX_NS = 60_000_000_000  # older stamps are recorded ones, not ours
 
 @loop
 def run(stop, inputs, readers, journal, journalled, batch, batch_any, shard, latency, idle_mode):
-    # until stop[0] is set; stop[1] counts rounds without input, so that others see when everything is done
+    # Until stop[0] is set, then 0; or the errno for which the journal could not take events: what is not journalled is not processed.
+    # stop[1] counts rounds without input, stop[2] events.
     rounds = 0
     while load_acquire(stop, 0) == 0:
         taken = 0
@@ -40,7 +41,10 @@ def run(stop, inputs, readers, journal, journalled, batch, batch_any, shard, lat
                 continue
             taken += count
             if journalled != 0:
-                count = journal_append_batch(journal, batch, count, stop, idle_mode)
+                appended = journal_append_batch(journal, batch, count, stop, idle_mode)
+                if appended < count and load_acquire(stop, 0) == 0:
+                    return max(journal_state(journal), np.int64(1))
+                count = appended
             done = np.int64(0)
             while done < count:
                 done += step(batch_any, done, count, shard)
@@ -59,6 +63,7 @@ def run(stop, inputs, readers, journal, journalled, batch, batch_any, shard, lat
         else:
             stop[2] += taken
             rounds = 0
+    return np.int64(0)
 
 
 def warm():

@@ -13,10 +13,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nats.errors
 import nats.js.errors as js_errors
 import numpy as np
 import structlog
@@ -29,15 +31,17 @@ from tickmesh.node.journal import Journal, JournalArrays, JournalReader
 from tickmesh.node.loops import live_loop
 from tickmesh.node.pipeline import make_shards, make_table
 from tickmesh.node.receivers import BlockSourceMaker, MulticastReceiver, Receiver, ReceiverContext, make_receiver
+from tickmesh.node.restore import read_restored
 from tickmesh.node.shard import BATCH_EVENTS, Shard
 from tickmesh.node.telemetry import NodeState, ShardCounter, Telemetry
-from tickmesh.transports.nats import Login, connect
+from tickmesh.transports.nats import LinkError, Login, connect
 from tickmesh.transports.ring import W_CLAIMED, W_GATE, W_PUBLISHED, Ring, ring_path
 from tickmesh.transports.toolbox import IDLE_MODES
 
 Progress = Callable[[str], None] | None
 _MIRROR_S = 0.1
 _STOP_S = 5.0
+_WAIT_S = 0.001
 _RECORD_BYTES = 72
 _log = structlog.get_logger("node")
 
@@ -55,7 +59,7 @@ class ShardThread:
         self.number, self.shard, self.inputs, self.output, self.journal = number, shard, list(inputs), output, journal
         self.stop = np.zeros(3, np.int64)
         self.error: BaseException | None = None
-        self._readers = [ring.reader(f"shard-{number}") for ring in inputs]
+        self.readers = [ring.reader(f"shard-{number}") for ring in inputs]
         self._idle = idle
         self._latency = telemetry.shard(number).receive_to_output
         self._module = live_loop(shard.module, len(inputs), BATCH_EVENTS, progress)
@@ -96,10 +100,10 @@ class ShardThread:
         batch = np.zeros(BATCH_EVENTS, EVENT)
         words = np.zeros(1, np.uint64)
         journal = self.journal.arrays if self.journal else JournalArrays(words, words, np.zeros(1, EVENT), words)
-        self._module.run(
+        failure = self._module.run(
             self.stop,
             tuple(ring.arrays for ring in self.inputs),
-            np.array([reader.slot for reader in self._readers], np.int64),
+            np.array([reader.slot for reader in self.readers], np.int64),
             journal,
             int(self.journal is not None),
             batch,
@@ -108,6 +112,8 @@ class ShardThread:
             self._latency,
             self._idle,
         )
+        if failure and self.journal is not None:
+            raise NodeError(f"its journal in {self.journal.folder} cannot be written ({os.strerror(failure)}): free space and start again")
 
 
 class Node:
@@ -137,6 +143,7 @@ class Node:
         self.outputs: list[Ring] = []
         self.gateways: dict[str, Gateway] = {}
         self.journals: list[Journal] = []
+        self._replays = False
         try:
             self._build(dict(generators or {}))
         except BaseException:
@@ -160,7 +167,11 @@ class Node:
             self.receivers.append(make_receiver(name, config, context, generators))
         self._create_outputs()
         shards = make_shards(config, self.outputs, config.folder, self._order_ids(), self._progress)
-        self._restore(shards)
+        self._open_journals()
+        if self.journals and self._replays:
+            self._remember_instruments()
+        else:
+            self._continue_numbering(shards)
         for number, shard in enumerate(shards):
             journal = self.journals[number] if self.journals else None
             mine = [rings[number] for rings in inputs]
@@ -184,64 +195,72 @@ class Node:
 
     # ---- the journal
 
-    def _restore(self, shards: list[Shard]) -> None:
-        """Open the journals. A live feed goes on where the journal ends; a recording or a simulation starts anew."""
+    def _open_journals(self) -> None:
+        """Open the journals. A live feed goes on where its journal ends; a recording or a simulation starts anew."""
         settings = self.config.journal
-        live = all(isinstance(receiver, MulticastReceiver) for receiver in self.receivers)
-        if not settings.enabled or not live:
-            self._continue_numbering(shards)
         if not settings.enabled:
             return
+        self._replays = all(isinstance(receiver, MulticastReceiver) for receiver in self.receivers)
         records = 1 << max(9, (settings.segment_mb * (1 << 20) // _RECORD_BYTES).bit_length() - 1)
         base = self.config.cluster.data_path / "journal" / self.config.cluster.node
-        for number, shard in enumerate(shards):
+        for number in range(self.config.cluster.shards):
             folder = base / f"shard-{number}"
             if folder.exists() and any(folder.iterdir()):
-                if live:
+                if self._replays:
                     self.journals.append(Journal.open(folder, number, sync=settings.sync))
-                    self._replay_journal(folder, shard, number)
                     continue
                 previous = folder.with_name(folder.name + ".previous")
                 shutil.rmtree(previous, ignore_errors=True)
                 folder.rename(previous)
             self.journals.append(Journal.create(folder, number, segment_records=records, sync=settings.sync))
 
-    def _replay_journal(self, folder: Path, shard: Shard, number: int) -> None:
-        """Bring a shard to where its journal ends. What was put out then is numbered again, not put out again."""
-        output = self.outputs[number]
-        words = output.arrays.words
-        events = 0
-        for batch in JournalReader(folder).batches():
-            view = np.ascontiguousarray(batch).view(ANY_VIEW)
-            for first in range(0, len(view), BATCH_EVENTS):
-                shard.step(view, first, min(first + BATCH_EVENTS, len(view)))
-            events += len(view)
-        for reference in JournalReader(folder).batches():
-            for event in reference[reference["kind"] == Kind.REFERENCE]:
-                self._intern_again(event)
-        _log.info("journal replayed", shard=number, events=events, outputs=int(words[W_PUBLISHED]))
+    def _remember_instruments(self) -> None:
+        """Give the instruments of the journals the ids they had, and tell the receivers how far their sources had come."""
+        restored = read_restored(journal.folder for journal in self.journals)
+        restored.intern(self.table)
+        for receiver in self.receivers:
+            number = receiver.context.number
+            receiver.resume(restored.codes.get(number, {}), restored.sequences.get(number, 0))
 
-    def _intern_again(self, event: Any) -> None:
-        """Give an instrument of the journal the id it had."""
-        symbol = event.tobytes()[40:64].rstrip(b"\0").decode("ascii")
-        exponent = int(np.int8(event["side"]))
-        found = self.table.intern(symbol, int(event["flags"]), int(event["price"]), exponent)
-        if found != int(event["instrument"]):
-            raise NodeError(f"instrument {symbol} had number {int(event['instrument'])} in the journal and has {found} now; move the journal away")
+    def _replay_journals(self, stop: threading.Event) -> None:
+        """Bring each shard to where its journal ends. What was put out then is numbered again, and delivered where it was not."""
+        for thread, journal in zip(self.shards, self.journals):
+            if journal.next_sequence <= 1:
+                continue
+            _tell(self._progress, f"shard {thread.number}: replaying {journal.next_sequence - 1:,} events of the journal")
+            for batch in JournalReader(journal.folder).batches():
+                view = np.ascontiguousarray(batch).view(ANY_VIEW)
+                for first in range(0, len(view), BATCH_EVENTS):
+                    self._step_again(thread.shard, view, first, min(first + BATCH_EVENTS, len(view)), stop)
+                if stop.is_set():
+                    return
+
+    def _step_again(self, shard: Shard, view: Any, first: int, end: int, stop: threading.Event) -> None:
+        """Step over events of the journal; where the output ring is full, the gateway has to deliver first."""
+        told = False
+        while first < end and not stop.is_set():
+            done = shard.step(view, first, end)
+            first += done
+            if done == 0:
+                if not told:
+                    _tell(self._progress, "more outputs than the ring holds are undelivered: waiting for NATS to take them")
+                told = True
+                stop.wait(_WAIT_S)
 
     def _continue_numbering(self, shards: list[Shard]) -> None:
         """Without a journal to replay, outputs are numbered after the last one in the output stream."""
-        for name, delivery in self.config.delivery.items():
-            if delivery.method != "nats":
-                continue
+        ends = [0] * len(shards)
+        for name in self._delivery_names():
+            delivery = self.config.delivery[name]
             try:
                 last = asyncio.run(self._last_outputs(self._targets.get(name, delivery.target), delivery))
-            except (OSError, Exception) as error:
+            except (LinkError, nats.errors.Error, OSError) as error:
                 reason = f"delivery.{name}: NATS must be there when a node without a replayable journal starts, to know where its output stream ends"
                 raise NodeError(f"{reason} ({error})") from error
-            for shard, ring, sequence in zip(shards, self.outputs, last):
-                shard.arrays.core["out_seq"] = sequence
-                ring.arrays.words[[W_PUBLISHED, W_CLAIMED, W_GATE]] = sequence
+            ends = [max(pair) for pair in zip(ends, last)]
+        for shard, ring, sequence in zip(shards, self.outputs, ends):
+            shard.arrays.core["out_seq"] = sequence
+            ring.arrays.words[[W_PUBLISHED, W_CLAIMED, W_GATE]] = sequence
 
     async def _last_outputs(self, target: str, delivery: Delivery) -> list[int]:
         cluster = self.config.cluster
@@ -270,10 +289,19 @@ class Node:
 
     # ---- running
 
-    def start(self) -> None:
-        """Start everything: consumers first."""
+    def start(self, stop: threading.Event | None = None) -> None:
+        """Start everything, consumers first, and replay the journals before anything new comes in.
+
+        Args:
+            stop: ends a replay early; nothing is started then.
+        """
+        stop = stop or threading.Event()
         for gateway in self.gateways.values():
             gateway.start()
+        if self._replays:
+            self._replay_journals(stop)
+        if stop.is_set():
+            return
         for shard in self.shards:
             shard.start()
         for receiver in self.receivers:
@@ -298,7 +326,7 @@ class Node:
         """
         while not stop.wait(_MIRROR_S):
             self.mirror()
-            self._check()
+            self.check()
             if each:
                 each(self)
 
@@ -309,18 +337,20 @@ class Node:
 
     def drained(self) -> bool:
         """Whether the shards have taken everything from their input rings."""
-        return all(ring.published == int(ring.arrays.words[ring_cursor(reader)]) for s in self.shards for ring, reader in zip(s.inputs, s._readers))
+        return all(ring.published == int(ring.arrays.words[ring_cursor(reader)]) for s in self.shards for ring, reader in zip(s.inputs, s.readers))
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise what has ended a source or a shard.
+
+        Raises:
+            NodeError: with the reason.
+        """
         for receiver in self.receivers:
             if receiver.error is not None:
                 raise NodeError(f"data_sources.{receiver.name}: {receiver.error}") from receiver.error
         for shard in self.shards:
             if shard.error is not None:
                 raise NodeError(f"shard {shard.number}: {shard.error}") from shard.error
-            if shard.journal is not None and shard.journal.state:
-                reason = os.strerror(shard.journal.state)
-                raise NodeError(f"shard {shard.number}: its journal in {shard.journal.folder} cannot be written ({reason}); free space and start again")
 
     def mirror(self) -> None:
         """Write the numbers that no loop writes itself into the counters, and look after the rings."""
@@ -336,7 +366,31 @@ class Node:
         self.telemetry.beat()
 
     def stop(self) -> None:
-        """Stop sources, let the shards finish what has come in, deliver it, close everything. Can be called at any stage."""
+        """Stop sources, let the shards finish what has come in, deliver it, close everything. Can be called at any stage.
+
+        Raises:
+            The first error of closing; everything else has been closed nevertheless.
+        """
+        with ExitStack() as closing:  # runs backwards
+            closing.callback(self.telemetry.close)
+            closing.callback(self.telemetry.set_state, NodeState.STOPPED)
+            for ring in self.outputs:
+                closing.callback(ring.unlink)
+                closing.callback(ring.close)
+            for receiver in self.receivers:
+                closing.callback(receiver.close)
+            for journal in self.journals:
+                closing.callback(journal.close)
+            if len(self.shards) == len(self.outputs):
+                closing.callback(self.mirror)
+            for gateway in self.gateways.values():
+                closing.callback(gateway.stop)
+            for shard in self.shards:
+                closing.callback(shard.end)
+            closing.callback(self._finish)
+
+    def _finish(self) -> None:
+        """End the sources and let the shards take what has come in, within the limit."""
         self.telemetry.set_state(NodeState.STOPPING)
         for receiver in self.receivers:
             receiver.ask_stop()
@@ -345,21 +399,6 @@ class Node:
         limit = time.monotonic() + _STOP_S
         while self.shards and not self.drained() and time.monotonic() < limit and all(s.running for s in self.shards):
             time.sleep(0.002)
-        for shard in self.shards:
-            shard.end()
-        for gateway in self.gateways.values():
-            gateway.stop()
-        if self.shards:
-            self.mirror()
-        for journal in self.journals:
-            journal.close()
-        for receiver in self.receivers:
-            receiver.close()
-        for ring in self.outputs:
-            ring.close()
-            ring.unlink()
-        self.telemetry.set_state(NodeState.STOPPED)
-        self.telemetry.close()
 
 
 # ---------------------------------------------------------------- from configuration
@@ -368,6 +407,11 @@ class Node:
 def ring_cursor(reader: Any) -> int:
     """Index of a reader's cursor among its ring's words."""
     return int(reader._base)
+
+
+def _tell(progress: Progress, text: str) -> None:
+    if progress:
+        progress(text)
 
 
 def signal_names(shard: Shard) -> dict[tuple[int, int], str]:
@@ -455,7 +499,7 @@ def run_node(
     try:
         node = Node(config, generators, targets, progress)
         try:
-            node.start()
+            node.start(stop)
             if ready:
                 ready()
             node.watch(stop, each)

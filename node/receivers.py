@@ -5,21 +5,26 @@ Multicast is compiled end to end. Recordings and in-process generators (the mark
 
 from __future__ import annotations
 
+import os
+import select
+import socket
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from tickmesh.control.config import Config, Source
+from tickmesh.node.arbiter import CLEAR_DUE, FIRST_SEQUENCE, START_SEQUENCE
 from tickmesh.node.decoder import arbitration, filtered, load_decoder, make_feed, malformed, message_counts
 from tickmesh.node.event import EVENT, EventArray
+from tickmesh.node.feed import RESOLVED_BELOW, SHORT_PACKET, UNBOUND, Feed, bind_unannounced
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.loops import receive_loop
-from tickmesh.node.protocol import load_framing, load_spec
+from tickmesh.node.protocol import Field, load_framing, load_spec
 from tickmesh.node.reader import Reader, open_reader, protocol_fields, spec_and_framing
 from tickmesh.node.router import ROUTE_EVENTS, Router, make_router, route_now
 from tickmesh.transports.multicast import Receiver as Socket
@@ -119,6 +124,14 @@ class Receiver(ABC):
     @abstractmethod
     def run(self) -> None:
         """Receive until the stop flag is set or the source ends."""
+
+    def resume(self, codes: Mapping[int, int], last_sequence: int) -> None:
+        """Before the start, after a restart: go on where the journal ends.
+
+        Args:
+            codes: the venue's numeric code by instrument.
+            last_sequence: the last of the source's sequences that the journal has; 0: none.
+        """
 
     @abstractmethod
     def counters(self) -> dict[str, int]:
@@ -235,7 +248,9 @@ class MulticastReceiver(Receiver):
 
     def __init__(self, name: str, options: Source, context: ReceiverContext) -> None:
         super().__init__(name, options, context, restamp=False)
-        self.spec, framing = spec_and_framing(name, options)
+        self.spec, self._framing = spec_and_framing(name, options)
+        framing = self._framing
+        self._expected = 0
         self.order_ids = self.spec.order_ids
         decoder: Any = load_decoder(self.spec, framing, fields=protocol_fields(options), progress=context.progress)
         context.table.let_through(context.number, options.symbols, options.exclude)
@@ -253,8 +268,14 @@ class MulticastReceiver(Receiver):
             self.close()
             raise
 
+    def resume(self, codes: Mapping[int, int], last_sequence: int) -> None:
+        bind_codes(self.feed, self.context.table, codes)
+        self._expected = last_sequence + 1 if last_sequence else 0
+
     def run(self) -> None:
         sockets = self.sockets
+        if self._expected and not self._find_place():
+            return
         self._module.receive(
             self.stop,
             tuple(s.kernel for s in sockets),
@@ -265,6 +286,35 @@ class MulticastReceiver(Receiver):
             self.router,
             self.context.idle_mode,
         )
+
+    def _find_place(self) -> bool:
+        """Look at the first packet: the journal's session goes on, with a GAP for what was missed, or a new one has begun. False: stopped."""
+        sequence = self._framing.sequence
+        if sequence is None:
+            return True
+        state = self.feed.arbiter.state
+        while self.stop[0] == 0:
+            for ready in select.select(self.sockets, [], [], _PACE_SLICE_S)[0]:
+                seen = self._peek(ready.fileno(), sequence)
+                if seen is None:
+                    continue
+                if seen >= self._expected or seen == self._framing.unsequenced:
+                    state[START_SEQUENCE] = self._expected
+                else:
+                    state[START_SEQUENCE], state[CLEAR_DUE] = FIRST_SEQUENCE, 1
+                return True
+        return False
+
+    def _peek(self, descriptor: int, sequence: Field) -> int | None:
+        """Sequence of the packet that is next, which stays; a packet without one is dropped."""
+        with socket.socket(fileno=os.dup(descriptor)) as shared:
+            head = shared.recv(self._framing.header_bytes, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            if len(head) >= self._framing.header_bytes:
+                number = head[sequence.offset : sequence.offset + sequence.size]
+                return int.from_bytes(number, "big" if sequence.big else "little")
+            shared.recv(1, socket.MSG_DONTWAIT)
+        self.feed.malformed[SHORT_PACKET] += np.uint64(1)
+        return None
 
     def counters(self) -> dict[str, int]:
         lines = arbitration(self.feed)
@@ -283,6 +333,17 @@ class MulticastReceiver(Receiver):
     def close(self) -> None:
         for opened in self.sockets:
             opened.close()
+
+
+def bind_codes(feed: Feed, table: InstrumentTable, codes: Mapping[int, int]) -> None:
+    """Tell a feed the numeric codes of instruments (code by instrument) that have been announced already."""
+    known = []
+    for instrument, code in codes.items():
+        bind_unannounced(feed, np.uint64(code), np.uint32(instrument))
+        if not table.symbol(instrument).startswith("#"):  # known by its code only: text may still name it
+            known.append(instrument)
+    resolved = feed.codes & ~RESOLVED_BELOW
+    feed.codes[:] = np.where((feed.codes != UNBOUND) & np.isin(resolved, known), resolved, feed.codes)
 
 
 def make_receiver(

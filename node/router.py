@@ -1,7 +1,8 @@
 """Routing: a receiver's decoded events go to the input rings of the shards that own their instruments.
 
 Each receiver is the one writer of one ring per shard. Events that concern a whole source (a gap, a new session, a timer) go to every shard
-and are stamped with the source's number, and so is an instrument's definition, so that a shard knows whom they concern.
+and are stamped with the source's number, and so is an instrument's definition, so that a shard knows whom they concern. After a
+definition goes the instrument's numeric code, so that a journal is enough to restart from in the middle of a session.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, Kind
+from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_SIDE, Kind
 from tickmesh.transports.ring import RingArrays, ring_wait, ring_write_some
 from tickmesh.transports.toolbox import copy_record, inlined, loop, now_ns, outlined
 
 ROUTE_EVENTS = 256
 """Most events routed at once."""
-_REFERENCE = np.uint8(Kind.REFERENCE)
+_STAGED = 2 * ROUTE_EVENTS
+"""Room per shard: each event may be an instrument's definition, which is followed by its code."""
+_REFERENCE, _CODE = np.uint8(Kind.REFERENCE), np.uint8(Kind.CODE)
 _ALL = np.uint32(ALL_INSTRUMENTS)
 
 
@@ -26,7 +29,7 @@ class Router(NamedTuple):
     Attributes:
         rings: tuple of :class:`RingArrays` with EVENT slots, one per shard.
         records: the instrument table's records (their `shard`).
-        staged: EVENT[shards * ROUTE_EVENTS], events on their way to a ring.
+        staged: EVENT[shards * 2 * ROUTE_EVENTS], events on their way to a ring.
         counts: i64[shards + 2]: staged events per shard, then events routed, then times a ring was full.
         stop: i64[1], ends a wait for a full ring.
         settings: i64[3]: number of the source, idle mode, whether `ts_recv` becomes the time of routing (recordings played live).
@@ -46,13 +49,25 @@ def make_router(
     """A router of one receiver; `rings` have EVENT slots and no other writer."""
     shards = len(rings)
     settings = np.array([source, idle_mode, restamp], np.int64)
-    return Router(rings, records, np.zeros(shards * ROUTE_EVENTS, EVENT), np.zeros(shards + 2, np.int64), stop, settings)
+    return Router(rings, records, np.zeros(shards * _STAGED, EVENT), np.zeros(shards + 2, np.int64), stop, settings)
 
 
 @inlined
 def _stage(router: Any, shard: Any, batch: Any, i: Any) -> None:
-    copy_record(router.staged, shard * ROUTE_EVENTS + router.counts[shard], batch, i)
+    copy_record(router.staged, shard * _STAGED + router.counts[shard], batch, i)
     router.counts[shard] += 1
+
+
+@outlined
+def _stage_code(router: Any, shard: Any, batch: Any, i: Any) -> None:
+    """After an instrument's definition, its numeric code at the venue, if it has one."""
+    code = router.records[batch[i].instrument].code
+    if code == np.uint64(0):
+        return
+    _stage(router, shard, batch, i)
+    event = router.staged[shard * _STAGED + router.counts[shard] - 1]
+    event.kind, event.side, event.id = _CODE, np.uint8(NO_SIDE), code
+    event.price, event.qty, event.aux = np.int64(0), np.int64(0), np.int64(0)
 
 
 @outlined
@@ -60,12 +75,12 @@ def _flush(router: Any, ring: Any, shard: Any) -> Any:
     """Hand the staged events of one shard over, waiting for room; false once the stop flag is set."""
     count = router.counts[shard]
     router.counts[shard] = 0
-    written = ring_write_some(ring, router.staged, np.int64(shard * ROUTE_EVENTS), count)
+    written = ring_write_some(ring, router.staged, np.int64(shard * _STAGED), count)
     while written < count:
         router.counts[router.counts.size - 1] += 1
         if ring_wait(ring, router.stop, router.settings[1]) == 0:
             return False
-        written += ring_write_some(ring, router.staged, np.int64(shard * ROUTE_EVENTS) + written, count - written)
+        written += ring_write_some(ring, router.staged, np.int64(shard * _STAGED) + written, count - written)
     return True
 
 
@@ -84,12 +99,15 @@ def route(router: Any, batch: Any, first: Any, count: Any) -> Any:
             for shard in range(shards):
                 _stage(router, shard, batch, i)
             continue
-        if event.kind == _REFERENCE:
-            event.flags = np.uint16(source)
         owner = np.int64(0)
         if shards > 1:
             owner = np.int64(router.records[event.instrument].shard)
-        _stage(router, owner, batch, i)
+        if event.kind == _REFERENCE:
+            event.flags = np.uint16(source)
+            _stage(router, owner, batch, i)
+            _stage_code(router, owner, batch, i)
+        else:
+            _stage(router, owner, batch, i)
     router.counts[shards] += np.int64(count) - np.int64(first)
     for shard in range(shards):
         if router.counts[shard] > 0 and not _flush(router, router.rings[shard], shard):

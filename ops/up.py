@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import signal
 import sys
@@ -20,7 +21,7 @@ from tickmesh.control.config import Config, Source, parse_config
 from tickmesh.control.config import load_config as load
 from tickmesh.node.config_checks import config_checks
 from tickmesh.node.event import NO_PRICE, price_text
-from tickmesh.node.process import Node
+from tickmesh.node.process import Node, NodeError
 from tickmesh.node.receivers import BlockSourceMaker
 from tickmesh.node.summary import quantity_text
 from tickmesh.ops.capture_kind import capture_settings
@@ -63,7 +64,7 @@ def demo_config(captures: Sequence[Path], data_dir: Path, port: int | None = Non
     text = (resources.files("tickmesh.ops") / "demo.toml").read_text()
     if port is not None:
         text = text.replace("port = 4222", f"port = {port}")
-    text = text.replace('idle = "sleep"', f'idle = "sleep"\ndata_dir = "{data_dir}"')
+    text = text.replace('idle = "sleep"', f'idle = "sleep"\ndata_dir = {_quoted(data_dir.absolute())}')
     text += _capture_sources(captures) if captures else _simulated_source()
     return parse_config(text, "demonstration")
 
@@ -125,12 +126,40 @@ def up(
         progress: told what is being started.
     """
     if config_path is not None:
-        config = load(config_path, config_checks(config_path.parent))
-    else:
-        folder = data_dir or Path.home() / ".local" / "share" / "tickmesh" / "demo"
+        return run(load(config_path, config_checks(config_path.parent)), progress)
+    folder = data_dir or Path.home() / ".local" / "share" / "tickmesh" / "demo"
+    config = demo_config(captures, folder, port)
+    if data_dir is not None:
+        _require_ours(data_dir)
+    with _own_folder(folder):
+        return run(config, progress)
+
+
+def _lock_path(folder: Path) -> Path:
+    return folder.absolute().with_name(folder.absolute().name + ".lock")
+
+
+def _require_ours(folder: Path) -> None:
+    """Refuse to empty a folder that a demonstration has not made."""
+    if folder.exists() and not _lock_path(folder).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise NodeError(f"{folder} was not made by a demonstration, which would empty it: name a folder that is new or empty")
+
+
+@contextmanager
+def _own_folder(folder: Path) -> Iterator[None]:
+    """Make the demonstration's folder anew and keep it to ourselves.
+
+    Raises:
+        NodeError: another demonstration uses it.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _lock_path(folder).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise NodeError(f"another demonstration runs in {folder}: stop it first, or use --data-dir and --port 0") from None
         shutil.rmtree(folder, ignore_errors=True)
-        config = demo_config(captures, folder, port)
-    return run(config, progress)
+        yield
 
 
 def run(config: Config, progress: Progress = None, view: bool = True) -> int:
@@ -143,7 +172,7 @@ def run(config: Config, progress: Progress = None, view: bool = True) -> int:
                 _tell(progress, f"nats-server of delivery {name}: {address}")
             node = Node(config, GENERATORS, addresses, progress)
             try:
-                node.start()
+                node.start(stop)
                 _greet(config, addresses, progress)
                 _watch(node, stop, view)
             finally:

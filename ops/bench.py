@@ -106,6 +106,10 @@ BENCHES = (
         {"messages": 1_000_000, "symbols": (400,), "repeats": 3},
     ),
     Bench(
+        "loop", "feed to books, calculations, risk and the output ring, against a C++ book alone", "tickmesh.ops.bench_loop", "bench_loop",
+        _given_rows, {"messages": 1_000_000, "repeats": 3},
+    ),
+    Bench(
         "ring", "one process to another through shared memory, against C++", "tickmesh.ops.bench_ring", "bench_ring", _ring_rows,
         {"repeats": 3, "records": 400_000, "trips": 5_000},
     ),

@@ -85,7 +85,8 @@ class Problem:
 
     def __str__(self) -> str:
         shown = "" if self.value is None or isinstance(self.value, dict | list) else f" = {self.value!r}"
-        return f"{self.path}{shown}: {self.reason}" + (f" ({self.hint})" if self.hint else "")
+        place = f"{self.path}{shown}: " if self.path else ""
+        return f"{place}{self.reason}" + (f" ({self.hint})" if self.hint else "")
 
 
 class ConfigError(Exception):

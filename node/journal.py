@@ -352,8 +352,8 @@ class _Segment:
 
     def first_data_after(self, record: int) -> int | None:
         """First record from `record` on that is not all zero."""
-        marks = np.flatnonzero(self.checksums[record:])
-        words = np.flatnonzero(self.event_words[record * 8 :])
+        marks = np.flatnonzero(self.checksums[record:].copy())  # a copy: a live journal grows meanwhile
+        words = np.flatnonzero(self.event_words[record * 8 :].copy())
         found = [int(marks[0])] if len(marks) else []
         found += [int(words[0]) // 8] if len(words) else []
         return record + min(found) if found else None

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -27,7 +27,8 @@ from tickmesh.node import arbiter, feed
 from tickmesh.node.event import NO_PRICE, NO_SIDE
 from tickmesh.node.feed import REASONS, Feed
 from tickmesh.node.instruments import FILTERED, InstrumentTable
-from tickmesh.node.protocol import KINDS, Case, Field, Framing, Message, Spec, fields_of
+from tickmesh.node.layout import NEVER, Column, Layout, common_layout
+from tickmesh.node.protocol import KINDS, Case, Field, FlagRule, Framing, Message, Spec, fields_of
 from tickmesh.transports.codecache import load_generated
 
 RESERVE = 2
@@ -378,11 +379,31 @@ _VARYING = {"stamp": "np.int64(0)", "stamped": "False", "received": "ts_recv", "
 _MOVE = "    copy_record(out, n + 1, out, n)  # a REFERENCE may come before it"
 
 
+def _cells(layout: Layout) -> dict[str, list[int]]:
+    """What the common messages have in every respect, one entry per row; masks are -1 where the message has the field."""
+    rows = layout.rows
+    cells = {
+        "length": [row.message.length for row in rows],
+        "counter": [row.counter for row in rows],
+        "kind": [int(KINDS[row.case.kind]) for row in rows],
+        "flags": [row.case.flags for row in rows],
+    }
+    cells |= {f"rule_{i}": [rule.flag * has for has in present] for i, (rule, present) in enumerate(layout.rules.items())}
+    for target, column in layout.columns.items():
+        cells[f"{target}_at"] = list(column.offsets)
+        cells[f"{target}_mask"] = [-int(has) for has in column.present]
+        cells[f"{target}_constant"] = list(column.constants)
+    return cells
+
+
 class _DecoderWriter:
     """Writes the functions of one decoder module."""
 
     def __init__(self, spec: Spec, framing: Framing, out: _Source) -> None:
         self.spec, self.framing, self.out = spec, framing, out
+        self.layout = common_layout(spec)
+        self.cells = _cells(self.layout) if self.layout else {}
+        self.columns = {name: column for name, column in self.cells.items() if name == "length" or len(set(column)) > 1}
         self.maps: dict[tuple[tuple[tuple[int, int], ...], int | None], str] = {}
         for message in spec.messages:
             for case in message.cases:
@@ -397,7 +418,20 @@ class _DecoderWriter:
             for raw, value in items:
                 table[raw] = value
             self.out(f"{name} = np.array({table}, np.int64)")
+        if self.layout:
+            self._layout_table(self.layout)
         self.out()
+
+    def _layout_table(self, layout: Layout) -> None:
+        """``_LAYOUT``: a row per value of the key field, a column for everything in which the common messages differ."""
+        out = self.out
+        out(f'_LAYOUT = np.zeros(256, np.dtype([(name, np.int64) for name in {tuple(self.columns)}]))')
+        out('"""Where the common messages have their fields, by their type byte; no message is as long as the others demand."""')
+        out(f'_LAYOUT["length"] = {NEVER}')
+        for number, row in enumerate(layout.rows):
+            cells = ", ".join(str(column[number]) for column in self.columns.values())
+            for code in row.codes:
+                out(f"_LAYOUT[{code}] = ({cells})  # {row.message.name}" + (f", {row.case.name}" if layout.code is not None else ""))
 
     # ---- framing
 
@@ -420,7 +454,7 @@ class _DecoderWriter:
         out("\n@outlined\ndef _decode(buf, pos, end, left, seq, ts_recv, feed, out, n):")
         out.indent()
         out('"""Decode up to `left` messages; returns (pos, left, seq, n) where it stopped."""')
-        out(f"room = np.int64(out.size) - {RESERVE}\ncounts, malformed = feed.counts, feed.malformed")
+        out(f"room = np.int64(out.size) - {RESERVE}\ncodes, counts, malformed = feed.codes, feed.counts, feed.malformed")
         if not self.spec.code:
             out("source = np.uint32(feed.state[SOURCE])")
         if self.spec.timestamp_since != "epoch":
@@ -437,6 +471,9 @@ class _DecoderWriter:
         out("if pos + total > end:\n    break")
         minus = f" - {fr.message_offset}" if fr.message_offset else ""
         out(f"m = pos{minus.replace('-', '+')}\nlength = total{minus}\npos += total")
+        out("e = out[np.uint64(n)]")
+        if self.layout:
+            self._common(self.layout)
         self._dispatch()
         self._tail()
         out("seq += 1\nleft -= 1")
@@ -445,10 +482,70 @@ class _DecoderWriter:
         out.indent(-1)
         out()
 
+    def _common(self, layout: Layout) -> None:
+        """A common message of a known instrument, without a branch on its type; anything else falls through to the branches."""
+        out, key = self.out, layout.key
+        out(f"row = _LAYOUT[{_load(key, 'm')}]")
+        guard = f"{_load(self.spec.type_field, 'm')} == {layout.code} and " if layout.code is not None else ""
+        out(f"if {guard}length >= {self._cell('length')}:  # a common message: no branch depends on its type")
+        out.indent()
+        tests = self._known(layout)
+        values: dict[str, str] = {}
+        for target, column in layout.columns.items():
+            values[target], refusals = self._column(target, column)
+            if refusals:
+                out(f"{target} = {values[target]}")
+                values[target] = target
+            tests += refusals
+        out(f"if {' and '.join(tests)}:")
+        out.indent()
+        first = layout.rows[0].message
+        stamp, received = first.fields.get(self.spec.timestamp or ""), first.fields.get(self.spec.received or "")
+        out(f"e.seq, e.ts_event = np.uint64(seq), {self._stamp(_load(stamp, 'm')) if stamp else 'ts_recv'}")
+        out(f"e.ts_recv, e.instrument = {f'np.int64({_load(received, chr(109))})' if received else 'ts_recv'}, instrument")
+        flags = [f"({self._cell(f'rule_{i}')} if {self._flag_test(first, rule)} else 0)" for i, rule in enumerate(layout.rules)]
+        out(f"e.kind, e.side = np.uint8({self._cell('kind')}), np.uint8({values['side']})")
+        out(f"e.flags = np.uint16({' | '.join([self._cell('flags'), *flags])})")
+        for name in ("price", "qty", "id", "aux"):
+            out(f"e.{name} = {values[name]}")
+        out(f"counts[np.uint64({self._cell('counter')})] += _ONE\nn += 1\nseq += 1\nleft -= 1\ncontinue")
+        out.indent(-2)
+
+    def _cell(self, name: str) -> str:
+        """What the layout says: a column of the row, or the number that all rows have."""
+        return f"row.{name}" if name in self.columns else str(self.cells[name][0])
+
+    def _known(self, layout: Layout) -> list[str]:
+        """Look the instrument of a common message up; returns the tests that it must pass."""
+        spec, out, fields = self.spec, self.out, layout.rows[0].message.fields
+        if spec.code:
+            raw = _load(fields[spec.code], "m")
+            out(f"instrument = codes[{raw}]" if fields[spec.code].size <= 2 else f"instrument = find_code(feed, {raw})")
+            return ["instrument < RESOLVED_BELOW"]
+        out(f"w0, w1, w2 = {_words(fields[spec.symbol or ''], 'm')}\ninstrument = find_instrument(feed.instruments, source, w0, w1, w2)")
+        return ["instrument < RESOLVED_BELOW", "feed.instruments.records[instrument].announced != np.uint32(0)"]
+
+    def _column(self, target: str, column: Column) -> tuple[str, list[str]]:
+        """Expression for an event field of a common message, and the tests that it must pass."""
+        cast = "np.uint64" if target == "id" else "np.int64"
+        if column.field is None:
+            return f"{cast}({self._cell(f'{target}_constant')})", []
+        at = self._cell(f"{target}_at")
+        value, refusals = self._field_value(column.field, target, "m" if at == "0" else f"m + {at}")
+        mask, constant = self._cell(f"{target}_mask"), self._cell(f"{target}_constant")
+        if target == "id":
+            value, mask = f"np.uint64({value})", mask if mask == "-1" else f"np.uint64({mask})"
+        value = value if mask == "-1" else f"{value} & {mask}"
+        value = value if constant == "0" else f"{value} | {cast}({constant})"
+        if column.field.map is not None and column.field.size == 1:
+            return value, [f"{target} != _BAD"] if refusals else []
+        given = f"{mask} == 0 or " if mask != "-1" else ""
+        return value, [f"({given}not ({test}))" for test, _ in refusals]
+
     def _dispatch(self) -> None:
         """One branch per message type: counter, kind and event fields, or the reason of a refusal."""
         out, tf = self.out, self.spec.type_field
-        out("kind, counter, reason, symbol_at, whole = -1, 0, UNKNOWN_MESSAGE, -1, False\ne = out[np.uint64(n)]")
+        out("kind, counter, reason, symbol_at, whole = -1, 0, UNKNOWN_MESSAGE, -1, False")
         for name in self._varying():
             out(f"{name} = {_VARYING[name]}")
         reach = tf.offset + tf.size
@@ -559,12 +656,10 @@ class _DecoderWriter:
         out("if kind < 0:\n    malformed[reason] += _ONE\nelse:\n    counts[np.uint64(counter)] += _ONE\nif kind > 0:")
         out.indent()
         stamp, received = self._shared(spec.timestamp, True), self._shared(spec.received, True)
-        unit = f" * {spec.timestamp_unit_ns}" if spec.timestamp_unit_ns != 1 else ""
-        base = "" if spec.timestamp_since == "epoch" else "base + "
         if stamp:
-            out(f"ts_event = {base}np.int64({_load(stamp, 'm')}){unit}")
+            out(f"ts_event = {self._stamp(_load(stamp, 'm'))}")
         else:
-            out(f"ts_event = {base}stamp{unit} if stamped else ts_recv" if spec.timestamp else "ts_event = ts_recv")
+            out(f"ts_event = {self._stamp('stamp')} if stamped else ts_recv" if spec.timestamp else "ts_event = ts_recv")
         if "received" not in varying:
             out(f"received = np.int64({_load(received, 'm')})" if received else "received = ts_recv")
         out("instrument = _ALL\nif not whole:")
@@ -576,6 +671,11 @@ class _DecoderWriter:
         out.indent()
         out("e = out[np.uint64(n)]\ne.seq = np.uint64(seq)\ne.ts_event = ts_event\ne.ts_recv = received\ne.instrument = instrument\nn += 1")
         out.indent(-2)
+
+    def _stamp(self, raw: str) -> str:
+        """Expression for the time of a raw time stamp, in nanoseconds since the epoch."""
+        unit = f" * {self.spec.timestamp_unit_ns}" if self.spec.timestamp_unit_ns != 1 else ""
+        return f"{'' if self.spec.timestamp_since == 'epoch' else 'base + '}np.int64({raw}){unit}"
 
     def _resolve(self, rest: str) -> None:
         """Set `instrument`, with a REFERENCE event before the message's own if it is new; `kind` 0 drops the message."""
@@ -596,7 +696,7 @@ class _DecoderWriter:
         any_code = next(m.fields[spec.code] for m in spec.messages if spec.code in m.fields)
         if code:
             out(f"number = {_load(code, 'm')}")
-        lookup = "feed.codes[number]" if any_code.size <= 2 else "find_code(feed, number)"
+        lookup = "codes[number]" if any_code.size <= 2 else "find_code(feed, number)"
         out(f"instrument = {lookup} if kind != {int(KINDS['reference'])} else UNBOUND\nif instrument >= RESOLVED_BELOW:")
         out.indent()
         out(_MOVE[4:])
@@ -607,17 +707,20 @@ class _DecoderWriter:
         out(f"if instrument >= RESOLVED_BELOW or kind == {int(KINDS['reference'])}:\n    kind = 0")
         out.indent(-1)
 
-    def _flag(self, message: Message, rule: Any) -> str:
-        raw = _load(message.fields[rule.field], "m")
-        test = f"({raw} & {rule.bits}) {'==' if rule.wanted else '!='} {rule.equals}"
-        return f"({rule.flag} if {test} else 0)"
+    def _flag(self, message: Message, rule: FlagRule) -> str:
+        return f"({rule.flag} if {self._flag_test(message, rule)} else 0)"
+
+    def _flag_test(self, message: Message, rule: FlagRule) -> str:
+        return f"({_load(message.fields[rule.field], 'm')} & {rule.bits}) {'==' if rule.wanted else '!='} {rule.equals}"
 
     def _value(self, message: Message, target: str, source: str | int) -> tuple[str, list[tuple[str, str]]]:
         """Expression for an event field, and when to refuse: (test, reason)."""
         if isinstance(source, int):
             return (str(source if target != "id" else source & ((1 << 64) - 1)), [])
-        field = message.fields[source]
-        raw = _load(field, "m")
+        return self._field_value(message.fields[source], target, "m")
+
+    def _field_value(self, field: Field, target: str, base: str) -> tuple[str, list[tuple[str, str]]]:
+        raw = _load(field, base)
         if field.map is not None:
             return self._mapped(field, raw)
         if field.decimals >= 0:
@@ -629,7 +732,7 @@ class _DecoderWriter:
         if field.null is not None:
             cast = "np.uint64" if target == "id" else "np.int64"
             return f"({cast}(0) if {_equals(raw, field, [field.null])} else {cast}({raw}))", refusals
-        return (raw if target == "id" else f"np.int64({raw})"), refusals
+        return (raw if target == "id" or (field.signed and field.size == 8) else f"np.int64({raw})"), refusals
 
     def _mapped(self, field: Field, raw: str) -> tuple[str, list[tuple[str, str]]]:
         assert field.map is not None
@@ -649,7 +752,8 @@ class _DecoderWriter:
         """A decimal field in 1e-9: exact, or refused where it does not fit 64 bits."""
         factor = 10 ** (9 - field.decimals)
         limit = _I64_MAX // factor
-        value = f"np.int64({raw}) * {factor}" if factor > 1 else f"np.int64({raw})"
+        value = raw if field.signed and field.size == 8 else f"np.int64({raw})"
+        value = f"{value} * {factor}" if factor > 1 else value
         test = ""
         if field.signed and field.size == 8 and factor > 1:
             test = f"({raw} > {limit} or {raw} < {-limit})"

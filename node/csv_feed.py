@@ -25,7 +25,7 @@ from tickmesh.node.fields import MappingError
 from tickmesh.node.fixed_point import BadNumber, fixed_point
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.json_feed import Malformed, MappedFeed
-from tickmesh.transports.recording import SLACK, read_bytes
+from tickmesh.transports.recording import SLACK, Problem, read_bytes
 
 LINE_BYTES_MAX = 1 << 20
 UNNAMED_ORDER = 1 << 62
@@ -75,9 +75,9 @@ class CsvFeed(MappedFeed):
         return [cell.strip() or None for cell in rows[0]]
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """Lines that hold something, of a plain or compressed file."""
-    data = read_bytes(path)[:-SLACK]
+def _lines(path: Path, problems: list[Problem]) -> Iterator[bytes]:
+    """Lines that hold something, of a plain or compressed file; damage is noted in `problems`."""
+    data = read_bytes(path, problems=problems)[:-SLACK]
     rest = b""
     for start in range(0, len(data), _CHUNK_BYTES):
         head, *lines = data[start : start + _CHUNK_BYTES].tobytes().split(b"\n")
@@ -99,9 +99,10 @@ def csv_events(
 
     Raises:
         MappingError: the mapping does not fit the file.
-        RecordingError: the file is damaged.
+        RecordingTooLarge: it does not fit. Damage is counted, and what can be read is.
     """
-    lines = _lines(path)
+    problems: list[Problem] = []
+    lines = _lines(path, problems)
     columns = list(options.columns)
     if not columns:
         header = next(lines, b"").decode("utf-8-sig", errors="replace")
@@ -114,6 +115,7 @@ def csv_events(
             yield feed, batch.view()
             batch.clear()
         feed.feed(line, 0, batch)
+    feed.malformed.update(f"recording_{problem.kind}" for problem in problems)
     yield feed, batch.view()
     batch.clear()
 
@@ -372,7 +374,7 @@ def lobster_events(
 
     Raises:
         MappingError: the symbol is neither configured nor in the name.
-        RecordingError: a file is damaged.
+        RecordingTooLarge: a file does not fit. Damage is counted, and what can be read is.
     """
     name = _NAME.search(path.name)
     symbol = options.symbols[0] if options.symbols else name[1] if name else ""
@@ -385,12 +387,14 @@ def lobster_events(
         }
     )
     feed = LobsterFeed(options, table, symbol, source, shard(symbol) if shard else None, dated.midnight_ns())
+    problems: list[Problem] = []
     book_path = path.with_name(path.name.replace("_message_", "_orderbook_"))
-    books: Iterator[bytes | None] = _lines(book_path) if book_path != path and book_path.exists() else iter(())
-    for line in _lines(path):
+    books: Iterator[bytes | None] = _lines(book_path, problems) if book_path != path and book_path.exists() else iter(())
+    for line in _lines(path, problems):
         if batch.room < feed.events_max:
             yield feed, batch.view()
             batch.clear()
         feed.feed(line, batch, next(books, None))
+    feed.malformed.update(f"recording_{problem.kind}" for problem in problems)
     yield feed, batch.view()
     batch.clear()

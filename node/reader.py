@@ -326,7 +326,7 @@ def open_reader(
         return BatchReader(chosen, _venue_batches(files, venue_feed(options, table, source), batch), size)
     if chosen in CSV_FORMATS:
         events = lobster_events if chosen == "lobster" else csv_events
-        pairs: Iterator[tuple[Any, EventArray]] = (pair for path in files for pair in events(path, options, table, batch, source))  # type: ignore[operator]
+        pairs: Iterator[tuple[Any, EventArray]] = (pair for path in files for pair in events(path, options, table, batch, source))
         return BatchReader(chosen, pairs, size)
     spec, framing = spec_and_framing(name, options)
     if framing.packets:

@@ -30,9 +30,11 @@ import events_page
 import pytest
 
 from tickmesh.control.config import Checks, parse_config
+from tickmesh.node.book import Refusal
 from tickmesh.node.fields import check_source
 from tickmesh.node.telemetry import find_nodes
 from tickmesh.ops import cli
+from tickmesh.ops.bench import BENCHES
 from tickmesh.transports.codecache import cache_dir
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,6 +111,11 @@ def test_events_page_is_the_code() -> None:
     assert written == events_page.page(), "python tests/events_page.py > docs/reference/events.md"
 
 
+def test_books_page_names_every_refusal() -> None:
+    text = (ROOT / "docs/reference/books.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == [refusal.name.lower() for refusal in Refusal]
+
+
 def test_readme_names_every_command() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     missing = [command for command, _ in cli.commands() if f"`{command}`" not in text]
@@ -129,18 +136,17 @@ def test_every_number_of_the_benchmarks_has_its_command(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert text.count(begin) == text.count(end) == 1
     rows = [line for line in text.partition(begin)[2].partition(end)[0].splitlines() if line.startswith("|")]
-    known = {bench.name for bench in cli_benches()}
+    known = {bench.name for bench in BENCHES}
     for row in rows[2:]:
         commands = re.findall(r"`tickmesh bench (\w+)`", row)
         assert commands, f"no command in {row}"
         assert set(commands) <= known, row
 
 
-def cli_benches() -> tuple[object, ...]:
-    """The benchmarks that the command line knows."""
-    from tickmesh.ops.bench import BENCHES
-
-    return BENCHES
+def test_performance_page_explains_every_benchmark() -> None:
+    text = (ROOT / "docs/reference/performance.md").read_text(encoding="utf-8")
+    missing = [bench.name for bench in BENCHES if f"| `tickmesh bench {bench.name}` |" not in text]
+    assert not missing, f"docs/reference/performance.md does not say what {missing} compare"
 
 
 # ---------------------------------------------------------------- configurations
@@ -174,11 +180,10 @@ class Terminal:
         self._program: subprocess.Popen[str] | None = None
         self._said = folder / "background.log"
         bin_folder = Path(sys.executable).parent
-        self._environment = {
+        self._environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "TICKMESH_NATS_"))} | {
             "PATH": f"{bin_folder}:{os.environ.get('PATH', '/usr/bin:/bin')}",
             "HOME": str(self.home),
             "TICKMESH_CACHE_DIR": str(cache_dir()),
-            "LANG": "C.UTF-8",
         }
 
     def _own(self, text: str) -> str:

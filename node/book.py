@@ -8,9 +8,9 @@ How it works (docs/reference/books.md has the figures):
 
 * A *side* is ``bs = instrument * 2 + side``. Its levels are addressed by a *key*: the price in ticks for bids, its complement ``~ticks``
   for asks, so that the best level is the greatest key on either side and both sides share code.
-* Levels near the best lie in a circular window of ``2**window_bits`` u64 words at ``key % window``; a two-level bitset finds the next best.
-  The window slides without moving what stays in it. Levels below the window lie in the *far store*, a pool with a hash by (bs, key) and a
-  list per side. The best level of a side that is not empty is always in the window.
+* Levels near the best lie in a circular window of 4,096 u64 words at ``key % 4096``; a two-level bitset finds the next best. The
+  window slides without moving what stays in it. Levels below it lie in the *far store*, a pool with a hash by (bs, key) and a list per
+  side. The best level of a side that is not empty is always in the window.
 * A level word is ``orders << 40 | qty`` in a book by order, and the plain 63-bit quantity in a book by level.
 * Resting orders are 16-byte records in a set-associative table: the slot is the low bits of the id, the record keeps the other bits.
   A set of four is one cache line; what does not fit spills into a bounded open-addressing table.
@@ -86,7 +86,6 @@ class Books(NamedTuple):
     state: npt.NDArray[np.int64]
     counters: npt.NDArray[np.int64]
     slot_bits: int
-    window_bits: int
     id_mode: int
 
 
@@ -97,6 +96,9 @@ _BS_BITS = 19
 _SLOT_BITS_MIN = 21
 _QTY_BITS = 40
 _HUGE = 1 << 21
+_WINDOW_BITS = 12
+_WINDOW = 1 << _WINDOW_BITS
+"""Levels in a side's window: as many as a two-level bitset of 64-bit words covers."""
 DEFAULT_TICK = 10_000_000
 
 
@@ -112,7 +114,7 @@ def _zeros(count: int, dtype: Any, huge: bool) -> npt.NDArray[Any]:
 
 
 def make_books(
-    instruments_max: int, orders_max: int = 1 << 20, order_ids: str = "sequential", window_log2: int = 12, far_max: int = 1 << 18
+    instruments_max: int, orders_max: int = 1 << 20, order_ids: str = "sequential", far_max: int = 1 << 18
 ) -> Books:
     """Empty books.
 
@@ -121,7 +123,6 @@ def make_books(
         orders_max: resting orders to expect at once over all instruments; the table is at most half full with as many.
         order_ids: ``"sequential"`` (dense, rising), ``"random"`` (any pattern) or ``"per_instrument"`` (any pattern, unique only
             within an instrument; every event must then carry its instrument).
-        window_log2: levels in a side's window, 8 to 12; more costs address space, not memory.
         far_max: levels outside the windows over all instruments.
 
     Set ``books.ticks[instrument]`` (i64, 1e-9) before an instrument's first event; 0 means :data:`DEFAULT_TICK`. A price off the tick
@@ -134,8 +135,6 @@ def make_books(
         raise ValueError(f"instruments_max={instruments_max}: choose 1 to {1 << (_BS_BITS - 1)}")
     if order_ids not in _ID_MODES:
         raise ValueError(f"order_ids={order_ids!r}: choose one of {', '.join(_ID_MODES)}")
-    if not 8 <= window_log2 <= 12:
-        raise ValueError(f"window_log2={window_log2}: choose 8 to 12")
     if not (1 <= far_max < 1 << 30 and 1 <= orders_max <= 1 << 32):
         raise ValueError(f"far_max={far_max} must be 1 to 2**30 - 1, orders_max={orders_max} 1 to 2**32")
     slot_bits = max(_SLOT_BITS_MIN, (2 * orders_max - 1).bit_length())
@@ -145,15 +144,14 @@ def make_books(
         orders=_zeros((1 << slot_bits) + spill, ORDER, True),
         spill_hashes=_zeros(spill, np.uint64, False),
         sides=_zeros(sides, SIDE, True),
-        words=_zeros(sides << (window_log2 - 6), np.uint64, True),
-        levels=_zeros(sides << window_log2, np.uint64, False),
+        words=_zeros(sides * _WINDOW // 64, np.uint64, True),
+        levels=_zeros(sides * _WINDOW, np.uint64, False),
         far=_zeros(far_max + 1, FAR, False),
         far_heads=_zeros(1 << (2 * far_max - 1).bit_length(), np.int32, False),
         ticks=np.zeros(instruments_max, np.int64),
         state=np.zeros(_STATES, np.int64),
         counters=np.zeros(_COUNTERS, np.int64),
         slot_bits=slot_bits,
-        window_bits=window_log2,
         id_mode=_ID_MODES[order_ids],
     )
 
@@ -179,11 +177,14 @@ _U = np.uint64
 _I = np.int64
 _ZERO, _ONE, _TWO, _THREE, _SIX, _LOW6 = _U(0), _U(1), _U(2), _U(3), _U(6), _U(63)
 _TAG_SHIFT = _U(_BS_BITS)
+_WINDOW_SHIFT = _U(_WINDOW_BITS)
 _BS_MASK = _U((1 << _BS_BITS) - 1)
 _QTY_SHIFT = _U(_QTY_BITS)
 _QTY_MASK = _U((1 << _QTY_BITS) - 1)
 _ONE_ORDER = _U(1 << _QTY_BITS)
 _ORDER_QTY_MAX = _U(0xFFFFFFFF)
+_NEARLY_FULL = _U(1 << 63 | 1 << (_QTY_BITS - 1))
+"""Bits of a level word from which on another order could overflow it."""
 _MIX_1, _MIX_2 = _U(0xBF58476D1CE4E5B9), _U(0x94D049BB133111EB)
 _SHIFT_30, _SHIFT_27, _SHIFT_32 = _U(30), _U(27), _U(32)
 _ROUND = 6755399441055744.0
@@ -418,25 +419,25 @@ def _far_remove(books: Any, node: Any) -> Any:
 
 
 @inlined
-def _level_index(books: Any, bs: Any, key: Any) -> Any:
+def _level_index(bs: Any, key: Any) -> Any:
     """Place of a level word; valid only if the key is inside the window."""
-    return (_U(bs) << _U(books.window_bits)) | (_U(key) & ((_ONE << _U(books.window_bits)) - _ONE))
+    return (_U(bs) << _WINDOW_SHIFT) | (_U(key) & _U(_WINDOW - 1))
 
 
 @inlined
-def _word_index(books: Any, bs: Any, block: Any) -> Any:
-    return (_U(bs) << _U(books.window_bits - 6)) | block
+def _word_index(bs: Any, block: Any) -> Any:
+    return (_U(bs) << _SIX) | block
 
 
 @inlined
-def _block(books: Any, key: Any) -> Any:
+def _block(key: Any) -> Any:
     """Which 64-level block of the window a key falls into."""
-    return (_U(key) >> _SIX) & ((_ONE << _U(books.window_bits - 6)) - _ONE)
+    return (_U(key) >> _SIX) & _LOW6
 
 
 @inlined
-def _in_window(books: Any, side: Any, key: Any) -> Any:
-    return _U(key - _I(side.base)) < (_ONE << _U(books.window_bits))
+def _in_window(side: Any, key: Any) -> Any:
+    return _U(key - _I(side.base)) < _U(_WINDOW)
 
 
 @inlined
@@ -447,23 +448,20 @@ def _top_bit(word: Any) -> Any:
 @inlined
 def _toggle(books: Any, side: Any, bs: Any, key: Any) -> Any:
     """A level inside the window came into being, or is gone: find the best, without a branch, as the first one below the window's top."""
-    last = (_ONE << _U(books.window_bits - 6)) - _ONE
-    block = (_U(key) >> _SIX) & last
-    first = _word_index(books, bs, _ZERO)
+    block = _block(key)
+    first = _word_index(bs, _ZERO)
     word = books.words[first + block] ^ (_ONE << (_U(key) & _LOW6))
     books.words[first + block] = word
-    bit = _ONE << block
-    summary = (side.summary & ~bit) | (bit if word != _ZERO else _ZERO)
+    summary = (side.summary & ~(_ONE << block)) | (_U(word != _ZERO) << block)
     side.summary = summary
     if summary == _ZERO:
         if side.far_head != 0:
             _move_down(books, bs, _far_best(books, bs))
         return
     base = _I(side.base)
-    lowest = (_U(base) >> _SIX) & last
-    ordered = (summary >> lowest) | (summary << ((last + _ONE - lowest) & _LOW6))
-    up = _top_bit(ordered & (((_ONE << last) << _ONE) - _ONE))
-    side.best = base + _I((up << _SIX) + _top_bit(books.words[first + ((lowest + up) & last)]))
+    lowest = _block(base)
+    up = _top_bit((summary >> lowest) | (summary << ((_U(64) - lowest) & _LOW6)))
+    side.best = base + _I((up << _SIX) + _top_bit(books.words[first + ((lowest + up) & _LOW6)]))
 
 
 @outlined
@@ -478,28 +476,27 @@ def _far_best(books: Any, bs: Any) -> Any:
 
 
 @inlined
-def _base_for(books: Any, key: Any) -> Any:
+def _base_for(key: Any) -> Any:
     """Base of a window in which `key` is three quarters up: a multiple of 64 within the range of keys."""
-    size = _I(1) << books.window_bits
-    base = (key - (size - (size >> 2))) & ~63
-    return min(max(base, _I(_KEY_MIN)), _I(_KEY_MAX) + 1 - size)
+    base = (key - (_WINDOW - _WINDOW // 4)) & ~63
+    return min(max(base, _I(_KEY_MIN)), _I(_KEY_MAX) + 1 - _WINDOW)
 
 
 @outlined
 def _move_down(books: Any, bs: Any, best: Any) -> Any:
     """Slide the window down so that `best`, the side's greatest key, is three quarters up; fetch the far levels that it now covers."""
     side = books.sides[bs]
-    side.base = _base_for(books, best)
+    side.base = _base_for(best)
     books.counters[_RECENTRES] += 1
     node = _I(side.far_head)
     while node != 0:
         following = _I(books.far[node].next)
         key = _I(books.far[node].key)
         if key >= _I(side.base):
-            books.levels[_level_index(books, bs, key)] = books.far[node].word
+            books.levels[_level_index(bs, key)] = books.far[node].word
             _far_remove(books, node)
-            block = _block(books, key)
-            books.words[_word_index(books, bs, block)] |= _ONE << (_U(key) & _LOW6)
+            block = _block(key)
+            books.words[_word_index(bs, block)] |= _ONE << (_U(key) & _LOW6)
             side.summary |= _ONE << block
         node = following
     side.best = best
@@ -510,7 +507,7 @@ def _window_count(books: Any, bs: Any, first: Any, end: Any) -> Any:
     """Number of levels in the window with first <= key < end (multiples of 64)."""
     count = _I(0)
     for key in range(first, end, 64):
-        word = books.words[_word_index(books, bs, _block(books, key))]
+        word = books.words[_word_index(bs, _block(key))]
         while word != _ZERO:
             word &= word - _ONE
             count += 1
@@ -522,15 +519,15 @@ def _evict(books: Any, bs: Any, first: Any, end: Any) -> Any:
     """Move the window's levels with first <= key < end (multiples of 64) to the far store, which has room."""
     side = books.sides[bs]
     for start in range(first, end, 64):
-        block = _block(books, start)
-        index = _word_index(books, bs, block)
+        block = _block(start)
+        index = _word_index(bs, block)
         word = books.words[index]
         books.words[index] = _ZERO
         side.summary &= ~(_ONE << block)
         while word != _ZERO:
             key = _I(start) + _I(count_trailing_zeros(word))
             word &= word - _ONE
-            place = _level_index(books, bs, key)
+            place = _level_index(bs, key)
             _far_insert(books, bs, key, books.levels[place])
             books.levels[place] = _ZERO
 
@@ -539,9 +536,9 @@ def _evict(books: Any, bs: Any, first: Any, end: Any) -> Any:
 def _move_up(books: Any, bs: Any, best: Any) -> Any:
     """Slide the window up for a new best key; returns 0, or a refusal if the far store has no room for what falls out."""
     side = books.sides[bs]
-    base = _base_for(books, best)
+    base = _base_for(best)
     if side.summary != _ZERO:
-        end = min(base, _I(side.base) + (_I(1) << books.window_bits))
+        end = min(base, _I(side.base) + _WINDOW)
         if _window_count(books, bs, _I(side.base), end) > _far_room(books):
             return _I(_LEVELS_FULL)
         _evict(books, bs, _I(side.base), end)
@@ -554,15 +551,14 @@ def _move_up(books: Any, bs: Any, best: Any) -> Any:
 def _cover(books: Any, bs: Any, key: Any) -> Any:
     """Make room for a new level outside the window: 1 = the window covers it now, 0 = it belongs into the far store, or a refusal."""
     side = books.sides[bs]
-    size = _I(1) << books.window_bits
     if side.summary == _ZERO:
-        side.base = _base_for(books, key)
+        side.base = _base_for(key)
         return _I(1)
-    if key >= _I(side.base) + size:
+    if key >= _I(side.base) + _WINDOW:
         refusal = _move_up(books, bs, key)
         return refusal if refusal < 0 else _I(1)
     best = _I(side.best)
-    if best - _I(side.base) < size >> 2 and key >= _base_for(books, best):
+    if best - _I(side.base) < _WINDOW // 4 and key >= _base_for(best):
         _move_down(books, bs, best)
         return _I(1)
     return _I(0) if _far_room(books) > 0 else _I(_LEVELS_FULL)
@@ -597,7 +593,7 @@ def _level_outside(books: Any, bs: Any, key: Any, word: Any, adds: Any) -> Any:
     if covered == 0:
         _far_insert(books, bs, key, word)
     elif covered == 1:
-        books.levels[_level_index(books, bs, key)] = word
+        books.levels[_level_index(bs, key)] = word
         _toggle(books, books.sides[_U(bs)], bs, key)
         return _I(0)
     return covered
@@ -606,9 +602,9 @@ def _level_outside(books: Any, bs: Any, key: Any, word: Any, adds: Any) -> Any:
 @inlined
 def _level_add(books: Any, bs: Any, key: Any, qty: Any) -> Any:
     """Add an order of `qty` (u64) to a level; returns 0 or a refusal."""
-    if not _in_window(books, books.sides[bs], key):
+    if not _in_window(books.sides[bs], key):
         return _level_outside(books, bs, key, _ONE_ORDER + qty, True)
-    index = _level_index(books, bs, key)
+    index = _level_index(bs, key)
     before = books.levels[index]
     if _overflows(before, qty):
         return _I(_QTY_OVERFLOW)
@@ -629,10 +625,10 @@ def _level_take_outside(books: Any, bs: Any, key: Any, take: Any) -> Any:
 @inlined
 def _level_take(books: Any, bs: Any, key: Any, take: Any) -> Any:
     """Take quantity, and an order if it is gone (`take` = orders << 40 | qty), off a level that has it."""
-    if not _in_window(books, books.sides[bs], key):
+    if not _in_window(books.sides[bs], key):
         _level_take_outside(books, bs, key, take)
         return
-    index = _level_index(books, bs, key)
+    index = _level_index(bs, key)
     after = books.levels[index] - take
     books.levels[index] = after
     if after == _ZERO:
@@ -671,9 +667,9 @@ def _side_scales(books: Any, bs: Any, factor: Any) -> Any:
     if side.summary == _ZERO:
         return True
     lowest = _I(side.best)
-    for block in range(1 << (books.window_bits - 6)):
+    for block in range(_WINDOW // 64):
         start = _I(side.base) + block * 64
-        word = books.words[_word_index(books, bs, _block(books, start))]
+        word = books.words[_word_index(bs, _block(start))]
         if word != _ZERO:
             lowest = min(lowest, start + _I(count_trailing_zeros(word)))
     node = _I(side.far_head)
@@ -689,7 +685,7 @@ def _scale_side(books: Any, bs: Any, factor: Any) -> Any:
     side = books.sides[bs]
     if side.summary == _ZERO:
         return
-    _evict(books, bs, _I(side.base), _I(side.base) + (_I(1) << books.window_bits))
+    _evict(books, bs, _I(side.base), _I(side.base) + _WINDOW)
     node = _I(side.far_head)
     while node != 0:
         _far_unlink(books, node)
@@ -717,7 +713,7 @@ def _refine(books: Any, instrument: Any, price: Any) -> Any:
         factor = before // tick
         if not (_side_scales(books, 2 * instrument, factor) and _side_scales(books, 2 * instrument + 1, factor)):
             return _I(_PRICE_RANGE)
-        if 2 << books.window_bits > _far_room(books):
+        if _far_room(books) < 2 * _WINDOW:
             return _I(_LEVELS_FULL)
         _scale_side(books, 2 * instrument, factor)
         _scale_side(books, 2 * instrument + 1, factor)
@@ -863,9 +859,9 @@ def _apply_level(books: Any, event: Any) -> Any:
     if refusal < 0:
         return refusal
     key = _key_of_ticks(bs, _ticks_of(side, event.price))
-    if not _in_window(books, side, key):
+    if not _in_window(side, key):
         return _level_outside(books, bs, key, _U(event.qty), False)
-    index = _level_index(books, bs, key)
+    index = _level_index(bs, key)
     before = books.levels[index]
     books.levels[index] = _U(event.qty)
     if (before == _ZERO) != (event.qty == 0):
@@ -877,12 +873,12 @@ def _apply_level(books: Any, event: Any) -> Any:
 def _clear_levels(books: Any, bs: Any) -> Any:
     """Empty the levels of a side; its published BBO stays as the last word to subscribers."""
     side = books.sides[bs]
-    for block in range(1 << (books.window_bits - 6)):
-        index = _word_index(books, bs, _U(block))
+    for block in range(_WINDOW // 64):
+        index = _word_index(bs, _U(block))
         if books.words[index] != _ZERO:
             books.words[index] = _ZERO
             for slot in range(block * 64, block * 64 + 64):
-                books.levels[_level_index(books, bs, slot)] = _ZERO
+                books.levels[_level_index(bs, slot)] = _ZERO
     while side.far_head != 0:
         _far_remove(books, _I(side.far_head))
     side.summary = _ZERO
@@ -962,35 +958,41 @@ def _apply_any(books: Any, event: Any, kind: Any) -> Any:
 
 
 @inlined
+def _choose(mask: Any, yes: Any, no: Any) -> Any:
+    """`yes` where the mask is all ones, `no` where it is zero: a choice that stays out of the branch predictor."""
+    return (yes & mask) | (no & ~mask)
+
+
+@inlined
 def _apply_usual(books: Any, event: Any, kind: Any) -> Any:
     """ADD, EXECUTE, CANCEL, DELETE as they nearly always are; false, and nothing done, if this one is not.
 
     Usual is: the order in its preferred slot, the level in the window, every field in bounds. Which of the four kinds comes next cannot be
-    predicted, so there is no branch on it: choices are made by selection, and the only doubtful branch is whether a level comes or goes.
+    predicted, so there is no branch on it; the only doubtful branch is whether a level comes or goes.
     """
-    adds = kind == _ADD
+    adds = _ZERO - _U(kind == _ADD)
     hashed = _hash(books, event.id, event.instrument)
     tag = _tag(books, hashed) << _TAG_SHIFT
     order = books.orders[_preferred(books, hashed)]
     word, resting, instrument = order.word, _U(order.qty), _U(event.instrument)
-    bs = instrument * _TWO + _U(event.side) if adds else word & _BS_MASK
-    placed = (resting == _ZERO) & (books.state[_DISPLACED] == 0)
-    found = (resting != _ZERO) & (word ^ tag <= _BS_MASK)
-    named = (instrument == bs >> _ONE) | ((event.instrument == NO_INSTRUMENT) & (not adds))
-    if not ((placed if adds else found) & named & (bs < _U(books.sides.size))):
+    bs = _choose(adds, instrument * _TWO + _U(event.side), word & _BS_MASK)
+    misplaced = _choose(adds, resting | _U(books.state[_DISPLACED]), _U(resting == _ZERO) | ((word ^ tag) & ~_BS_MASK))
+    misnamed = (instrument ^ (bs >> _ONE)) & (_ZERO - _U(event.instrument != NO_INSTRUMENT))
+    if (misplaced | misnamed != _ZERO) | (bs >= _U(books.sides.size)):
         return False
     side = books.sides[bs]
-    key = _key_of_ticks(bs, _ticks_of(side, event.price)) if adds else _I(order.key)
+    key = _I(_choose(adds, _U(_key_of_ticks(bs, _ticks_of(side, event.price))), _U(order.key)))
     price = _price_of(side, bs, key)
-    qty = resting if kind == _DELETE else _U(event.qty)
-    index = _level_index(books, bs, key)
+    qty = _choose(_ZERO - _U(kind == _DELETE), resting, _U(event.qty))
+    index = _level_index(bs, key)
     before = books.levels[index]
-    unusual = adds & ((price != event.price) | ((side.flags & _BY_LEVEL) != 0) | _overflows(before, qty))
-    if unusual | (qty - _ONE >= (_ORDER_QTY_MAX if adds else resting)) | (not _in_window(books, side, key)):
+    unusual = adds & (_U(price ^ event.price) | _U(side.flags & _BY_LEVEL) | (before & _NEARLY_FULL))
+    unusual |= (_U(key - _I(side.base)) >> _WINDOW_SHIFT) | _U(event.flags & _PRICED)
+    if (unusual != _ZERO) | (qty - _ONE >= resting | (adds & _ORDER_QTY_MAX)):
         return False
-    left = qty if adds else resting - qty
-    change = qty + (_ONE_ORDER if adds | (left == _ZERO) else _ZERO)
-    after = before + change if adds else before - change
+    signed = (qty ^ ~adds) - ~adds
+    left = resting + signed
+    after = before + signed + ((adds & _ONE_ORDER) - (_U(left == _ZERO) << _QTY_SHIFT))
     order.word = tag | bs
     order.key = key
     order.qty = left
@@ -998,7 +1000,7 @@ def _apply_usual(books: Any, event: Any, kind: Any) -> Any:
     event.instrument = bs >> _ONE
     event.side = bs & _ONE
     event.qty = qty
-    event.price = event.price if event.flags & _PRICED else price
+    event.price = price
     if (before == _ZERO) | (after == _ZERO):
         _toggle(books, side, bs, key)
     return True
@@ -1047,12 +1049,12 @@ def book_prefetch_order(books: Any, event: Any) -> Any:
 def book_prefetch_level(books: Any, event: Any) -> Any:
     """Hint, to be given some 4 to 12 events ahead, after :func:`book_prefetch_order`: the level that an event changes will be looked up."""
     order = books.orders[_order_named(books, event)]
-    brings = (event.kind == _ADD) | (event.kind == _LEVEL)
-    wire = min(_U(event.instrument) * _TWO + _U(event.side & 1), _U(books.sides.size - 1))
-    bs = wire if brings else order.word & _BS_MASK
-    key = _key_of_ticks(bs, _ticks_of(books.sides[wire], event.price)) if brings else _I(order.key)
+    wire = _ZERO - _U((event.kind == _ADD) | (event.kind == _LEVEL))
+    named = min(_U(event.instrument) * _TWO + _U(event.side & 1), _U(books.sides.size - 1))
+    bs = _choose(wire, named, order.word & _BS_MASK)
+    key = _choose(wire, _U(_key_of_ticks(bs, _ticks_of(books.sides[named], event.price))), _U(order.key))
     prefetch(books.sides, _I(bs))
-    prefetch(books.levels, _I(_level_index(books, bs, key)))
+    prefetch(books.levels, _I(_level_index(bs, key)))
 
 
 # ---------------------------------------------------------------- the best bid and offer
@@ -1071,7 +1073,7 @@ def book_best(books: Any, instrument: Any, side: Any) -> Any:
     if record.summary == _ZERO:
         return _I(NO_PRICE), _I(0)
     key = _I(record.best)
-    return _price_of(record, bs, key), _level_qty(books, bs, books.levels[_level_index(books, bs, key)])
+    return _price_of(record, bs, key), _level_qty(books, bs, books.levels[_level_index(bs, key)])
 
 
 @inlined
@@ -1147,10 +1149,9 @@ def book_tick(books: Books, instrument: int) -> int:
 def _side_levels(books: Books, bs: int) -> list[tuple[int, int, int]]:
     """(price, qty, orders) of every level of a side, best first."""
     side = books.sides[bs]
-    size = 1 << books.window_bits
-    window = books.levels[bs * size : (bs + 1) * size]
+    window = books.levels[bs * _WINDOW : (bs + 1) * _WINDOW]
     base = int(side["base"])
-    found = [(base + ((int(slot) - base) & (size - 1)), int(window[slot])) for slot in np.flatnonzero(window)]
+    found = [(base + ((int(slot) - base) & (_WINDOW - 1)), int(window[slot])) for slot in np.flatnonzero(window)]
     node = int(side["far_head"])
     while node:
         found.append((int(books.far[node]["key"]), int(books.far[node]["word"])))

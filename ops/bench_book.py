@@ -202,7 +202,7 @@ def warm():
 class Tickmesh:
     """Our own decoder and books; rebuilt in the same memory every time."""
 
-    def __init__(self, symbols: int, batch: int = BATCH, far: int = FAR_AHEAD, near: int = NEAR_AHEAD, window_log2: int = 12) -> None:
+    def __init__(self, symbols: int, batch: int = BATCH, far: int = FAR_AHEAD, near: int = NEAR_AHEAD) -> None:
         self.spec: Spec = load_spec("itch50")
         self.framing: Framing = load_framing("binaryfile")
         decoder: Any = load_decoder(self.spec, self.framing)
@@ -210,7 +210,7 @@ class Tickmesh:
         self.loops: Any = load_generated("bench_book", source)
         self.symbols = symbols
         self.batch = np.zeros(batch, EVENT)
-        self.books = make_books(symbols, window_log2=window_log2)
+        self.books = make_books(symbols)
 
     def _feed(self) -> Any:
         return make_feed(self.spec, InstrumentTable(self.symbols + 1), framing=self.framing)

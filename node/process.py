@@ -229,7 +229,7 @@ class Node:
                 continue
             _tell(self._progress, f"shard {thread.number}: replaying {journal.next_sequence - 1:,} events of the journal")
             for batch in JournalReader(journal.folder).batches():
-                view = np.ascontiguousarray(batch).view(ANY_VIEW)
+                view = batch.copy().view(ANY_VIEW)  # a shard completes events in place
                 for first in range(0, len(view), BATCH_EVENTS):
                     self._step_again(thread.shard, view, first, min(first + BATCH_EVENTS, len(view)), stop)
                 if stop.is_set():

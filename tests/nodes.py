@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 
 from tickmesh.control.config import Config, parse_config
-from tickmesh.node.event import EVENT, EventArray
+from tickmesh.node import book
+from tickmesh.node.event import ANY_VIEW, EVENT, EventArray
+from tickmesh.node.journal import JournalReader
+from tickmesh.node.pipeline import make_shards
 from tickmesh.node.process import Node
 from tickmesh.node.subscription import Batch, subscribe
 from tickmesh.ops.up import GENERATORS
+from tickmesh.transports.ring import Ring
 
 DEMO = (resources.files("tickmesh.ops") / "demo.toml").read_text()
 PROCESSING = DEMO[DEMO.index("[processing]") : DEMO.index("[delivery.")]
@@ -117,3 +121,58 @@ def assert_whole(outputs: EventArray, count: int, first: int = 1) -> None:
     """Each output from `first` on, once, in order."""
     assert len(outputs) == count
     assert np.array_equal(outputs["seq"], np.arange(first, first + count, dtype=np.uint64))
+
+
+def multicast_source(endpoints: tuple[str, ...], *, gap_wait_ms: int = 300, name: str = "lines") -> str:
+    second = f'endpoint_b = "{endpoints[1]}"\n' if len(endpoints) > 1 else ""
+    return (
+        f'[data_sources.{name}]\ntype = "multicast"\nendpoint = "{endpoints[0]}"\n{second}interface = "lo"\n'
+        f'data_format = "itch50"\nframing = "moldudp64"\ngap_wait_ms = {gap_wait_ms}\n'
+    )
+
+
+def free_endpoints() -> tuple[str, str]:
+    """Two multicast endpoints nobody else uses."""
+    host = 1 + secrets.randbelow(250)
+    group = f"239.{77 + secrets.randbelow(100)}.{host}"
+    port = 20_000 + secrets.randbelow(20_000)
+    return f"udp://{group}.1:{port}", f"udp://{group}.2:{port + 1}"
+
+
+def journal_outputs(config: Config, order_ids: str = "sequential") -> list[EventArray]:
+    """What each shard makes of its journal: the events through a fresh shard, without a node."""
+    rings = [Ring.create(None, 1 << 16, EVENT, mode="lossy") for _ in range(config.cluster.shards)]
+    readers = [ring.reader("test") for ring in rings]
+    found = []
+    for number, shard in enumerate(make_shards(config, rings, config.folder, order_ids)):
+        parts = []
+        for batch in JournalReader(config.cluster.data_path / "journal" / "n1" / f"shard-{number}").batches(size=256):
+            shard.step(batch.copy().view(ANY_VIEW), 0, len(batch))
+            parts.append(readers[number].read(1 << 16).view(EVENT).copy())
+        found.append(np.concatenate(parts))
+    return found
+
+
+def books(node: Node) -> dict[str, dict[str, object]]:
+    """Every instrument's book and trades, as the simulator's truth has them."""
+    found = {}
+    for thread in node.shards:
+        shard = thread.shard
+        for i in shard.seen_instruments():
+            bids, asks = book.top(shard.arrays.books, i, 10_000)
+            statistics = shard.arrays.statistics[i]
+            found[node.table.symbol(i)] = {
+                "bids": [[price // 100_000, qty, orders] for price, qty, orders in bids],
+                "asks": [[price // 100_000, qty, orders] for price, qty, orders in asks],
+                "orders": book.resting_orders(shard.arrays.books, i),
+                "trades": int(statistics["trades"]),
+                "volume": int(statistics["volume"]),
+            }
+    return found
+
+
+def assert_true(node: Node, truth: dict[str, object]) -> None:
+    found = books(node)
+    assert found.keys() == truth.keys()
+    for symbol, expected in truth.items():
+        assert found[symbol] == {key: expected[key] for key in found[symbol]}, symbol  # type: ignore[index]

@@ -166,6 +166,7 @@ def test_the_twins_book_is_the_books_twin() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_no_index_leaves_its_array() -> None:
     """The same once more, compiled with bounds checks."""
     chosen = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "outputs"]

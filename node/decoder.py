@@ -451,7 +451,7 @@ class _DecoderWriter:
         """``_decode``: the loop over messages. Each branch fills locals; what all messages share is done once behind the branches."""
         fr, out = self.framing, self.out
         prefix = fr.length.offset + fr.length.size
-        out("\n@outlined\ndef _decode(buf, pos, end, left, seq, ts_recv, feed, out, n):")
+        out("\n@inlined\ndef _decode(buf, pos, end, left, seq, ts_recv, feed, out, n):")
         out.indent()
         out('"""Decode up to `left` messages; returns (pos, left, seq, n) where it stopped."""')
         out(f"room = np.int64(out.size) - {RESERVE}\ncodes, counts, malformed = feed.codes, feed.counts, feed.malformed")
@@ -892,7 +892,7 @@ def _skip(buf, s):
     s[A.CURRENT_POS], s[A.CURRENT_SKIP] = pos, 0
 
 
-@outlined
+@inlined
 def _go_on(buf, ts_recv, line, feed, out, n):
     """Decode on in the current packet; returns n. Nothing is current afterwards, unless `out` was full."""
     s = feed.arbiter.state
@@ -926,15 +926,16 @@ def _advance(buf, packets, first, count, feed, out):
     while n <= room:
         step = next_step(arb)
         if step == A.CONTINUE:
-            if s[A.CURRENT] == A.FROM_HELD:
-                index = s[A.CURRENT_INDEX]
-                n = _go_on(arb.bytes, arb.held[index].ts_recv, np.int64(arb.held[index].line), feed, out, n)
-                if s[A.CURRENT] == A.NOTHING_CURRENT:
-                    release(arb, index)
+            held, index = s[A.CURRENT] == A.FROM_HELD, s[A.CURRENT_INDEX]
+            if held:
+                source, ts_recv, line = arb.bytes, arb.held[index].ts_recv, np.int64(arb.held[index].line)
             else:
-                line = np.int64(packets[np.uint64(i)].line) & 3
-                n = _go_on(buf, packets[np.uint64(i)].ts_recv, line, feed, out, n)
-                if s[A.CURRENT] == A.NOTHING_CURRENT:
+                source, ts_recv, line = buf, packets[np.uint64(i)].ts_recv, np.int64(packets[np.uint64(i)].line) & 3
+            n = _go_on(source, ts_recv, line, feed, out, n)  # one place only: the decoder is inlined here
+            if s[A.CURRENT] == A.NOTHING_CURRENT:
+                if held:
+                    release(arb, index)
+                else:
                     arb.lines[line, A.LINE_PACKETS] += _ONE
                     i += 1
         elif step == A.EMIT_GAP:

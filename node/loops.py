@@ -21,10 +21,11 @@ from tickmesh.node.journal import JournalArrays, journal_append_batch, journal_s
 from tickmesh.node.shard_state import warm_arrays
 from tickmesh.transports.counters import histogram_record
 from tickmesh.transports.ring import HEADER_BYTES, RingArrays, ring_read_batch, ring_wait, ring_writer_heartbeat
-from tickmesh.transports.toolbox import idle, load_acquire, loop, now_ns
+from tickmesh.transports.toolbox import IDLE_SLEEP, idle, load_acquire, loop, now_ns
 import tickmesh_generated.{shard} as shard_module
 from tickmesh_generated.{shard} import step
 
+FIRST_SLEEP_ROUND = 256  # a loop that may sleep does so at once after work, for 20 us at first: yielding costs a laptop more
 LATENCY_MAX_NS = 60_000_000_000  # older stamps are recorded ones, not ours
 
 
@@ -40,10 +41,11 @@ def run(stop, inputs, readers, journal, journalled, batch, batch_any, shard, lat
             if count == 0:
                 continue
             taken += count
+            failure = np.int64(0)
             if journalled != 0:
                 appended = journal_append_batch(journal, batch, count, stop, idle_mode)
                 if appended < count and load_acquire(stop, 0) == 0:
-                    return max(journal_state(journal), np.int64(1))
+                    failure = max(journal_state(journal), np.int64(1))
                 count = appended
             done = np.int64(0)
             while done < count:
@@ -55,6 +57,8 @@ def run(stop, inputs, readers, journal, journalled, batch, batch_any, shard, lat
                 age = now - batch[i].ts_recv
                 if age >= 0 and age < LATENCY_MAX_NS:
                     histogram_record(latency, age)
+            if failure != 0:
+                return failure
         if taken == 0:
             stop[1] += 1
             if rounds & 255 == 255:
@@ -62,7 +66,7 @@ def run(stop, inputs, readers, journal, journalled, batch, batch_any, shard, lat
             rounds = idle(idle_mode, rounds)
         else:
             stop[2] += taken
-            rounds = 0
+            rounds = FIRST_SLEEP_ROUND if idle_mode == IDLE_SLEEP else 0
     return np.int64(0)
 
 
@@ -130,9 +134,11 @@ from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.router import make_router, route
 from tickmesh.transports.multicast import open_receiver, receive_batch
 from tickmesh.transports.ring import HEADER_BYTES, RingArrays
-from tickmesh.transports.toolbox import idle, load_acquire, loop, now_ns
+from tickmesh.transports.toolbox import IDLE_SLEEP, idle, load_acquire, loop, now_ns
 import tickmesh_generated.{decoder} as decoder_module
 from tickmesh_generated.{decoder} import decode_flush, decode_packets
+
+FIRST_SLEEP_ROUND = 256
 
 
 @loop
@@ -160,7 +166,7 @@ def receive(stop, lines, buffers, packets, feed, batch, router, idle_mode):
                 events = decode_flush(now_ns(), feed, batch)
             rounds = idle(idle_mode, rounds)
         else:
-            rounds = 0
+            rounds = FIRST_SLEEP_ROUND if idle_mode == IDLE_SLEEP else 0
 
 
 def warm():

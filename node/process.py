@@ -54,7 +54,15 @@ class ShardThread:
     """A shard, its input rings, journal, output ring and thread."""
 
     def __init__(
-        self, number: int, shard: Shard, inputs: Sequence[Ring], output: Ring, journal: Journal | None, telemetry: Telemetry, idle: int, progress: Progress
+        self,
+        number: int,
+        shard: Shard,
+        inputs: Sequence[Ring],
+        output: Ring,
+        journal: Journal | None,
+        telemetry: Telemetry,
+        idle: int,
+        progress: Progress,
     ) -> None:
         self.number, self.shard, self.inputs, self.output, self.journal = number, shard, list(inputs), output, journal
         self.stop = np.zeros(3, np.int64)
@@ -130,7 +138,11 @@ class Node:
     """
 
     def __init__(
-        self, config: Config, generators: Mapping[str, BlockSourceMaker] | None = None, targets: Mapping[str, str] | None = None, progress: Progress = None
+        self,
+        config: Config,
+        generators: Mapping[str, BlockSourceMaker] | None = None,
+        targets: Mapping[str, str] | None = None,
+        progress: Progress = None,
     ) -> None:
         if not config.data_sources:
             raise NodeError("the configuration has no data source: add a [data_sources.NAME] table")
@@ -255,8 +267,8 @@ class Node:
             try:
                 last = asyncio.run(self._last_outputs(self._targets.get(name, delivery.target), delivery))
             except (LinkError, nats.errors.Error, OSError) as error:
-                reason = f"delivery.{name}: NATS must be there when a node without a replayable journal starts, to know where its output stream ends"
-                raise NodeError(f"{reason} ({error})") from error
+                reason = "NATS must be there when a node without a journal to replay starts, to know where its output stream ends"
+                raise NodeError(f"delivery.{name}: {reason} ({error})") from error
             ends = [max(pair) for pair in zip(ends, last)]
         for shard, ring, sequence in zip(shards, self.outputs, ends):
             shard.arrays.core["out_seq"] = sequence
@@ -267,9 +279,10 @@ class Node:
         link = await connect(target, name=f"tickmesh {cluster.name}", login=login_of(delivery), wait_s=5.0)
         try:
             found = []
+            jetstream = link.client.jetstream(timeout=2)
             for shard in range(cluster.shards):
                 try:
-                    message = await link.client.jetstream(timeout=2).get_last_msg(stream_name(cluster.name, shard), stream_subject(cluster.name, shard))
+                    message = await jetstream.get_last_msg(stream_name(cluster.name, shard), stream_subject(cluster.name, shard))
                     found.append(int((message.headers or {}).get("Out-Seq", "0")))
                 except js_errors.NotFoundError:
                     found.append(0)
@@ -310,7 +323,7 @@ class Node:
         self.telemetry.set_state(NodeState.RUNNING)
 
     def _pin(self) -> None:
-        threads = [*self.receivers, *self.shards]
+        threads: list[Receiver | ShardThread] = [*self.receivers, *self.shards]
         for thread, cpu in zip(threads, self.config.cluster.cpus):
             try:
                 if thread.thread_id is not None:
@@ -337,7 +350,7 @@ class Node:
 
     def drained(self) -> bool:
         """Whether the shards have taken everything from their input rings."""
-        return all(ring.published == int(ring.arrays.words[ring_cursor(reader)]) for s in self.shards for ring, reader in zip(s.inputs, s.readers))
+        return all(reader.lag == 0 for shard in self.shards for reader in shard.readers)
 
     def check(self) -> None:
         """Raise what has ended a source or a shard.
@@ -404,11 +417,6 @@ class Node:
 # ---------------------------------------------------------------- from configuration
 
 
-def ring_cursor(reader: Any) -> int:
-    """Index of a reader's cursor among its ring's words."""
-    return int(reader._base)
-
-
 def _tell(progress: Progress, text: str) -> None:
     if progress:
         progress(text)
@@ -450,6 +458,7 @@ def delivery_options(config: Config, delivery: Delivery, target: str) -> Deliver
         stream_max_bytes=delivery.stream_max_mb << 20,
         stream_max_age_s=delivery.stream_max_age_s,
         per_event=kinds,
+        poll_min_ms=2.0 if config.cluster.idle == "sleep" else 0.2,
     )
 
 
@@ -475,7 +484,8 @@ def shard_numbers(shard: ShardThread) -> dict[str, int]:
 
 def delivery_numbers(status: Mapping[str, Any]) -> dict[str, int]:
     """Numbers of a gateway's shard for :class:`DeliveryCounter`."""
-    names = {"frames": "frames", "events": "events", "acks": "acks", "retries": "retries", "reconnects": "reconnects", "skipped": "per_event_skipped", "lag": "lag"}
+    same = {name: name for name in ("frames", "acks", "retries", "reconnects")}
+    names = {**same, "skipped": "per_event_skipped", "lag": "ring_lag", "events": "events_read"}
     return {counter: int(status[key]) for counter, key in names.items() if key in status}
 
 

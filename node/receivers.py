@@ -13,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -37,21 +37,14 @@ _PACE_SLICE_S = 0.05
 """A paced receiver looks at its stop flag at least this often."""
 
 
-class Block(NamedTuple):
-    """BinaryFILE-framed messages ``image[:end]``, followed by 64 bytes of slack."""
-
-    image: Any
-    end: int
-
-
 class BlockSource(Protocol):
     """A generator of framed messages inside this process, e.g. the market simulator."""
 
     finished: bool
     next_ns: int
 
-    def next_block(self, max_messages: int, until_ns: int) -> Block:
-        """The next messages, up to that time of the generator's clock."""
+    def next_block(self, max_messages: int, until_ns: int) -> tuple[Any, int]:
+        """The next messages, up to that time of the generator's clock: BinaryFILE-framed in ``image[:end]``, 64 bytes of slack behind."""
 
 
 BlockSourceMaker = Callable[[Source], BlockSource]
@@ -89,9 +82,8 @@ class Receiver(ABC):
     def __init__(self, name: str, options: Source, context: ReceiverContext, *, restamp: bool) -> None:
         self.name, self.options, self.context = name, options, context
         self.stop = np.zeros(1, np.int64)
-        self.router: Router = make_router(
-            tuple(ring.arrays for ring in context.rings), context.table.arrays.records, self.stop, context.number, context.idle_mode, restamp
-        )
+        rings = tuple(ring.arrays for ring in context.rings)
+        self.router: Router = make_router(rings, context.table.arrays.records, self.stop, context.number, context.idle_mode, restamp)
         self.finished = False
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._guarded, name=f"receiver-{name}", daemon=True)
@@ -125,7 +117,7 @@ class Receiver(ABC):
     def run(self) -> None:
         """Receive until the stop flag is set or the source ends."""
 
-    def resume(self, codes: Mapping[int, int], last_sequence: int) -> None:
+    def resume(self, codes: Mapping[int, int], last_sequence: int) -> None:  # noqa: B027 (a recording has nothing to go on with)
         """Before the start, after a restart: go on where the journal ends.
 
         Args:
@@ -141,7 +133,7 @@ class Receiver(ABC):
         """What the router counted."""
         return {"events": int(self.router.counts[-2]), "ring_full": int(self.router.counts[-1])}
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 (only some have any)
         """Free sockets and files; after the thread has ended."""
 
 
@@ -220,19 +212,19 @@ class GeneratedReceiver(Receiver):
         started, start_ns = time.monotonic_ns(), self._source.next_ns
         while self.stop[0] == 0 and not self._source.finished:
             now_ns = start_ns + int((time.monotonic_ns() - started) * self._speed) if self._speed else 1 << 62
-            block = self._source.next_block(self._MESSAGES, now_ns)
-            if block.end:
-                self._decode(block, batch)
+            image, end = self._source.next_block(self._MESSAGES, now_ns)
+            if end:
+                self._decode(image, end, batch)
             elif not self._source.finished:
                 due = (self._source.next_ns - now_ns) / max(self._speed, 1e-9) / 1e9
                 time.sleep(min(max(due, self._SLICE_NS / 1e9), _PACE_SLICE_S))
         self.finished = self._source.finished
 
-    def _decode(self, block: Block, batch: EventArray) -> None:
+    def _decode(self, image: Any, end: int, batch: EventArray) -> None:
         position = 0
-        self._bytes += block.end
-        while position < block.end and self.stop[0] == 0:
-            position, count = self._decoder.decode_stream(block.image, position, block.end, 0, self.feed, batch)
+        self._bytes += end
+        while position < end and self.stop[0] == 0:
+            position, count = self._decoder.decode_stream(image, position, end, 0, self.feed, batch)
             route_now(self.router, batch, 0, count)
 
     def counters(self) -> dict[str, int]:
@@ -254,9 +246,8 @@ class MulticastReceiver(Receiver):
         self.order_ids = self.spec.order_ids
         decoder: Any = load_decoder(self.spec, framing, fields=protocol_fields(options), progress=context.progress)
         context.table.let_through(context.number, options.symbols, options.exclude)
-        self.feed = make_feed(
-            self.spec, context.table, context.number, framing=framing, midnight_ns=options.midnight_ns(), gap_wait_ns=int(options.gap_wait_ms * 1e6)
-        )
+        midnight_ns, gap_wait_ns = options.midnight_ns(), int(options.gap_wait_ms * 1e6)
+        self.feed = make_feed(self.spec, context.table, context.number, framing=framing, midnight_ns=midnight_ns, gap_wait_ns=gap_wait_ns)
         endpoints = [endpoint for endpoint in (options.endpoint, options.endpoint_b) if endpoint]
         self._module = receive_loop(decoder, len(endpoints), len(context.rings), context.progress)
         self.sockets: list[Socket] = []
@@ -288,7 +279,11 @@ class MulticastReceiver(Receiver):
         )
 
     def _find_place(self) -> bool:
-        """Look at the first packet: the journal's session goes on, with a GAP for what was missed, or a new one has begun. False: stopped."""
+        """Look at the first packet: the journal's session goes on, with a GAP for what was missed, or a new one has begun.
+
+        Returns:
+            False if it was stopped before a packet came.
+        """
         sequence = self._framing.sequence
         if sequence is None:
             return True

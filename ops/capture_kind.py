@@ -8,7 +8,7 @@ from tickmesh.transports.capture import CaptureError, read_capture
 from tickmesh.transports.recording import SLACK, RecordingError, read_bytes
 
 _HEAD_BYTES = 1 << 20
-_PCAP_MAGICS = (b"\xa1\xb2\xc3\xd4", b"\xd4\xc3\xb2\xa1", b"\xa1\xb2\x3c\x4d", b"\x4d\x3c\xb2\xa1", b"\x0a\x0d\x0d\x0a", b"\xa1\xb2\xcd\x34", b"\x34\xcd\xb2\xa1")
+_PCAP_MAGICS = tuple(bytes.fromhex(word) for word in ("a1b2c3d4", "d4c3b2a1", "a1b23c4d", "4d3cb2a1", "0a0d0d0a", "a1b2cd34", "34cdb2a1"))
 _JSON_MARKS = (
     (b'"depthUpdate"', "binance"),
     (b'@bookTicker"', "binance"),
@@ -27,7 +27,8 @@ class UnknownCapture(Exception):
     """
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}; describe it in a configuration ([data_sources.NAME] with data_format and framing) and use --config")
+        advice = "describe it in a configuration ([data_sources.NAME] with data_format and framing) and use --config"
+        super().__init__(f"{path}: {reason}; {advice}")
         self.path = path
 
 
@@ -61,7 +62,8 @@ def capture_settings(path: Path) -> dict[str, object]:
 
 def _is_itch(head: bytes) -> bool:
     """The first three messages of a BinaryFILE image have the lengths that ITCH 5.0 gives them."""
-    lengths = {b"S": 12, b"R": 39, b"H": 25, b"A": 36, b"F": 40, b"E": 31, b"D": 19, b"U": 35, b"X": 23, b"L": 26, b"Y": 20, b"V": 35, b"P": 44}
+    lengths = {b"S": 12, b"R": 39, b"H": 25, b"A": 36, b"F": 40, b"E": 31, b"D": 19, b"U": 35, b"X": 23, b"L": 26, b"Y": 20, b"V": 35}
+    lengths[b"P"] = 44
     position, seen = 0, 0
     while position + 3 <= len(head) and seen < 3:
         if lengths.get(head[position + 2 : position + 3]) != int.from_bytes(head[position : position + 2], "big"):

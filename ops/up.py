@@ -114,7 +114,12 @@ def embedded_servers(config: Config) -> Iterator[dict[str, str]]:
 
 
 def up(
-    captures: Sequence[Path], config_path: Path | None = None, *, port: int | None = None, data_dir: Path | None = None, progress: Progress = None
+    captures: Sequence[Path],
+    config_path: Path | None = None,
+    *,
+    port: int | None = None,
+    data_dir: Path | None = None,
+    progress: Progress = None,
 ) -> int:
     """Run everything until Ctrl-C or SIGTERM; returns 0.
 
@@ -225,7 +230,8 @@ class _Lines:
             return
         if node.finished and not self._ended:
             self._ended = True
-            print(f"{summary_line(node)}\nthe recording has ended; books and streams stay as they are until Ctrl-C", file=self._file, flush=True)
+            print(summary_line(node), file=self._file)
+            print("the recording has ended; books and streams stay as they are until Ctrl-C", file=self._file, flush=True)
         elif self._calls % self._EVERY == 0 and not self._ended:
             print(summary_line(node), file=self._file, flush=True)
 
@@ -258,8 +264,8 @@ def rows(node: Node) -> list[tuple[str, str | None, str, str | None, str, str, s
 
 def _table(node: Node) -> Table:
     table = Table(title=f"{summary_line(node).split('   ')[0]}{'   (the recording has ended)' if node.finished else ''}", expand=False)
-    for name, justify in (("symbol", "left"), ("bid", "right"), ("qty", "right"), ("ask", "right"), ("qty", "right"), ("trades", "right"), ("signals", "left")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name in ("symbol", "bid", "qty", "ask", "qty", "trades", "signals"):
+        table.add_column(name, justify="left" if name in ("symbol", "signals") else "right")
     for row in rows(node)[:_ROWS_MAX]:
         table.add_row(*(cell or "-" for cell in row))
     return table

@@ -36,7 +36,9 @@ def cluster() -> Iterator[str]:
     assert not list(Path("/dev/shm").glob(f"tickmesh-{name}*"))
 
 
-def simulator_source(messages: int, *, pace: str = '"max"', rate: int = 5000, symbols: tuple[str, ...] = SYMBOLS, name: str = "market") -> str:
+def simulator_source(
+    messages: int, *, pace: str = '"max"', rate: int = 5000, symbols: tuple[str, ...] = SYMBOLS, name: str = "market"
+) -> str:
     names = ", ".join(f'"{symbol}"' for symbol in symbols)
     return f'[data_sources.{name}]\ntype = "simulator"\nsymbols = [{names}]\nrate = {rate}\npace = {pace}\nmessages_max = {messages}\n'
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from nats_fixtures import nats_server  # noqa: F401
 from nodes import (  # noqa: F401
     SYMBOLS,
@@ -29,6 +28,7 @@ from nodes import (  # noqa: F401
     until,
 )
 from replays import BINANCE, ES, recording
+
 from tickmesh.control.config import Config
 from tickmesh.node.event import Flag, Kind
 from tickmesh.node.process import Node
@@ -67,7 +67,8 @@ def settle(node: Node, least: int = 1) -> None:
         nonlocal last
         node.check()
         now = outputs_made(node)
-        done = now == last and now >= least and node.drained() and all(s["ring_lag"] == 0 and not s["in_flight"] for s in node.gateways["events"].status())
+        delivered = all(s["ring_lag"] == 0 and not s["in_flight"] for s in node.gateways["events"].status())
+        done = now == last and now >= least and node.drained() and delivered
         last = now
         threading.Event().wait(0.6)
         return done
@@ -125,7 +126,8 @@ def test_two_shards_make_of_each_instrument_what_one_makes(nats_server: NatsServ
     placed = '\n[cluster.shard_overrides]\nALFA = 1\nBRVO = 0\n'
     found = []
     for shards, name in ((1, f"{cluster}a"), (2, f"{cluster}b")):
-        config = node_config(name, tmp_path / name, simulator_source(6000), cluster_extra=f"shards = {shards}" + (placed if shards == 2 else ""))
+        extra = f"shards = {shards}" + (placed if shards == 2 else "")
+        config = node_config(name, tmp_path / name, simulator_source(6000), cluster_extra=extra)
         with running(config, nats_server.url) as node:
             finish(node)
             found.append((books(node), by_symbol(node, nats_server.url, name)))
@@ -157,7 +159,9 @@ def by_symbol(node: Node, url: str, name: str) -> dict[str, list[tuple[int, ...]
 
 
 @pytest.mark.parametrize(("data_format", "path", "pace"), [("dbn_mbo", ES, '"max"'), ("binance", BINANCE, "100000")])
-def test_a_recording_live_is_its_replay(nats_server: NatsServer, cluster: str, tmp_path: Path, data_format: str, path: str, pace: str) -> None:  # noqa: F811
+def test_a_recording_live_is_its_replay(
+    nats_server: NatsServer, cluster: str, tmp_path: Path, data_format: str, path: str, pace: str  # noqa: F811
+) -> None:
     file = recording(path)
     source = f'[data_sources.feed]\ntype = "file"\npath = "{file}"\ndata_format = "{data_format}"\npace = {pace}\n'
     config = node_config(cluster, tmp_path, source)

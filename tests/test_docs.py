@@ -188,7 +188,8 @@ class Terminal:
 
     def _own(self, text: str) -> str:
         """The page's words, with a port and a cluster that nobody else uses."""
-        return re.sub(r"(?<=[\"'. ])lab(?=[\"'. \n])", self.cluster, text.replace("4222", self._port))
+        text = re.sub(r"(?<=[\"'. ])lab(?=[\"'. \n])", self.cluster, text.replace("4222", self._port))
+        return text.replace("tickmesh subscribe ", f"tickmesh subscribe --server nats://127.0.0.1:{self._port} ")
 
     def run(self, block: Block) -> None:
         """Do what the comment above a block says."""

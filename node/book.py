@@ -187,6 +187,9 @@ _NEARLY_FULL = _U(1 << 63 | 1 << (_QTY_BITS - 1))
 """Bits of a level word from which on another order could overflow it."""
 _MIX_1, _MIX_2 = _U(0xBF58476D1CE4E5B9), _U(0x94D049BB133111EB)
 _SHIFT_30, _SHIFT_27, _SHIFT_32 = _U(30), _U(27), _U(32)
+_LEVEL_ON_WIRE = np.zeros(256, np.uint64)
+_LEVEL_ON_WIRE[[_ADD, _LEVEL]] = ~_ZERO
+"""By kind, all ones where the event itself says which level it changes; a table, because the compiler turns a comparison into a branch."""
 _ROUND = 6755399441055744.0
 """1.5 * 2**52: adding it to a float below 2**51 leaves the rounded integer in the low bits."""
 _KEY_MIN, _KEY_MAX = -(1 << 31), (1 << 31) - 1
@@ -976,7 +979,7 @@ def _apply_usual(books: Any, event: Any, kind: Any) -> Any:
     order = books.orders[_preferred(books, hashed)]
     word, resting, instrument = order.word, _U(order.qty), _U(event.instrument)
     bs = _choose(adds, instrument * _TWO + _U(event.side), word & _BS_MASK)
-    misplaced = _choose(adds, resting | _U(books.state[_DISPLACED]), _U(resting == _ZERO) | ((word ^ tag) & ~_BS_MASK))
+    misplaced = _choose(adds, resting | _U(books.state[_DISPLACED]), (word ^ tag) & ~_BS_MASK)
     misnamed = (instrument ^ (bs >> _ONE)) & (_ZERO - _U(event.instrument != NO_INSTRUMENT))
     if (misplaced | misnamed != _ZERO) | (bs >= _U(books.sides.size)):
         return False
@@ -988,7 +991,7 @@ def _apply_usual(books: Any, event: Any, kind: Any) -> Any:
     before = books.levels[index]
     unusual = adds & (_U(price ^ event.price) | _U(side.flags & _BY_LEVEL) | (before & _NEARLY_FULL))
     unusual |= (_U(key - _I(side.base)) >> _WINDOW_SHIFT) | _U(event.flags & _PRICED)
-    if (unusual != _ZERO) | (qty - _ONE >= resting | (adds & _ORDER_QTY_MAX)):
+    if (unusual != _ZERO) | (qty - _ONE >= resting | (adds & _ORDER_QTY_MAX)):  # an empty slot has no quantity: refused here
         return False
     signed = (qty ^ ~adds) - ~adds
     left = resting + signed
@@ -1049,10 +1052,10 @@ def book_prefetch_order(books: Any, event: Any) -> Any:
 def book_prefetch_level(books: Any, event: Any) -> Any:
     """Hint, to be given some 4 to 12 events ahead, after :func:`book_prefetch_order`: the level that an event changes will be looked up."""
     order = books.orders[_order_named(books, event)]
-    wire = _ZERO - _U((event.kind == _ADD) | (event.kind == _LEVEL))
+    wire = _LEVEL_ON_WIRE[event.kind]
     named = min(_U(event.instrument) * _TWO + _U(event.side & 1), _U(books.sides.size - 1))
     bs = _choose(wire, named, order.word & _BS_MASK)
-    key = _choose(wire, _U(_key_of_ticks(bs, _ticks_of(books.sides[named], event.price))), _U(order.key))
+    key = _choose(wire, _U(_key_of_ticks(named, _ticks_of(books.sides[named], event.price))), _U(order.key))
     prefetch(books.sides, _I(bs))
     prefetch(books.levels, _I(_level_index(bs, key)))
 

@@ -121,7 +121,9 @@ class _SpecReader(Reader):
 class StreamReader(_SpecReader):
     """Files that hold a stream of messages, one after the other."""
 
-    def __init__(self, files: Sequence[Path], spec: Spec, framing: Framing, options: Source, table: InstrumentTable, source: int, progress: Progress) -> None:
+    def __init__(
+        self, files: Sequence[Path], spec: Spec, framing: Framing, options: Source, table: InstrumentTable, source: int, progress: Progress
+    ) -> None:
         super().__init__(spec, framing, options, table, source, progress)
         self._files = list(files)
         self.buffer: Any = None
@@ -171,7 +173,9 @@ class StreamReader(_SpecReader):
 class PacketReader(_SpecReader):
     """Packet captures; the datagrams of lines A and B are arbitrated."""
 
-    def __init__(self, files: Sequence[Path], spec: Spec, framing: Framing, options: Source, table: InstrumentTable, source: int, progress: Progress) -> None:
+    def __init__(
+        self, files: Sequence[Path], spec: Spec, framing: Framing, options: Source, table: InstrumentTable, source: int, progress: Progress
+    ) -> None:
         super().__init__(spec, framing, options, table, source, progress)
         lines = capture_lines(options)
         self._batches = (batch for path in files for batch in self._file(path, lines))

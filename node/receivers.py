@@ -40,8 +40,13 @@ _PACE_SLICE_S = 0.05
 class BlockSource(Protocol):
     """A generator of framed messages inside this process, e.g. the market simulator."""
 
-    finished: bool
-    next_ns: int
+    @property
+    def finished(self) -> bool:
+        """Whether the last message has been given out."""
+
+    @property
+    def next_ns(self) -> int:
+        """Time of the next message on the generator's clock."""
 
     def next_block(self, max_messages: int, until_ns: int) -> tuple[Any, int]:
         """The next messages, up to that time of the generator's clock: BinaryFILE-framed in ``image[:end]``, 64 bytes of slack behind."""

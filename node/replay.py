@@ -124,4 +124,5 @@ def of_shard(events: EventArray, table: InstrumentTable, shard: int, shards: int
         return events
     everywhere = events["instrument"] == ALL_INSTRUMENTS
     places = table.arrays.records["shard"][np.where(everywhere, 0, events["instrument"])]
-    return events[everywhere | (places == shard)]
+    chosen: EventArray = events[everywhere | (places == shard)]
+    return chosen

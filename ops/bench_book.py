@@ -10,9 +10,7 @@ Run it: ``python -m tickmesh.ops.bench_book``.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
-import os
 import platform
 import shutil
 import statistics
@@ -31,6 +29,7 @@ from tickmesh.node.decoder import load_decoder, make_feed
 from tickmesh.node.event import EVENT
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.protocol import Framing, Spec, load_framing, load_spec
+from tickmesh.ops.cpp_peer import build_peer
 from tickmesh.ops.itch_writer import (
     FRAME_BYTES_MAX,
     put_add,
@@ -40,7 +39,7 @@ from tickmesh.ops.itch_writer import (
     put_executed,
     put_replaced,
 )  # fmt: skip
-from tickmesh.transports.codecache import cache_dir, load_generated
+from tickmesh.transports.codecache import load_generated
 from tickmesh.transports.toolbox import inlined, loop
 
 Result = dict[str, Any]
@@ -247,25 +246,6 @@ def sides_of(books: Books, symbols: int) -> npt.NDArray[np.int64]:
 # ---------------------------------------------------------------- C++
 
 
-def build_peer(compiler: str) -> Path:
-    """Compile book_peer.cpp into the cache, once per source and compiler.
-
-    Raises:
-        subprocess.CalledProcessError: it does not compile.
-    """
-    source = Path(__file__).with_name("book_peer.cpp")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    digest = hashlib.sha256(source.read_bytes() + version.encode()).hexdigest()[:16]
-    target = cache_dir() / "bench" / f"book_peer-{Path(compiler).name}-{digest}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_suffix(f".{os.getpid()}")
-        options = ["-O3", "-march=native", "-DNDEBUG", "-std=c++20", "-shared", "-fPIC"]
-        subprocess.run([compiler, *options, "-o", temporary, source], check=True, capture_output=True)
-        os.replace(temporary, target)
-    return target
-
-
 class Peer:
     """One of the books in book_peer.cpp."""
 
@@ -300,7 +280,7 @@ def _peers(symbols: int, references: int) -> tuple[dict[str, Peer], dict[str, st
             skipped[compiler] = "not installed"
             continue
         try:
-            library = build_peer(compiler)
+            library = build_peer("book_peer.cpp", compiler)
         except subprocess.CalledProcessError as error:
             skipped[compiler] = f"does not build: {(error.stderr or b'').decode(errors='replace')[-400:]}"
             continue
@@ -313,7 +293,8 @@ def _peers(symbols: int, references: int) -> tuple[dict[str, Peer], dict[str, st
 
 
 def _frames(image: Image, end: int, limit: int) -> list[bytes]:
-    data, pos, found = image[:end].tobytes()[: limit * FRAME_BYTES_MAX], 0, []
+    data, pos = image[:end].tobytes()[: limit * FRAME_BYTES_MAX], 0
+    found: list[bytes] = []
     while pos < len(data) and len(found) < limit:
         size = int.from_bytes(data[pos : pos + 2], "big")
         found.append(data[pos + 2 : pos + 2 + size])
@@ -329,7 +310,8 @@ def order_book_ns(image: Image, end: int, limit: int = _PREFIX) -> float:
     """
     from order_book import OrderBook
 
-    frames, books, orders = _frames(image, end, limit), {}, {}
+    frames, orders = _frames(image, end, limit), dict[int, list[int]]()
+    books: dict[int, Any] = {}
     begun = time.thread_time_ns()
 
     def change(locate: int, ask: int, price: int, delta: int) -> None:
@@ -473,4 +455,5 @@ def _peer_text(name: str) -> str:
 
 if __name__ == "__main__":
     arguments = [int(word) for word in sys.argv[1:]]
-    json.dump(bench_book(*arguments[:1], **({"repeats": arguments[1]} if len(arguments) > 1 else {})), sys.stdout, indent=2)
+    given: dict[str, Any] = dict(zip(("messages", "repeats"), arguments))
+    json.dump(bench_book(**given), sys.stdout, indent=2)

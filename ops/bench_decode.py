@@ -10,9 +10,7 @@ Run it: ``python -m tickmesh.ops.bench_decode [messages [repeats]]``.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
-import os
 import platform
 import shutil
 import statistics
@@ -30,7 +28,8 @@ from tickmesh.node.event import EVENT
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.protocol import load_framing, load_spec
 from tickmesh.ops.bench_book import BATCH, Image, write_image
-from tickmesh.transports.codecache import cache_dir, load_generated
+from tickmesh.ops.cpp_peer import build_peer
+from tickmesh.transports.codecache import load_generated
 
 Result = dict[str, Any]
 Events = npt.NDArray[np.void]
@@ -132,25 +131,6 @@ def _address(array: npt.NDArray[Any]) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
-def build_peer(compiler: str) -> Path:
-    """Compile decode_peer.cpp into the cache, once per source and compiler.
-
-    Raises:
-        subprocess.CalledProcessError: it does not compile.
-    """
-    source = Path(__file__).with_name("decode_peer.cpp")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    digest = hashlib.sha256(source.read_bytes() + version.encode()).hexdigest()[:16]
-    target = cache_dir() / "bench" / f"decode_peer-{Path(compiler).name}-{digest}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_suffix(f".{os.getpid()}")
-        options = ["-O3", "-march=native", "-DNDEBUG", "-std=c++20", "-shared", "-fPIC"]
-        subprocess.run([compiler, *options, "-o", temporary, source], check=True, capture_output=True, text=True)
-        os.replace(temporary, target)
-    return target
-
-
 def _peers() -> tuple[dict[str, Peer], dict[str, str]]:
     """The C++ decoders that could be built, by "name, compiler", and why others could not."""
     peers: dict[str, Peer] = {}
@@ -160,7 +140,7 @@ def _peers() -> tuple[dict[str, Peer], dict[str, str]]:
             skipped[compiler] = "not installed"
             continue
         try:
-            library = build_peer(compiler)
+            library = build_peer("decode_peer.cpp", compiler)
         except subprocess.CalledProcessError as error:
             skipped[compiler] = f"does not build: {(error.stderr or '')[-400:]}"
             continue

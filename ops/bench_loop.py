@@ -29,7 +29,8 @@ from tickmesh.node.loops import replay_loop
 from tickmesh.node.protocol import load_framing, load_spec
 from tickmesh.node.risk import make_limits
 from tickmesh.node.shard import BATCH_EVENTS, Shard, ShardPlan
-from tickmesh.ops.bench_book import Image, Peer, build_peer, write_image
+from tickmesh.ops.bench_book import Image, Peer, write_image
+from tickmesh.ops.cpp_peer import build_peer
 from tickmesh.transports.ring import W_CLAIMED, W_PUBLISHED, Ring
 
 Result = dict[str, Any]
@@ -62,10 +63,10 @@ class Contestant:
     def __init__(self, shard_plan: ShardPlan, symbols: int) -> None:
         self._plan, self._symbols = shard_plan, symbols
         self._spec, self._framing = load_spec("itch50"), load_framing("binaryfile")
-        self._decoder: Any = load_decoder(self._spec, self._framing)
+        decoder: Any = load_decoder(self._spec, self._framing)
         self._batch = np.zeros(BATCH_EVENTS, EVENT)
         self.shard = self._fresh()
-        self._loop: Any = replay_loop(self._decoder, self.shard.module)
+        self._loop: Any = replay_loop(decoder, self.shard.module)
 
     def _fresh(self) -> Shard:
         ring = Ring.create(None, _RING_EVENTS, EVENT, mode="lossy")
@@ -111,7 +112,7 @@ def bench_loop(messages: int = 4_000_000, symbols: int = 400, repeats: int = 7) 
     """
     image, end = write_image(messages, symbols)
     contestants = {name: Contestant(stage, symbols) for name, stage in STAGES.items()}
-    peer = Peer(build_peer("g++"), "conventional", symbols, messages)
+    peer = Peer(build_peer("book_peer.cpp", "g++"), "conventional", symbols, messages)
     runs: dict[str, Callable[[Image, int], float]] = {"C++": peer.book_ns, **{name: c.run_ns for name, c in contestants.items()}}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():

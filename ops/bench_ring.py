@@ -10,7 +10,6 @@ Run it: ``python -m tickmesh.ops.bench_ring``.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -20,12 +19,11 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tickmesh.transports.codecache import cache_dir
+from tickmesh.ops.cpp_peer import build_peer
 from tickmesh.transports.ring import RECORD, Ring, ring_read_batch, ring_write_batch
 from tickmesh.transports.toolbox import IDLE_SPIN, cpu_pause, cycle_counter, loop, monotonic_ns
 
@@ -123,24 +121,6 @@ def _run(kernel: Any, warm: Sequence[Any], real: Sequence[Any]) -> Any:
 # ---------------------------------------------------------------- the harness
 
 
-def build_peer(compiler: str) -> Path:
-    """Compile ring_peer.cpp into the cache, once per source and compiler.
-
-    Raises:
-        subprocess.CalledProcessError: it does not compile.
-    """
-    source = Path(__file__).with_name("ring_peer.cpp")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    digest = hashlib.sha256(source.read_bytes() + version.encode()).hexdigest()[:16]
-    target = cache_dir() / "bench" / f"ring_peer-{Path(compiler).name}-{digest}"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_suffix(f".{os.getpid()}")
-        subprocess.run([compiler, "-O3", "-march=native", "-std=c++17", "-o", temporary, source], check=True, capture_output=True)
-        temporary.replace(target)
-    return target
-
-
 NUMBA = [sys.executable, "-m", "tickmesh.ops.bench_ring", "peer"]
 
 
@@ -215,7 +195,7 @@ def _compilers() -> tuple[dict[str, list[str]], dict[str, str]]:
             skipped[compiler] = "not installed"
             continue
         try:
-            commands[compiler] = [str(build_peer(compiler))]
+            commands[compiler] = [str(build_peer("ring_peer.cpp", compiler, shared=False))]
         except subprocess.CalledProcessError as error:
             skipped[compiler] = f"does not build: {(error.stderr or b'').decode(errors='replace')[-400:]}"
     return commands, skipped

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tickmesh.ops import bench_ring
+from tickmesh.ops.cpp_peer import build_peer
 from tickmesh.transports import ring as rings
 from tickmesh.transports.ring import RECORD, Ring
 from tickmesh.transports.toolbox import IDLE_YIELD, loop
@@ -375,7 +376,7 @@ def _write_until_stopped(ring, batch, stop):  # type: ignore[no-untyped-def]
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ for the C++ peer")
 def test_a_peer_in_cpp_speaks_the_same_ring() -> None:
     """The benchmark's other side reads what we write and the other way round: every record arrives (the sum is checked)."""
-    cpp = [str(bench_ring.build_peer("g++"))]
+    cpp = [str(build_peer("ring_peer.cpp", "g++", shared=False))]
     count = 3 * 65536
     assert bench_ring.measure_throughput(bench_ring.NUMBA, cpp, count) > 0
     assert bench_ring.measure_throughput(cpp, bench_ring.NUMBA, count) > 0

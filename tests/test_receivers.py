@@ -158,7 +158,9 @@ def by_symbol(node: Node, url: str, name: str) -> dict[str, list[tuple[int, ...]
 # ---------------------------------------------------------------- recordings
 
 
-@pytest.mark.parametrize(("data_format", "path", "pace"), [("dbn_mbo", ES, '"max"'), ("binance", BINANCE, "100000")])
+@pytest.mark.parametrize(
+    ("data_format", "path", "pace"), [("dbn_mbo", ES, '"max"'), pytest.param("binance", BINANCE, "100000", marks=pytest.mark.slow)]
+)
 def test_a_recording_live_is_its_replay(
     nats_server: NatsServer, cluster: str, tmp_path: Path, data_format: str, path: str, pace: str  # noqa: F811
 ) -> None:

@@ -102,6 +102,10 @@ def _given_rows(result: Result) -> Iterator[Row]:
 
 BENCHES = (
     Bench(
+        "decode", "ITCH to 64-byte events, against C++", "tickmesh.ops.bench_decode", "bench_decode", _given_rows,
+        {"messages": 300_000, "repeats": 3},
+    ),
+    Bench(
         "book", "ITCH decode and full-depth book, against C++ and Python packages", "tickmesh.ops.bench_book", "bench_book", _given_rows,
         {"messages": 1_000_000, "symbols": (400,), "repeats": 3},
     ),

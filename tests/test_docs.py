@@ -36,6 +36,7 @@ from tickmesh.node.telemetry import find_nodes
 from tickmesh.ops import cli
 from tickmesh.ops.bench import BENCHES
 from tickmesh.transports.codecache import cache_dir
+from tickmesh.transports.ring import SHM_FOLDER
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -243,6 +244,8 @@ class Terminal:
         for node in find_nodes():
             if node.cluster == self.cluster:
                 node.path.unlink(missing_ok=True)
+        for ring in SHM_FOLDER.glob(f"tickmesh-{self.cluster}-*"):
+            ring.unlink(missing_ok=True)
 
 
 @pytest.fixture

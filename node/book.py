@@ -30,7 +30,8 @@ from tickmesh.node.event import ALL_INSTRUMENTS, NO_INSTRUMENT, NO_PRICE, NO_SID
 from tickmesh.transports.toolbox import count_leading_zeros, count_trailing_zeros, f64_bits, inlined, loop, outlined, prefetch
 
 ORDER = np.dtype([("word", "<u8"), ("key", "<i4"), ("qty", "<u4")])
-"""A resting order: `word` = rest of the id << 19 | bs. Empty when `qty` is 0."""
+"""A resting order: `word` = rest of the id << 19 | mark << 18 | bs. Empty when `qty` is 0; the mark outlives the order: it says that
+another order that prefers this slot may lie elsewhere."""
 SIDE = np.dtype(
     [
         ("summary", "<u8"), ("best", "<i4"), ("base", "<i4"), ("tick", "<i8"), ("per_tick", "<f8"),
@@ -92,7 +93,7 @@ class Books(NamedTuple):
 _SEQUENTIAL, _RANDOM, _PER_INSTRUMENT = 0, 1, 2
 _ID_MODES = {"sequential": _SEQUENTIAL, "random": _RANDOM, "per_instrument": _PER_INSTRUMENT}
 _DISPLACED, _SPILLED, _FAR_FREE, _FAR_FRESH, _FAR_USED, _GENERATION, _STATES = 0, 1, 2, 3, 4, 5, 8
-_BS_BITS = 19
+_BS_BITS = 18
 _SLOT_BITS_MIN = 21
 _QTY_BITS = 40
 _HUGE = 1 << 21
@@ -119,7 +120,7 @@ def make_books(
     """Empty books.
 
     Args:
-        instruments_max: instrument ids are below this; at most 2**18.
+        instruments_max: instrument ids are below this; at most 2**17.
         orders_max: resting orders to expect at once over all instruments; the table is at most half full with as many.
         order_ids: ``"sequential"`` (dense, rising), ``"random"`` (any pattern) or ``"per_instrument"`` (any pattern, unique only
             within an instrument; every event must then carry its instrument).
@@ -176,7 +177,9 @@ _QTY_OVERFLOW, _PRICE_RANGE, _ORDERS_FULL, _LEVELS_FULL, _WRONG_BOOK, _OTHER_INS
 _U = np.uint64
 _I = np.int64
 _ZERO, _ONE, _TWO, _THREE, _SIX, _LOW6 = _U(0), _U(1), _U(2), _U(3), _U(6), _U(63)
-_TAG_SHIFT = _U(_BS_BITS)
+_TAG_SHIFT = _U(_BS_BITS + 1)
+_TAG_MASK = _U((1 << 64) - (2 << _BS_BITS))
+_MARK = _U(1 << _BS_BITS)
 _WINDOW_SHIFT = _U(_WINDOW_BITS)
 _BS_MASK = _U((1 << _BS_BITS) - 1)
 _QTY_SHIFT = _U(_QTY_BITS)
@@ -236,8 +239,6 @@ def _spill_home(books: Any, hash: Any) -> Any:
 @outlined
 def _find_displaced(books: Any, hash: Any) -> Any:
     """Index of an order that is not in its preferred slot, or -1."""
-    if books.state[_DISPLACED] == 0:
-        return _I(-1)
     tag = _tag(books, hash)
     first = _preferred(books, hash) & ~_THREE
     for way in range(4):
@@ -263,7 +264,7 @@ def _find(books: Any, hash: Any) -> Any:
     order = books.orders[index]
     if order.word >> _TAG_SHIFT == _tag(books, hash) and order.qty != 0:
         return _I(index)
-    return _find_displaced(books, hash)
+    return _find_displaced(books, hash) if order.word & _MARK != _ZERO else _I(-1)
 
 
 @outlined
@@ -272,9 +273,15 @@ def _place_displaced(books: Any, hash: Any) -> Any:
     if _find(books, hash) >= 0:
         return _I(_DUPLICATE_ORDER)
     preferred = _preferred(books, hash)
-    if books.orders[preferred].qty == 0:
-        return _I(preferred)
     first = preferred & ~_THREE
+    if books.orders[preferred].qty == 0:
+        guests = books.state[_SPILLED]
+        for way in range(4):
+            other = books.orders[first + _U(way)]
+            guests += other.qty != 0 and (other.word >> _TAG_SHIFT) & _THREE == preferred & _THREE
+        if guests == 0:
+            books.orders[preferred].word = _ZERO
+        return _I(preferred)
     for way in range(4):
         if books.orders[first + _U(way)].qty == 0:
             return _I(first + _U(way))
@@ -292,15 +299,16 @@ def _place_displaced(books: Any, hash: Any) -> Any:
 def _place(books: Any, hash: Any) -> Any:
     """Index where a new order goes (nothing is written yet), or a refusal."""
     index = _preferred(books, hash)
-    if books.orders[index].qty == 0 and books.state[_DISPLACED] == 0:
+    if books.orders[index].qty == 0 and books.orders[index].word & _MARK == _ZERO:
         return _I(index)
     return _place_displaced(books, hash)
 
 
 @outlined
 def _note_displaced(books: Any, index: Any, hash: Any) -> Any:
-    """Count a new order that is not in its preferred slot."""
+    """Count a new order that is not in its preferred slot, and mark that."""
     books.state[_DISPLACED] += 1
+    books.orders[_preferred(books, hash)].word |= _MARK
     spill = _I(index) - (_I(1) << books.slot_bits)
     if spill >= 0:
         books.state[_SPILLED] += 1
@@ -423,8 +431,14 @@ def _far_remove(books: Any, node: Any) -> Any:
 
 @inlined
 def _level_index(bs: Any, key: Any) -> Any:
-    """Place of a level word; valid only if the key is inside the window."""
-    return (_U(bs) << _WINDOW_SHIFT) | (_U(key) & _U(_WINDOW - 1))
+    """Place of a level word; valid only if the key is inside the window.
+
+    Bids and asks alternate every 64 ticks, so that the levels around the touch share a page of memory.
+    """
+    ask = _U(bs) & _ONE
+    ticks = _U(key) ^ (_ZERO - ask)
+    place = ((ticks & _U(_WINDOW - 64)) << _ONE) | (ticks & _LOW6) | (ask << _SIX)
+    return ((_U(bs) >> _ONE) << (_WINDOW_SHIFT + _ONE)) | place
 
 
 @inlined
@@ -771,7 +785,7 @@ def _new_order(books: Any, event: Any, bs: Any) -> Any:
     refusal = _rest(books, event, bs)
     if refusal == 0:
         order = books.orders[_U(index)]
-        order.word = (_tag(books, hashed) << _TAG_SHIFT) | _U(bs)
+        order.word = (_tag(books, hashed) << _TAG_SHIFT) | (order.word & _MARK) | _U(bs)
         order.key = _key_of_ticks(bs, _ticks_of(books.sides[bs], event.price))
         order.qty = event.qty
         if _U(index) != _preferred(books, hashed):
@@ -979,7 +993,7 @@ def _apply_usual(books: Any, event: Any, kind: Any) -> Any:
     order = books.orders[_preferred(books, hashed)]
     word, resting, instrument = order.word, _U(order.qty), _U(event.instrument)
     bs = _choose(adds, instrument * _TWO + _U(event.side), word & _BS_MASK)
-    misplaced = _choose(adds, resting | _U(books.state[_DISPLACED]), (word ^ tag) & ~_BS_MASK)
+    misplaced = _choose(adds, resting | (word & _MARK), (word ^ tag) & _TAG_MASK)
     misnamed = (instrument ^ (bs >> _ONE)) & (_ZERO - _U(event.instrument != NO_INSTRUMENT))
     if (misplaced | misnamed != _ZERO) | (bs >= _U(books.sides.size)):
         return False
@@ -996,7 +1010,7 @@ def _apply_usual(books: Any, event: Any, kind: Any) -> Any:
     signed = (qty ^ ~adds) - ~adds
     left = resting + signed
     after = before + signed + ((adds & _ONE_ORDER) - (_U(left == _ZERO) << _QTY_SHIFT))
-    order.word = tag | bs
+    order.word = _choose(adds, tag | bs, word)
     order.key = key
     order.qty = left
     books.levels[index] = after
@@ -1152,9 +1166,11 @@ def book_tick(books: Books, instrument: int) -> int:
 def _side_levels(books: Books, bs: int) -> list[tuple[int, int, int]]:
     """(price, qty, orders) of every level of a side, best first."""
     side = books.sides[bs]
-    window = books.levels[bs * _WINDOW : (bs + 1) * _WINDOW]
-    base = int(side["base"])
-    found = [(base + ((int(slot) - base) & (_WINDOW - 1)), int(window[slot])) for slot in np.flatnonzero(window)]
+    keys = int(side["base"]) + np.arange(_WINDOW)
+    ticks = ~keys if bs & 1 else keys
+    places = ((ticks & (_WINDOW - 64)) << 1) | (ticks & 63) | (bs & 1) << 6 | (bs >> 1) * 2 * _WINDOW
+    words = books.levels[places]
+    found = [(int(keys[at]), int(words[at])) for at in np.flatnonzero(words)]
     node = int(side["far_head"])
     while node:
         found.append((int(books.far[node]["key"]), int(books.far[node]["word"])))

@@ -215,7 +215,7 @@ TimeZone = Annotated[str, BeforeValidator(lambda v: _valid_timezone(v) if isinst
 SourceType = Annotated[Literal["file", "pcap", "multicast", "simulator"], BeforeValidator(_built("type"))]
 DeliveryMethod = Annotated[Literal["nats", "shm"], BeforeValidator(_built("method"))]
 OutputKind = Literal[
-    "bbo", "trade", "signal", "alert", "bar", "intent", "risk", "book_state", "status", "gap", "reference",
+    "bbo", "trade", "signal", "alert", "bar", "intent", "risk", "status", "gap", "reference",
     "quote", "imbalance", "break", "system", "level", "order", "clear",
 ]  # fmt: skip
 """What a shard can put out; `order` stands for add, execute, cancel, delete, replace and modify."""
@@ -290,8 +290,8 @@ class Cluster(Table):
 
     @property
     def data_path(self) -> Path:
-        """`data_dir` with ``~`` and environment variables expanded."""
-        return Path(os.path.expandvars(self.data_dir)).expanduser()
+        """`data_dir` with ``~`` and environment variables expanded; a relative one starts at the current folder."""
+        return Path(os.path.expandvars(self.data_dir)).expanduser().absolute()
 
     @model_validator(mode="after")
     def _check(self) -> Cluster:
@@ -514,7 +514,7 @@ class Processing(Table):
     """``[processing]``: what is computed, and what of it goes out."""
 
     outputs: list[OutputKind] = key(
-        ["bbo", "trade", "signal", "alert", "bar", "intent", "risk", "book_state", "status", "gap", "reference"],
+        ["bbo", "trade", "signal", "alert", "bar", "intent", "risk", "status", "gap", "reference"],
         "Kinds of event that the shard puts out.",
     )
     calculations: dict[Name, Calculation] = key({}, "Calculations by name.")

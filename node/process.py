@@ -484,8 +484,8 @@ def shard_numbers(shard: ShardThread) -> dict[str, int]:
 
 def delivery_numbers(status: Mapping[str, Any]) -> dict[str, int]:
     """Numbers of a gateway's shard for :class:`DeliveryCounter`."""
-    same = {name: name for name in ("frames", "acks", "retries", "reconnects")}
-    names = {**same, "skipped": "per_event_skipped", "lag": "ring_lag", "events": "events_read"}
+    same = {name: name for name in ("frames", "acks", "reconnects")}
+    names = {**same, "retries": "resent", "skipped": "per_event_skipped", "lag": "ring_lag", "events": "events_read"}
     return {counter: int(status[key]) for counter, key in names.items() if key in status}
 
 

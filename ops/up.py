@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import fcntl
 import shutil
 import signal
@@ -73,7 +74,8 @@ def _simulated_source() -> str:
     from tickmesh.ops.simulator import symbol_names
 
     names = ", ".join(f'"{name}"' for name in symbol_names(_DEMO_SYMBOLS))
-    return f'\n[data_sources.market]\ntype = "simulator"\nsymbols = [{names}]\nrate = {_DEMO_RATE}\npace = "realtime"\n'
+    today = datetime.date.today().isoformat()
+    return f'\n[data_sources.market]\ntype = "simulator"\nsymbols = [{names}]\nrate = {_DEMO_RATE}\npace = "realtime"\ndate = "{today}"\n'
 
 
 def _capture_sources(captures: Sequence[Path]) -> str:

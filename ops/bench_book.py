@@ -44,11 +44,13 @@ from tickmesh.transports.toolbox import inlined, loop
 
 Result = dict[str, Any]
 Image = npt.NDArray[np.uint8]
-BATCH = 256
+BATCH = 128
 FAR_AHEAD = 24
 NEAR_AHEAD = 8
 _PREFIX = 20_000
 _TARGET = 1.9
+_ORDERS_PER_SYMBOL = 128
+"""Resting orders on average, both sides: a million orders over the venue's 8,000 symbols."""
 _ITCH_SCALE = 100_000
 """From ITCH's prices (1e-4) to events' (1e-9)."""
 _S31, _S33 = np.uint64(31), np.uint64(33)
@@ -77,15 +79,16 @@ def _distance(state: Any) -> Any:
 
 @loop
 def _write_flow(buf: Any, pos: Any, stocks: Any, mids: Any, live: Any, state: Any, messages: Any) -> Any:
-    """45% adds, 42% deletes, 5% replaces, 6% executions, 2% partial cancels; returns the end of the image.
+    """45% adds, 42% deletes, 5% replaces, 6% executions, 2% partial cancels; 70% adds until the books are filled. Returns the end.
 
-    `live`: (id, locate, side, qty, price) of every resting order. Half of the changes hit one of the newest 512, as short-lived orders do.
+    `live`: (id, locate, side, qty) of every resting order. Half of the changes hit one of the newest 512, as short-lived orders do.
     """
+    filled = stocks.size * _ORDERS_PER_SYMBOL
     count, next_id, when = np.int64(0), np.int64(1), np.int64(34_200_000_000_000)
     for _ in range(messages):
         when += 1 + (_random(state) & 2047)
         draw = _random(state) % 100
-        if draw < 45 or count < 64:
+        if draw < 45 or (count < filled and draw < 70) or count < 64:
             popular = _random(state) % stocks.size
             symbol = popular if _random(state) & 1 else _random(state) % (popular + 1)
             if _random(state) & 63 == 0:

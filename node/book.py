@@ -97,6 +97,8 @@ _BS_BITS = 18
 _SLOT_BITS_MIN = 21
 _QTY_BITS = 40
 _HUGE = 1 << 21
+_HUGE_LEVELS_MAX = 32 << 20
+"""Windows up to this many bytes in all are worth huge pages; above it (512 instruments) only the touched 4 KiB pages become resident."""
 _WINDOW_BITS = 12
 _WINDOW = 1 << _WINDOW_BITS
 """Levels in a side's window: as many as a two-level bitset of 64-bit words covers."""
@@ -146,7 +148,7 @@ def make_books(
         spill_hashes=_zeros(spill, np.uint64, False),
         sides=_zeros(sides, SIDE, True),
         words=_zeros(sides * _WINDOW // 64, np.uint64, True),
-        levels=_zeros(sides * _WINDOW, np.uint64, False),
+        levels=_zeros(sides * _WINDOW, np.uint64, sides * _WINDOW * 8 <= _HUGE_LEVELS_MAX),
         far=_zeros(far_max + 1, FAR, False),
         far_heads=_zeros(1 << (2 * far_max - 1).bit_length(), np.int32, False),
         ticks=np.zeros(instruments_max, np.int64),
@@ -1072,6 +1074,7 @@ def book_prefetch_level(books: Any, event: Any) -> Any:
     key = _choose(wire, _U(_key_of_ticks(named, _ticks_of(books.sides[named], event.price))), _U(order.key))
     prefetch(books.sides, _I(bs))
     prefetch(books.levels, _I(_level_index(bs, key)))
+    prefetch(books.words, _I(_word_index(bs, _block(key))))
 
 
 # ---------------------------------------------------------------- the best bid and offer

@@ -130,7 +130,7 @@ def _rings(count: int) -> Iterator[list[Ring]]:
     with contextlib.ExitStack() as stack:
         rings = []
         for name in names:
-            ring = stack.enter_context(Ring.create(name, CAPACITY))
+            ring = stack.enter_context(Ring.create(name, CAPACITY, reader_timeout_ms=600_000))  # a busy host must not end a run
             stack.callback(ring.unlink)
             rings.append(ring)
         yield rings

@@ -136,13 +136,13 @@ def _rings(count: int) -> Iterator[list[Ring]]:
         yield rings
 
 
-def _start(command: Sequence[str], core: int) -> subprocess.Popen[str]:
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def _start(command: Sequence[str], core: int) -> subprocess.Popen[bytes]:
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0)  # unbuffered: the rest is for communicate()
     with contextlib.suppress(OSError):
         os.sched_setaffinity(child.pid, {core})
     assert child.stdout is not None
     line = child.stdout.readline()
-    if line != "ready\n":
+    if line != b"ready\n":
         child.kill()
         child.wait()
         raise RuntimeError(f"{' '.join(command)} did not start: {line!r}")
@@ -152,7 +152,7 @@ def _start(command: Sequence[str], core: int) -> subprocess.Popen[str]:
 def _together(first: Sequence[str], second: Sequence[str]) -> tuple[Result, Result]:
     """Run two peers, each on its own core; `first` is ready before `second` starts."""
     cores = sorted(os.sched_getaffinity(0))
-    children: list[subprocess.Popen[str]] = []
+    children: list[subprocess.Popen[bytes]] = []
     try:
         children.append(_start(first, cores[0]))
         children.append(_start(second, cores[-1]))

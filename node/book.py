@@ -35,14 +35,18 @@ another order that prefers this slot may lie elsewhere."""
 SIDE = np.dtype(
     [
         ("summary", "<u8"), ("best", "<i4"), ("base", "<i4"), ("tick", "<i8"), ("per_tick", "<f8"),
-        ("far_head", "<i4"), ("flags", "<u4"), ("generation", "<u4"),
-        ("published_flags", "<u4"), ("published_price", "<i8"), ("published_qty", "<i8"),
+        ("far_head", "<i4"), ("flags", "<u4"), ("published_flags", "<u4"), ("_pad", "<u4"),
+        ("published_price", "<i8"), ("published_qty", "<i8"),
     ]
 )  # fmt: skip
-"""One side of a book, one cache line. `flags` and `generation` of the instrument are those of its bid side."""
+"""One side of a book, one cache line. `flags`: STALE and HALTED of an instrument are kept in its bid side."""
 FAR = np.dtype([("word", "<u8"), ("key", "<i4"), ("bs", "<u4"), ("next", "<i4"), ("previous", "<i4"), ("chain", "<i4"), ("_pad", "<i4")])
 """A level outside the window; node 0 is never used."""
-assert (ORDER.itemsize, SIDE.itemsize, FAR.itemsize) == (16, 64, 32)
+PLAN = np.dtype([("word", "<u8"), ("slot", "<u4"), ("key", "<i4"), ("level", "<u4"), ("_pad", "<u4")])
+"""What :func:`book_plan` found out ahead about one event: its order's slot, the word of that order, its price and its level's place."""
+assert (ORDER.itemsize, SIDE.itemsize, FAR.itemsize, PLAN.itemsize) == (16, 64, 32, 24)
+PLANS = 64
+"""Events that may be planned ahead; one more place serves :func:`book_apply`, which plans and applies at once."""
 
 
 class Refusal(IntEnum):
@@ -83,6 +87,7 @@ class Books(NamedTuple):
     levels: npt.NDArray[np.uint64]
     far: npt.NDArray[np.void]
     far_heads: npt.NDArray[np.int32]
+    plans: npt.NDArray[np.void]
     ticks: npt.NDArray[np.int64]
     state: npt.NDArray[np.int64]
     counters: npt.NDArray[np.int64]
@@ -92,7 +97,7 @@ class Books(NamedTuple):
 
 _SEQUENTIAL, _RANDOM, _PER_INSTRUMENT = 0, 1, 2
 _ID_MODES = {"sequential": _SEQUENTIAL, "random": _RANDOM, "per_instrument": _PER_INSTRUMENT}
-_DISPLACED, _SPILLED, _FAR_FREE, _FAR_FRESH, _FAR_USED, _GENERATION, _STATES = 0, 1, 2, 3, 4, 5, 8
+_DISPLACED, _SPILLED, _FAR_FREE, _FAR_FRESH, _FAR_USED, _STATES = 0, 1, 2, 3, 4, 8
 _BS_BITS = 18
 _SLOT_BITS_MIN = 21
 _QTY_BITS = 40
@@ -138,8 +143,8 @@ def make_books(
         raise ValueError(f"instruments_max={instruments_max}: choose 1 to {1 << (_BS_BITS - 1)}")
     if order_ids not in _ID_MODES:
         raise ValueError(f"order_ids={order_ids!r}: choose one of {', '.join(_ID_MODES)}")
-    if not (1 <= far_max < 1 << 30 and 1 <= orders_max <= 1 << 32):
-        raise ValueError(f"far_max={far_max} must be 1 to 2**30 - 1, orders_max={orders_max} 1 to 2**32")
+    if not (1 <= far_max < 1 << 30 and 1 <= orders_max <= 1 << 31):
+        raise ValueError(f"far_max={far_max} must be 1 to 2**30 - 1, orders_max={orders_max} 1 to 2**31")
     slot_bits = max(_SLOT_BITS_MIN, (2 * orders_max - 1).bit_length())
     spill = 1 << (slot_bits - 4)
     sides = 2 * instruments_max
@@ -151,6 +156,7 @@ def make_books(
         levels=_zeros(sides * _WINDOW, np.uint64, sides * _WINDOW * 8 <= _HUGE_LEVELS_MAX),
         far=_zeros(far_max + 1, FAR, False),
         far_heads=_zeros(1 << (2 * far_max - 1).bit_length(), np.int32, False),
+        plans=np.zeros(PLANS + 1, PLAN),
         ticks=np.zeros(instruments_max, np.int64),
         state=np.zeros(_STATES, np.int64),
         counters=np.zeros(_COUNTERS, np.int64),
@@ -168,6 +174,8 @@ _CLEAR, _LEVEL, _STATUS, _GAP, _BBO = (int(k) for k in (Kind.CLEAR, Kind.LEVEL, 
 _STALE, _HALTED, _CROSSED_FLAG, _LOCKED, _PRICED = (int(f) for f in (Flag.STALE, Flag.HALTED, Flag.CROSSED, Flag.LOCKED, Flag.PRICED))
 _BY_LEVEL = 1 << 16
 """In ``side.flags``, above the event flags: the level words are plain quantities."""
+_TOUCHED = 1 << 17
+"""In ``side.flags`` of both sides: the BBO may differ from what was published, though the next event may not touch it."""
 _PUBLISHED = 1 << 16
 """In ``side.published_flags``: something has been published."""
 _STATUS_UNKNOWN = int(TradingStatus.UNKNOWN)
@@ -746,6 +754,8 @@ def _refine(books: Any, instrument: Any, price: Any) -> Any:
     ask.tick = tick
     bid.per_tick = 1.0 / np.float64(tick)
     ask.per_tick = bid.per_tick
+    for at in range(books.plans.size):  # made with the tick before
+        books.plans[_U(at)].word = ~_ZERO
     return _I(0)
 
 
@@ -775,6 +785,12 @@ def _rest(books: Any, event: Any, bs: Any) -> Any:
     if refusal < 0:
         return refusal
     return _level_add(books, bs, _key_of_ticks(bs, _ticks_of(side, event.price)), _U(event.qty))
+
+
+@inlined
+def _touches(side: Any, key: Any) -> Any:
+    """1 if a change at `key` may have changed the BBO, else 0: it is below what is the best after it."""
+    return _I(key >= _I(side.best)) | _I((side.flags & np.uint32(_TOUCHED)) != 0)
 
 
 @inlined
@@ -863,7 +879,7 @@ def _apply_order(books: Any, event: Any, kind: Any) -> Any:
 
 @inlined
 def _apply_level(books: Any, event: Any) -> Any:
-    """LEVEL: set the quantity at a price; removing a level that is not there is no fault."""
+    """LEVEL: set the quantity at a price; removing a level that is not there is no fault. Returns as :func:`book_apply` does."""
     if _I(event.instrument) >= books.ticks.size or event.side > 1:
         return _I(_BAD_SIDE) if event.side > 1 else _I(_UNKNOWN_INSTRUMENT)
     if event.qty < 0:
@@ -879,13 +895,14 @@ def _apply_level(books: Any, event: Any) -> Any:
         return refusal
     key = _key_of_ticks(bs, _ticks_of(side, event.price))
     if not _in_window(side, key):
-        return _level_outside(books, bs, key, _U(event.qty), False)
+        refusal = _level_outside(books, bs, key, _U(event.qty), False)
+        return refusal if refusal < 0 else _I(1)
     index = _level_index(bs, key)
     before = books.levels[index]
     books.levels[index] = _U(event.qty)
     if (before == _ZERO) != (event.qty == 0):
         _toggle(books, side, bs, key)
-    return _I(0)
+    return _touches(side, key)
 
 
 @outlined
@@ -935,7 +952,8 @@ def _clear(books: Any, event: Any) -> Any:
                 _clear_levels(books, bs)
             if event.side == NO_SIDE:
                 books.sides[bs].flags &= np.uint32(~np.uint32(_STALE))
-                books.sides[bs].generation = books.state[_GENERATION]
+            books.sides[bs].flags |= np.uint32(_TOUCHED)
+            books.sides[bs ^ 1].flags |= np.uint32(_TOUCHED)
     if orders:
         _clear_orders(books, first, end, _I(event.side))
     return _I(0)
@@ -946,7 +964,8 @@ def _apply_state(books: Any, event: Any, kind: Any) -> Any:
     """CLEAR, STATUS (an unknown status changes nothing), GAP (all books, those not seen yet too, or one)."""
     every = event.instrument == ALL_INSTRUMENTS
     if kind == _GAP and every:
-        books.state[_GENERATION] += 1
+        for bs in range(books.sides.size):
+            books.sides[_U(bs)].flags |= np.uint32(_TOUCHED | (_STALE if bs & 1 == 0 else 0))
         return _I(0)
     if _I(event.instrument) >= books.ticks.size and not (kind == _CLEAR and every):
         return _I(_UNKNOWN_INSTRUMENT)
@@ -959,12 +978,12 @@ def _apply_state(books: Any, event: Any, kind: Any) -> Any:
         bid.flags |= np.uint32(_HALTED)
     elif event.aux != _STATUS_UNKNOWN:
         bid.flags &= np.uint32(~np.uint32(_HALTED))
-    return _I(0)
+    return _I(1)
 
 
 @outlined
 def _apply_any(books: Any, event: Any, kind: Any) -> Any:
-    """Any event, by the complete rules; counts a refusal."""
+    """Any event, by the complete rules; counts a refusal. Whatever was applied may have touched the BBO: 1."""
     if kind <= _MODIFY:
         result = _apply_order(books, event, kind)
     elif kind == _LEVEL:
@@ -973,7 +992,8 @@ def _apply_any(books: Any, event: Any, kind: Any) -> Any:
         result = _apply_state(books, event, kind)
     if result < 0:
         books.counters[-result] += 1
-    return result
+        return result
+    return _I(1)
 
 
 @inlined
@@ -983,36 +1003,84 @@ def _choose(mask: Any, yes: Any, no: Any) -> Any:
 
 
 @inlined
-def _apply_usual(books: Any, event: Any, kind: Any) -> Any:
-    """ADD, EXECUTE, CANCEL, DELETE as they nearly always are; false, and nothing done, if this one is not.
+def _order_named(books: Any, event: Any) -> Any:
+    """Hash of the order that an event needs first: the old one of a REPLACE."""
+    return _hash(books, _U(event.aux) if event.kind == _REPLACE else event.id, event.instrument)
+
+
+@inlined
+def _side_named(books: Any, event: Any) -> Any:
+    """Index of the side that the wire names; some side of the shard if it names none."""
+    return min(_U(event.instrument) * _TWO + _U(event.side & 1), _U(books.sides.size - 1))
+
+
+@inlined
+def book_prefetch(books: Any, event: Any) -> Any:
+    """Hint, to be given some 16 to 32 events ahead: the order and the side that an event names will be looked up."""
+    prefetch(books.orders, _I(_preferred(books, _order_named(books, event))))
+    prefetch(books.sides, _I(_side_named(books, event)))
+
+
+@inlined
+def _plan(books: Any, event: Any, plan: Any) -> Any:
+    """Look up what an event is about: its order, or the level it names. Only a guess until :func:`_apply_usual` has looked."""
+    hashed = _order_named(books, event)
+    slot = _preferred(books, hashed)
+    order = books.orders[slot]
+    wire = _LEVEL_ON_WIRE[event.kind]
+    named = _U(event.instrument) * _TWO + _U(event.side)
+    side = books.sides[_side_named(books, event)]
+    bs = _choose(wire, named, order.word) & _BS_MASK
+    key = _I(_choose(wire, _U(_key_of_ticks(bs, _ticks_of(side, event.price))), _U(order.key)))
+    plan.word = (_tag(books, hashed) << _TAG_SHIFT) | bs
+    plan.slot = slot
+    plan.key = key
+    level = _level_index(bs, key)
+    plan.level = level
+    return bs, key, level
+
+
+@inlined
+def book_plan(books: Any, event: Any, at: Any) -> Any:
+    """Look up some 4 to 12 events ahead what event number `at` is about, for :func:`book_apply_planned`, and ask for its level.
+
+    To be called after :func:`book_prefetch`. What happens in between does no harm: a plan that no longer holds is dropped.
+    """
+    bs, key, level = _plan(books, event, books.plans[_U(at) & _U(PLANS - 1)])
+    prefetch(books.sides, _I(bs))
+    prefetch(books.levels, _I(level))
+    prefetch(books.words, _I(_word_index(bs, _block(key))))
+
+
+@inlined
+def _apply_usual(books: Any, event: Any, kind: Any, plan: Any) -> Any:
+    """ADD, EXECUTE, CANCEL, DELETE as they nearly always are; -1, and nothing done, if this one is not; else as :func:`book_apply`.
 
     Usual is: the order in its preferred slot, the level in the window, every field in bounds. Which of the four kinds comes next cannot be
     predicted, so there is no branch on it; the only doubtful branch is whether a level comes or goes.
     """
     adds = _ZERO - _U(kind == _ADD)
-    hashed = _hash(books, event.id, event.instrument)
-    tag = _tag(books, hashed) << _TAG_SHIFT
-    order = books.orders[_preferred(books, hashed)]
-    word, resting, instrument = order.word, _U(order.qty), _U(event.instrument)
-    bs = _choose(adds, instrument * _TWO + _U(event.side), word & _BS_MASK)
-    misplaced = _choose(adds, resting | (word & _MARK), (word ^ tag) & _TAG_MASK)
-    misnamed = (instrument ^ (bs >> _ONE)) & (_ZERO - _U(event.instrument != NO_INSTRUMENT))
+    order = books.orders[_U(plan.slot)]
+    planned, word, resting, instrument = plan.word, order.word, _U(order.qty), _U(event.instrument)
+    key = _I(plan.key)
+    bs = planned & _BS_MASK
+    misplaced = _choose(adds, resting | (word & _MARK), ((word ^ planned) & ~_MARK) | _U(order.key ^ plan.key))
+    misnamed = (instrument ^ (bs >> _ONE)) & (adds | (_ZERO - _U(event.instrument != NO_INSTRUMENT)))
     if (misplaced | misnamed != _ZERO) | (bs >= _U(books.sides.size)):
-        return False
+        return _I(-1)
     side = books.sides[bs]
-    key = _I(_choose(adds, _U(_key_of_ticks(bs, _ticks_of(side, event.price))), _U(order.key)))
     price = _price_of(side, bs, key)
     qty = _choose(_ZERO - _U(kind == _DELETE), resting, _U(event.qty))
-    index = _level_index(bs, key)
+    index = _U(plan.level)
     before = books.levels[index]
     unusual = adds & (_U(price ^ event.price) | _U(side.flags & _BY_LEVEL) | (before & _NEARLY_FULL))
     unusual |= (_U(key - _I(side.base)) >> _WINDOW_SHIFT) | _U(event.flags & _PRICED)
     if (unusual != _ZERO) | (qty - _ONE >= resting | (adds & _ORDER_QTY_MAX)):  # an empty slot has no quantity: refused here
-        return False
+        return _I(-1)
     signed = (qty ^ ~adds) - ~adds
     left = resting + signed
     after = before + signed + ((adds & _ONE_ORDER) - (_U(left == _ZERO) << _QTY_SHIFT))
-    order.word = _choose(adds, tag | bs, word)
+    order.word = planned | (word & _MARK)
     order.key = key
     order.qty = left
     books.levels[index] = after
@@ -1022,7 +1090,78 @@ def _apply_usual(books: Any, event: Any, kind: Any) -> Any:
     event.price = price
     if (before == _ZERO) | (after == _ZERO):
         _toggle(books, side, bs, key)
-    return True
+    return _touches(side, key)
+
+
+@inlined
+def _replace_usual(books: Any, event: Any, plan: Any) -> Any:
+    """REPLACE as it nearly always is (see :func:`_apply_usual`); -1, and nothing done, if this one is not."""
+    hashed = _hash(books, event.id, event.instrument)
+    old, new = books.orders[_U(plan.slot)], books.orders[_preferred(books, hashed)]
+    word, resting, qty, instrument = old.word, _U(old.qty), _U(event.qty), _U(event.instrument)
+    bs = plan.word & _BS_MASK
+    misplaced = ((word ^ plan.word) & ~_MARK) | _U(old.key ^ plan.key) | _U(new.qty) | (new.word & _MARK)
+    misnamed = (instrument ^ (bs >> _ONE)) & (_ZERO - _U(event.instrument != NO_INSTRUMENT))
+    if (misplaced | misnamed != _ZERO) | (bs >= _U(books.sides.size)) | (resting == _ZERO):
+        return _I(-1)
+    side = books.sides[bs]
+    before_key, key = _I(plan.key), _key_of_ticks(bs, _ticks_of(side, event.price))
+    from_index, to_index = _U(plan.level), _level_index(bs, key)
+    before = books.levels[to_index]
+    outside = _U(key - _I(side.base)) | _U(before_key - _I(side.base))
+    unusual = _U(_price_of(side, bs, key) ^ event.price) | _U(side.flags & _BY_LEVEL) | (before & _NEARLY_FULL) | (outside >> _WINDOW_SHIFT)
+    if (unusual != _ZERO) | (qty - _ONE >= _ORDER_QTY_MAX):
+        return _I(-1)
+    new.word = (_tag(books, hashed) << _TAG_SHIFT) | bs
+    new.key = key
+    new.qty = qty
+    old.qty = 0
+    books.levels[to_index] = before + (_ONE_ORDER + qty)
+    if before == _ZERO:
+        _toggle(books, side, bs, key)
+    left = books.levels[from_index] - (_ONE_ORDER + resting)
+    books.levels[from_index] = left
+    if left == _ZERO:
+        _toggle(books, side, bs, before_key)
+    event.instrument = bs >> _ONE
+    event.side = bs & _ONE
+    return _touches(side, max(key, before_key))
+
+
+@inlined
+def _apply_plan(books: Any, event: Any, kind: Any, plan: Any) -> Any:
+    """An order event with its plan; returns as :func:`book_apply` does."""
+    done = _I(-1)
+    if kind == _REPLACE:
+        done = _replace_usual(books, event, plan)
+    elif kind != _MODIFY:
+        done = _apply_usual(books, event, kind, plan)
+    return done if done >= 0 else _apply_any(books, event, kind)
+
+
+@inlined
+def book_apply_planned(books: Any, event: Any, at: Any) -> Any:
+    """Apply one event for which :func:`book_plan` has been called with the same `at`, at most ``PLANS - 1`` events ago.
+
+    Same arguments and result as :func:`book_apply`; the outcome does not depend on the plan.
+    """
+    kind = event.kind
+    if _U(kind - _ADD) <= _U(_MODIFY - _ADD):
+        return _apply_plan(books, event, kind, books.plans[_U(at) & _U(PLANS - 1)])
+    return _apply_other(books, event, kind)
+
+
+@inlined
+def _apply_other(books: Any, event: Any, kind: Any) -> Any:
+    """Every kind but the orders'."""
+    if kind == _LEVEL:
+        result = _apply_level(books, event)
+        if result < 0:
+            books.counters[-result] += 1
+        return result
+    if kind not in (_CLEAR, _STATUS, _GAP):
+        return _I(0)
+    return _apply_any(books, event, kind)
 
 
 @inlined
@@ -1035,46 +1174,16 @@ def book_apply(books: Any, event: Any) -> Any:
             of their order; REPLACE and MODIFY get instrument and side.
 
     Returns:
-        int64: 0, or the negative of a :class:`Refusal`, which is counted; a refused event changes no order and no level.
-        Kinds that do not concern books (TRADE, QUOTE, TIMER, ...) return 0.
+        int64: the negative of a :class:`Refusal`, which is counted; a refused event changes no order and no level. Else 1 if the
+        BBO may have changed (ask :func:`bbo_update`), 0 if it has not. Kinds that do not concern books (TRADE, QUOTE, TIMER, ...)
+        return 0. A GAP of all instruments returns 1 and concerns the BBO of every one.
     """
     kind = event.kind
-    if _U(kind - _ADD) <= _U(_DELETE - _ADD):
-        if _apply_usual(books, event, kind):
-            return _I(0)
-    elif kind == _LEVEL:
-        result = _apply_level(books, event)
-        if result < 0:
-            books.counters[-result] += 1
-        return result
-    elif kind not in (_REPLACE, _MODIFY, _CLEAR, _STATUS, _GAP):
-        return _I(0)
-    return _apply_any(books, event, kind)
-
-
-@inlined
-def _order_named(books: Any, event: Any) -> Any:
-    """Preferred slot of the order that an event needs first: the old one of a REPLACE."""
-    return _preferred(books, _hash(books, _U(event.aux) if event.kind == _REPLACE else event.id, event.instrument))
-
-
-@inlined
-def book_prefetch_order(books: Any, event: Any) -> Any:
-    """Hint, to be given some 16 to 32 events ahead: the order that an event names will be looked up."""
-    prefetch(books.orders, _I(_order_named(books, event)))
-
-
-@inlined
-def book_prefetch_level(books: Any, event: Any) -> Any:
-    """Hint, to be given some 4 to 12 events ahead, after :func:`book_prefetch_order`: the level that an event changes will be looked up."""
-    order = books.orders[_order_named(books, event)]
-    wire = _LEVEL_ON_WIRE[event.kind]
-    named = min(_U(event.instrument) * _TWO + _U(event.side & 1), _U(books.sides.size - 1))
-    bs = _choose(wire, named, order.word & _BS_MASK)
-    key = _choose(wire, _U(_key_of_ticks(named, _ticks_of(books.sides[named], event.price))), _U(order.key))
-    prefetch(books.sides, _I(bs))
-    prefetch(books.levels, _I(_level_index(bs, key)))
-    prefetch(books.words, _I(_word_index(bs, _block(key))))
+    if _U(kind - _ADD) <= _U(_MODIFY - _ADD):
+        plan = books.plans[_U(PLANS)]
+        _plan(books, event, plan)
+        return _apply_plan(books, event, kind, plan)
+    return _apply_other(books, event, kind)
 
 
 # ---------------------------------------------------------------- the best bid and offer
@@ -1099,9 +1208,20 @@ def book_best(books: Any, instrument: Any, side: Any) -> Any:
 @inlined
 def book_state(books: Any, instrument: Any) -> Any:
     """State flags of an instrument, u32: ``Flag.STALE``, ``Flag.HALTED``."""
-    bid = books.sides[_I(instrument) * 2]
-    stale = np.uint32(_STALE) if _I(bid.generation) != books.state[_GENERATION] else np.uint32(0)
-    return (bid.flags & np.uint32(_STALE | _HALTED)) | stale
+    return books.sides[_I(instrument) * 2].flags & np.uint32(_STALE | _HALTED)
+
+
+@inlined
+def bbo_defer(books: Any, instrument: Any) -> Any:
+    """Instead of :func:`bbo_update`, where more changes of the same moment follow: the next event that is applied returns 1."""
+    books.sides[_I(instrument) * 2].flags |= np.uint32(_TOUCHED)
+    books.sides[_I(instrument) * 2 + 1].flags |= np.uint32(_TOUCHED)
+
+
+@inlined
+def bbo_deferred(books: Any, instrument: Any) -> Any:
+    """Whether the BBO may differ from what was published though nothing has happened since."""
+    return books.sides[_I(instrument) * 2].flags & np.uint32(_TOUCHED) != 0
 
 
 @inlined
@@ -1114,16 +1234,14 @@ def bbo_update(books: Any, instrument: Any) -> Any:
     bid_price, bid_qty = book_best(books, instrument, 0)
     ask_price, ask_qty = book_best(books, instrument, 1)
     state = book_state(books, instrument)
-    if bid.published_flags == _ZERO and bid_qty | ask_qty == 0 and state == 0:
+    bid.flags &= np.uint32(~np.uint32(_TOUCHED))
+    ask.flags &= np.uint32(~np.uint32(_TOUCHED))
+    if bid.published_flags == 0 and bid_qty | ask_qty == 0 and state == 0:
         return False
     state |= np.uint32(_PUBLISHED)
-    if (
-        bid_price == bid.published_price
-        and bid_qty == bid.published_qty
-        and ask_price == ask.published_price
-        and ask_qty == ask.published_qty
-        and state == bid.published_flags
-    ):
+    changed = (bid_price ^ bid.published_price) | (bid_qty ^ bid.published_qty) | _I(state ^ bid.published_flags)
+    changed |= (ask_price ^ ask.published_price) | (ask_qty ^ ask.published_qty)
+    if changed == 0:
         return False
     bid.published_price = bid_price
     bid.published_qty = bid_qty
@@ -1135,27 +1253,25 @@ def bbo_update(books: Any, instrument: Any) -> Any:
 
 @inlined
 def bbo_fill(books: Any, instrument: Any, out: Any) -> Any:
-    """Write the BBO into `out` (an ``EVENT`` record, read as ``QUOTE``): kind, instrument, side, flags, prices and quantities.
+    """Write the BBO that :func:`bbo_update` found into `out` (an ``EVENT`` record, read as ``QUOTE``).
 
-    An absent side has price NO_PRICE and quantity 0. Flags: CROSSED (counted), LOCKED, STALE, HALTED. `seq` and times are the caller's.
+    Kind, instrument, side, flags, prices and quantities; an absent side has price NO_PRICE and quantity 0. Flags: CROSSED (counted),
+    LOCKED, STALE, HALTED. `seq` and times are the caller's.
     """
-    bid_price, bid_qty = book_best(books, instrument, 0)
-    ask_price, ask_qty = book_best(books, instrument, 1)
-    flags = book_state(books, instrument)
-    if bid_price != NO_PRICE and ask_price != NO_PRICE:
-        if bid_price > ask_price:
-            flags |= np.uint32(_CROSSED_FLAG)
-            books.counters[_CROSSED] += 1
-        elif bid_price == ask_price:
-            flags |= np.uint32(_LOCKED)
+    bid, ask = books.sides[_I(instrument) * 2], books.sides[_I(instrument) * 2 + 1]
+    bid_price, ask_price = bid.published_price, ask.published_price
+    flags = bid.published_flags & np.uint32(_STALE | _HALTED)
+    if bid_price >= ask_price and ask_price != NO_PRICE:
+        flags |= np.uint32(_CROSSED_FLAG if bid_price > ask_price else _LOCKED)
+        books.counters[_CROSSED] += bid_price > ask_price
     out.instrument = instrument
     out.kind = _BBO
     out.side = NO_SIDE
     out.flags = flags
     out.price = bid_price
-    out.qty = bid_qty
+    out.qty = bid.published_qty
     out.aux = ask_price
-    out.id = ask_qty
+    out.id = ask.published_qty
 
 
 # ---------------------------------------------------------------- for people: whole books from Python
@@ -1213,7 +1329,7 @@ def apply_events(books: Any, events: Any, results: Any, quotes: Any) -> Any:
 
     Args:
         events: completed in place.
-        results: int64, one per event: what :func:`book_apply` returned.
+        results: int64, one per event: 0, or the negative of a :class:`Refusal`.
         quotes: ``EVENT`` array for the BBO after each event that changed one, with that event's times and `seq`; stops growing when full.
 
     Returns:
@@ -1223,8 +1339,8 @@ def apply_events(books: Any, events: Any, results: Any, quotes: Any) -> Any:
     for i in range(events.size):
         event = events[_U(i)]
         result = book_apply(books, event)
-        results[_U(i)] = result
-        if result == 0 and written < quotes.size and event.instrument < books.ticks.size and bbo_update(books, event.instrument):
+        results[_U(i)] = min(result, _I(0))
+        if result > 0 and written < quotes.size and event.instrument < books.ticks.size and bbo_update(books, event.instrument):
             quote = quotes[_U(written)]
             bbo_fill(books, event.instrument, quote)
             quote.seq = event.seq

@@ -23,8 +23,8 @@ from tickmesh.node.symbol_filter import pattern_table
 from tickmesh.transports.codecache import load_generated
 from tickmesh.transports.ring import RingArrays
 
-BATCH_EVENTS = 256
-"""Events handed from the decoder to the loop at once: 16 KiB, half of a first-level cache."""
+BATCH_EVENTS = 128
+"""Events handed from the decoder to the loop at once: 8 KiB, a quarter of a first-level cache."""
 _FAR, _NEAR = 24, 8
 """Events of look-ahead at which the loop asks for an order's and a level's cache line."""
 
@@ -36,7 +36,7 @@ from collections import namedtuple
 import numpy as np
 
 from tickmesh.node.book import (
-    bbo_fill, bbo_update, book_apply, book_best, book_prefetch_level, book_prefetch_order, book_state,
+    bbo_defer, bbo_deferred, bbo_fill, bbo_update, book_apply, book_apply_planned, book_best, book_plan, book_prefetch, book_state,
 )
 from tickmesh.node.event import ANY_VIEW
 from tickmesh.node.risk import risk_check, risk_fill
@@ -77,7 +77,7 @@ def decide(shard, intent, i, w):
 """
 
 _EVENT = """\
-@inlined
+@outlined
 def publish_bbo(shard, event, i, w):
     if bbo_update(shard.books, i):
         o = begin_output(shard.out.slots, w, event, BBO)  #? emit_bbo
@@ -90,7 +90,7 @@ def publish_bbo(shard, event, i, w):
     return w
 
 
-@inlined
+@outlined
 def publish_trade(shard, event, i, w):
     record_trade(shard.statistics, event)
     o = begin_output(shard.out.slots, w, event, TRADE)  #? emit_trade
@@ -103,11 +103,6 @@ def publish_trade(shard, event, i, w):
 @outlined
 def rare_apply(shard, event):
     return book_apply(shard.books, event)
-
-
-@outlined
-def rare_bbo(shard, event, i, w):
-    return publish_bbo(shard, event, i, w)
 
 
 @outlined
@@ -126,13 +121,13 @@ def on_rare(shard, event, w):
             shard.core[0].refused += 1
             return w
         w = pass_through(shard.out.slots, w, event)  #? emit_status
-        w = rare_bbo(shard, event, i, w)
+        w = publish_bbo(shard, event, i, w)
     elif kind == 15:
         record_gap(shard.gaps, shard.counts, event)
         w = pass_through(shard.out.slots, w, event)  #? emit_gap
         if i < shard.info.size:
             rare_apply(shard, event)
-            w = rare_bbo(shard, event, i, w)
+            w = publish_bbo(shard, event, i, w)
     elif kind == 10:  #? emit_quote
         w = pass_through(shard.out.slots, w, event)  #? emit_quote
     elif kind == 12:  #? emit_imbalance
@@ -145,16 +140,17 @@ def on_rare(shard, event, w):
 
 
 @inlined
-def on_event(shard, event, w):
+def on_event(shard, event, w, at):
     kind = event.kind
     shard.counts[kind & 127] += 1
     if np.uint64(kind - 1) < np.uint64(8):
-        refused = book_apply(shard.books, event) < 0
+        applied = book_apply_planned(shard.books, event, at)
         i = np.int64(event.instrument)
-        if refused:
+        if applied < 0:
             shard.core[0].refused += 1
             if i >= shard.info.size:
                 return w
+            applied = np.int64(bbo_deferred(shard.books, i))
         else:
             if kind == 2 and not event.flags & 4:
                 w = publish_trade(shard, event, i, w)
@@ -165,8 +161,11 @@ def on_event(shard, event, w):
             if kind == 8:  #? emit_level
                 w = pass_through(shard.out.slots, w, event)  #? emit_level
             w = on_order(shard, event, i, w)  #? orders
-        if not event.flags & 1:
-            w = publish_bbo(shard, event, i, w)
+        if applied > 0:
+            if event.flags & 1:
+                bbo_defer(shard.books, i)
+            else:
+                w = publish_bbo(shard, event, i, w)
         return w
     if kind == 9:
         i = np.int64(event.instrument)
@@ -206,7 +205,7 @@ def over_instruments(shard, event, w, limit):
             o.flags = np.uint16(0)
             o.instrument = np.uint32(i)
             rare_apply(shard, o)
-            w = rare_bbo(shard, o, i, w)
+            w = publish_bbo(shard, o, i, w)
         core.cursor += 1
     return w
 """
@@ -225,6 +224,10 @@ def step(batch, first, count, shard):
     free = ring_free(shard.out, ROOM)
     claimed = np.int64(0)
     i = np.int64(first)
+    for ahead in range(i, min(i + {far}, count)):
+        book_prefetch(shard.books, batch[np.uint64(ahead)])
+    for ahead in range(i, min(i + {near}, count)):
+        book_plan(shard.books, batch[np.uint64(ahead)], ahead)
     while i < count:
         if np.int64(w - start) + ROOM > claimed:
             if np.int64(w - start) + ROOM > free:
@@ -237,9 +240,9 @@ def step(batch, first, count, shard):
             claimed = min(free, np.int64(w - start) + CLAIM)
             ring_claim(shard.out, claimed)
         if i + {far} < count:
-            book_prefetch_order(shard.books, batch[np.uint64(i + {far})])
+            book_prefetch(shard.books, batch[np.uint64(i + {far})])
         if i + {near} < count:
-            book_prefetch_level(shard.books, batch[np.uint64(i + {near})])
+            book_plan(shard.books, batch[np.uint64(i + {near})], i + {near})
         event = batch[np.uint64(i)]
         if event.kind == 16 or (event.instrument == np.uint32(0xFFFFFFFF) and (event.kind == 15 or event.kind == 7)):
             w = over_instruments(shard, event, w, start + np.uint64(claimed))
@@ -248,7 +251,7 @@ def step(batch, first, count, shard):
                 continue
             core.cursor = 0
         else:
-            w = on_event(shard, event, w)
+            w = on_event(shard, event, w, i)
         i += 1
     core.events += np.uint64(i - np.int64(first))
     core.out_seq = w

@@ -17,6 +17,7 @@ import os
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import Linkage
 from numba import njit, types
 from numba.core import cgutils
 from numba.core.codegen import JITCodeLibrary
@@ -54,12 +55,33 @@ class _PartCompiler(Compiler):  # type: ignore[misc]
         self.state.library = _PartLibrary(targetctx.codegen(), "part")
 
 
-def _part(function: Any, **options: Any) -> Any:
-    """A dispatcher for use inside loops; called from Python (tests do) it compiles a complete twin."""
+class _LoopLibrary(JITCodeLibrary):  # type: ignore[misc]
+    """A complete loop: what it is made of serves nobody else, which lets LLVM drop unused arguments, and code once it is inlined."""
+
+    def _optimize_final_module(self) -> None:
+        for function in self._final_module.functions:
+            if not function.is_declaration and function.linkage == Linkage.linkonce_odr:
+                function.linkage = Linkage.internal
+        super()._optimize_final_module()
+
+
+class _LoopCompiler(Compiler):  # type: ignore[misc]
+    """numba's pipeline, ending in a :class:`_LoopLibrary`."""
+
+    def __init__(self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Any, locals: Any) -> None:
+        super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
+        self.state.library = _LoopLibrary(targetctx.codegen(), "loop")
+        self.state.library.enable_object_caching()
+
+
+def _part(function: Any, attribute: str | None = None, **options: Any) -> Any:
+    """A dispatcher for use inside loops; called from Python (tests do) it compiles a complete twin. `attribute` is one of LLVM's."""
     part = njit(function, pipeline_class=_PartCompiler, **options)
     complete: list[Any] = []
 
     def add_overload(result: Any) -> None:
+        if attribute:
+            result.library.get_function(result.fndesc.llvm_func_name).add_function_attribute(attribute)
         identity = object()  # callers find the code by it; a complete function has its address here
         part.overloads[tuple(result.signature.args)] = result._replace(entry_point=identity)
         part.targetctx.insert_user_function(identity, result.fndesc, [result.library])
@@ -81,12 +103,13 @@ def inlined(function: Any) -> Any:
 
 def outlined(function: Any) -> Any:
     """Compile a step that stays out of line: rare paths, and work done once per batch."""
-    return _part(function, **_FLAGS)
+    # forceinline must be said: numba lets a function inherit the flag from the caller that happens to compile it first
+    return _part(function, "noinline", forceinline=False, **_FLAGS)
 
 
 def loop(function: Any) -> Any:
     """Compile an entry point: runs without the GIL, never allocates, cached on disk."""
-    return njit(function, cache=True, **_FLAGS)
+    return njit(function, cache=True, pipeline_class=_LoopCompiler, forceinline=False, **_FLAGS)
 
 
 def _element(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
@@ -188,7 +211,7 @@ def prefetch(typingctx: Any, array: Any, index: Any) -> Any:
         pointer = builder.bitcast(_element(context, builder, sig.args[0], args[0], args[1]), _I8.as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [pointer, _I32(1), _I32(3), _I32(1)])
+        builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])
         return context.get_dummy_value()
 
     return types.void(array, types.intp), codegen

@@ -27,7 +27,16 @@ import numpy as np
 import numpy.typing as npt
 
 from tickmesh.node.event import ALL_INSTRUMENTS, NO_INSTRUMENT, NO_PRICE, NO_SIDE, Flag, Kind, TradingStatus
-from tickmesh.transports.toolbox import count_leading_zeros, count_trailing_zeros, f64_bits, inlined, loop, outlined, prefetch
+from tickmesh.transports.toolbox import (
+    count_leading_zeros,
+    count_trailing_zeros,
+    f64_bits,
+    inlined,
+    loop,
+    outlined,
+    prefetch,
+    zeros_aligned,
+)
 
 ORDER = np.dtype([("word", "<u8"), ("key", "<i4"), ("qty", "<u4")])
 """A resting order: `word` = rest of the id << 19 | mark << 18 | bs. Empty when `qty` is 0; the mark outlives the order: it says that
@@ -111,10 +120,10 @@ DEFAULT_TICK = 10_000_000
 
 
 def _zeros(count: int, dtype: Any, huge: bool) -> npt.NDArray[Any]:
-    """Zeroed private memory, aligned to 2 MiB, resident only where touched; in huge pages if asked for and the host grants them."""
+    """Zeroed private memory, resident only where touched; what is large is aligned to 2 MiB and in huge pages if asked for and granted."""
     size = count * np.dtype(dtype).itemsize
     if size < _HUGE:
-        return np.zeros(count, dtype)
+        return zeros_aligned(count, dtype)
     memory = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
     start = np.frombuffer(memory, np.uint8, 1).ctypes.data

@@ -36,7 +36,7 @@ from tickmesh.node.shard import BATCH_EVENTS, Shard
 from tickmesh.node.telemetry import NodeState, ShardCounter, Telemetry
 from tickmesh.transports.nats import LinkError, Login, connect
 from tickmesh.transports.ring import W_CLAIMED, W_GATE, W_PUBLISHED, Ring, ring_path
-from tickmesh.transports.toolbox import IDLE_MODES
+from tickmesh.transports.toolbox import IDLE_MODES, zeros_aligned
 
 Progress = Callable[[str], None] | None
 _MIRROR_S = 0.1
@@ -105,7 +105,7 @@ class ShardThread:
             self.error = error
 
     def _loop(self) -> None:
-        batch = np.zeros(BATCH_EVENTS, EVENT)
+        batch = zeros_aligned(BATCH_EVENTS, EVENT)
         words = np.zeros(1, np.uint64)
         journal = self.journal.arrays if self.journal else JournalArrays(words, words, np.zeros(1, EVENT), words)
         failure = self._module.run(

@@ -31,6 +31,7 @@ from tickmesh.transports.multicast import Receiver as Socket
 from tickmesh.transports.multicast import open_receiver
 from tickmesh.transports.pacing import Pace
 from tickmesh.transports.ring import Ring
+from tickmesh.transports.toolbox import zeros_aligned
 
 Progress = Callable[[str], None] | None
 _PACE_SLICE_S = 0.05
@@ -155,7 +156,7 @@ class RecordedReceiver(Receiver):
         self._pace = Pace(options.pace) if options.pace != "max" else None
 
     def run(self) -> None:
-        batch = np.zeros(ROUTE_EVENTS, EVENT)
+        batch = zeros_aligned(ROUTE_EVENTS, EVENT)
         while self.stop[0] == 0:
             count = self.reader.read(batch)
             if count == 0:
@@ -214,7 +215,7 @@ class GeneratedReceiver(Receiver):
         self._bytes = 0
 
     def run(self) -> None:
-        batch = np.zeros(ROUTE_EVENTS, EVENT)
+        batch = zeros_aligned(ROUTE_EVENTS, EVENT)
         started, start_ns = time.monotonic_ns(), self._source.next_ns
         while self.stop[0] == 0 and not self._source.finished:
             now_ns = start_ns + int((time.monotonic_ns() - started) * self._speed) if self._speed else 1 << 62
@@ -279,7 +280,7 @@ class MulticastReceiver(Receiver):
             tuple(s.buffer for s in sockets),
             tuple(s.packets for s in sockets),
             self.feed,
-            np.zeros(ROUTE_EVENTS, EVENT),
+            zeros_aligned(ROUTE_EVENTS, EVENT),
             self.router,
             self.context.idle_mode,
         )

@@ -18,6 +18,7 @@ from tickmesh.node.reader import PacketReader, Reader, SourceError, StreamReader
 from tickmesh.node.shard import BATCH_EVENTS, Shard
 from tickmesh.node.summary import summarise
 from tickmesh.transports.ring import Ring
+from tickmesh.transports.toolbox import zeros_aligned
 
 _BATCH_EVENTS_PYTHON = 4096
 _RING_EVENTS = 1 << 12
@@ -91,7 +92,7 @@ def choose_source(config: Config, name: str | None) -> str:
 
 
 def _replay_compiled(module: Any, reader: Reader, shard: Shard) -> None:
-    batch = np.zeros(BATCH_EVENTS, EVENT)
+    batch = zeros_aligned(BATCH_EVENTS, EVENT)
     view = batch.view(ANY_VIEW)
     if isinstance(reader, StreamReader):
         while reader.buffer is not None:
@@ -107,7 +108,7 @@ def _replay_compiled(module: Any, reader: Reader, shard: Shard) -> None:
 def _replay_batches(
     reader: Reader, shards: list[Shard], table: InstrumentTable, rings: list[Ring], observe: Callable[[int, EventArray], None] | None
 ) -> None:
-    batch = np.zeros(_BATCH_EVENTS_PYTHON, EVENT)
+    batch = zeros_aligned(_BATCH_EVENTS_PYTHON, EVENT)
     readers = [ring.reader("replay") for ring in rings] if observe else []
     while count := reader.read(batch):
         for index, shard in enumerate(shards):

@@ -13,7 +13,7 @@ import numpy as np
 
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_SIDE, Kind
 from tickmesh.transports.ring import RingArrays, ring_wait, ring_write_some
-from tickmesh.transports.toolbox import copy_record, inlined, loop, now_ns, outlined
+from tickmesh.transports.toolbox import copy_record, inlined, loop, now_ns, outlined, zeros_aligned
 
 ROUTE_EVENTS = 256
 """Most events routed at once."""
@@ -49,7 +49,7 @@ def make_router(
     """A router of one receiver; `rings` have EVENT slots and no other writer."""
     shards = len(rings)
     settings = np.array([source, idle_mode, restamp], np.int64)
-    return Router(rings, records, np.zeros(shards * _STAGED, EVENT), np.zeros(shards + 2, np.int64), stop, settings)
+    return Router(rings, records, zeros_aligned(shards * _STAGED, EVENT), np.zeros(shards + 2, np.int64), stop, settings)
 
 
 @inlined

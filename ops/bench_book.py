@@ -40,7 +40,7 @@ from tickmesh.ops.itch_writer import (
     put_replaced,
 )  # fmt: skip
 from tickmesh.transports.codecache import load_generated
-from tickmesh.transports.toolbox import inlined, loop
+from tickmesh.transports.toolbox import inlined, loop, zeros_aligned
 
 Result = dict[str, Any]
 Image = npt.NDArray[np.uint8]
@@ -213,7 +213,7 @@ class Tickmesh:
         source = _LOOPS.format(decoder=decoder.__name__.rpartition(".")[2], far=far, near=near)
         self.loops: Any = load_generated("bench_book", source)
         self.symbols = symbols
-        self.batch = np.zeros(batch, EVENT)
+        self.batch = zeros_aligned(batch, EVENT)
         self.books = make_books(symbols)
 
     def _feed(self) -> Any:

@@ -30,6 +30,7 @@ from tickmesh.node.protocol import load_framing, load_spec
 from tickmesh.ops.bench_book import BATCH, Image, write_image
 from tickmesh.ops.cpp_peer import build_peer
 from tickmesh.transports.codecache import load_generated
+from tickmesh.transports.toolbox import zeros_aligned
 
 Result = dict[str, Any]
 Events = npt.NDArray[np.void]
@@ -81,7 +82,7 @@ class Tickmesh:
         decoder: Any = load_decoder(self.spec, self.framing)
         self.decode_stream = decoder.decode_stream
         self.loop: Any = load_generated("bench_decode", _LOOP.format(decoder=decoder.__name__.rpartition(".")[2]))
-        self.batch = np.zeros(BATCH, EVENT)
+        self.batch = zeros_aligned(BATCH, EVENT)
 
     def _feed(self) -> Any:
         return make_feed(self.spec, InstrumentTable(self.symbols + 1), framing=self.framing)
@@ -109,7 +110,7 @@ class Peer:
         self._new, self._delete = code.feed_new, code.feed_delete
         self._run.restype = self._decode.restype = ctypes.c_int64
         self._new.restype = ctypes.c_void_p
-        self.batch = np.zeros(BATCH, EVENT)
+        self.batch = zeros_aligned(BATCH, EVENT)
 
     def elapsed_ns(self, image: Image, end: int) -> float:
         """Thread CPU time of decoding the image in batches."""

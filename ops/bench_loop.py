@@ -32,6 +32,7 @@ from tickmesh.node.shard import BATCH_EVENTS, Shard, ShardPlan
 from tickmesh.ops.bench_book import Image, Peer, write_image
 from tickmesh.ops.cpp_peer import build_peer
 from tickmesh.transports.ring import W_CLAIMED, W_PUBLISHED, Ring
+from tickmesh.transports.toolbox import zeros_aligned
 
 Result = dict[str, Any]
 _TARGET = 1.3
@@ -64,7 +65,7 @@ class Contestant:
         self._plan, self._symbols = shard_plan, symbols
         self._spec, self._framing = load_spec("itch50"), load_framing("binaryfile")
         decoder: Any = load_decoder(self._spec, self._framing)
-        self._batch = np.zeros(BATCH_EVENTS, EVENT)
+        self._batch = zeros_aligned(BATCH_EVENTS, EVENT)
         self.shard = self._fresh()
         self._loop: Any = replay_loop(decoder, self.shard.module)
 
@@ -91,7 +92,7 @@ class Contestant:
 
 def journal_ns(events: int = 1_000_000) -> float:
     """Thread CPU time per event of appending to a journal on disk, as the shard's thread does it."""
-    batch = np.zeros(BATCH_EVENTS, EVENT)
+    batch = zeros_aligned(BATCH_EVENTS, EVENT)
     batch["id"] = np.arange(BATCH_EVENTS)
     with tempfile.TemporaryDirectory() as folder, Journal.create(Path(folder) / "journal", 0, sync="none") as journal:
         journal.append(batch)

@@ -25,7 +25,7 @@ import numpy as np
 
 from tickmesh.ops.cpp_peer import build_peer
 from tickmesh.transports.ring import RECORD, Ring, ring_read_batch, ring_write_batch
-from tickmesh.transports.toolbox import IDLE_SPIN, cpu_pause, cycle_counter, loop, monotonic_ns
+from tickmesh.transports.toolbox import IDLE_SPIN, cpu_pause, cycle_counter, loop, monotonic_ns, zeros_aligned
 
 CAPACITY = 1 << 14
 BATCH = 64
@@ -91,7 +91,7 @@ def _pong(back: Any, reader: Any, out: Any, buffer: Any, count: Any, stop: Any) 
 
 def _peer(role: str, *arguments: str) -> Result:
     """Take a role in this process, as ring_peer does in its own."""
-    buffer, stop = np.zeros(_READ_MAX, RECORD), np.zeros(1, np.int64)
+    buffer, stop = zeros_aligned(_READ_MAX, RECORD), np.zeros(1, np.int64)
     if role == "write":
         ring, count, batch = Ring.attach(arguments[0]).arrays, int(arguments[1]), int(arguments[2])
         return _run(_produce, (ring, buffer, 0, batch, stop), (ring, buffer, count, batch, stop)) or {}

@@ -43,6 +43,7 @@ from tickmesh.transports.toolbox import (
     monotonic_ns,
     outlined,
     store_release,
+    zeros_aligned,
 )
 
 RECORD_BYTES = 64
@@ -815,7 +816,7 @@ class Reader:
             ReaderReleased: once, after the writer of a lossless ring went on without this reader; the next call returns what was read.
         """
         if len(self._out) == 0:
-            out = np.zeros(maximum, RECORD)
+            out = zeros_aligned(maximum, RECORD)
             count = int(_read_now(self.ring._plain, self.slot, out, maximum))
             self._out = out[:count]
         if self._word(R_RELEASES) != self._releases:

@@ -16,6 +16,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from llvmlite import ir
 from llvmlite.binding import Linkage
 from numba import njit, types
@@ -29,6 +31,7 @@ import tickmesh.transports.codecache  # noqa: F401  (registers where compiled lo
 BOUNDSCHECK = os.environ.get("TICKMESH_BOUNDSCHECK") == "1"
 _FLAGS: dict[str, Any] = {"_nrt": False, "error_model": "numpy", "nogil": True, "boundscheck": BOUNDSCHECK}
 
+CACHE_LINE_BYTES = 64
 _I64, _I32, _I8 = ir.IntType(64), ir.IntType(32), ir.IntType(8)
 
 
@@ -110,6 +113,14 @@ def outlined(function: Any) -> Any:
 def loop(function: Any) -> Any:
     """Compile an entry point: runs without the GIL, never allocates, cached on disk."""
     return njit(function, cache=True, pipeline_class=_LoopCompiler, forceinline=False, **_FLAGS)
+
+
+def zeros_aligned(count: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """A zeroed array that begins a cache line, so that 64-byte records never lie across two (numpy aligns to 16 bytes)."""
+    size = count * np.dtype(dtype).itemsize
+    memory = np.zeros(size + CACHE_LINE_BYTES, np.uint8)
+    first = -memory.ctypes.data % CACHE_LINE_BYTES
+    return memory[first : first + size].view(dtype)
 
 
 def _element(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:

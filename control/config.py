@@ -517,6 +517,13 @@ class Processing(Table):
         ["bbo", "trade", "signal", "alert", "bar", "intent", "risk", "status", "gap", "reference"],
         "Kinds of event that the shard puts out.",
     )
+    timer_interval_ms: int = key(
+        1000,
+        "A source's time passes this often to what waits for it: ends a bar that no trade ends; 0: never.",
+        unit="ms",
+        ge=0,
+        le=3_600_000,
+    )
     calculations: dict[Name, Calculation] = key({}, "Calculations by name.")
     alerts: dict[Name, Alert] = key({}, "Alerts by name.")
     bars: dict[Name, Bars] = key({}, "Bars by name.")
@@ -542,6 +549,17 @@ class Journal(Table):
     enabled: bool = key(True, "Keep a journal.")
     segment_mb: int = key(64, "Size of one segment file.", unit="MiB", ge=1, le=4096)
     sync: Literal["none", "segment"] = key("segment", "When a helper thread forces data to the disk: never, or once a segment is full.")
+    restore: bool = key(
+        True, "A node with live sources goes on from its journal; without it, it starts afresh, and the journal may be trimmed as it grows."
+    )
+    keep_mb: int = key(
+        65536,
+        "Most of a shard's journal that is kept; the oldest segments go, but none that a restart or an unsent output needs; 0: no limit.",
+        unit="MiB",
+        ge=0,
+        le=1 << 30,
+    )
+    keep_hours: int = key(0, "Longest time that a full segment is kept, under the same condition; 0: no limit.", unit="h", ge=0, le=1 << 20)
 
 
 class Delivery(Table):

@@ -29,8 +29,9 @@ def bars(event: Any, state: Any, out: Any, *, interval_ms: int = 60_000, tick: i
     """Bars of `interval_ms` of event time, aligned to the epoch; `ts_event` of a bar is its start, its end is exclusive.
 
     A bar is emitted by the first trade or timer at or past its end; an interval without trades emits nothing. A trade that comes late
-    (its time before the open bar's start) counts in the open bar. Volume and prices are exact integers; a price that is no multiple of
-    `tick` away from the open is rounded towards it and the bar flagged ROUNDED.
+    (its time before the open bar's start) counts in the open bar; if a timer has closed its interval already, in the next one.
+    Volume and prices are exact integers; a price that is no multiple of `tick` away from the open is rounded towards it and the bar
+    flagged ROUNDED.
     """
     closes = state.trades > 0 and event.ts_event >= state.end
     if closes:
@@ -40,7 +41,7 @@ def bars(event: Any, state: Any, out: Any, *, interval_ms: int = 60_000, tick: i
         return closes
     if state.trades == 0:
         length = np.int64(interval_ms) * np.int64(1_000_000)
-        state.start = event.ts_event - event.ts_event % length
+        state.start = max(event.ts_event - event.ts_event % length, state.end)
         state.end = state.start + length
         state.open = event.price
         state.high = event.price

@@ -10,6 +10,7 @@ output sequence, counts them, and publishes a gap marker in their place. What ha
 (a window of frames at most) is held here. After a restart, outputs that a replay of the journal makes again are skipped by their sequence.
 
 REFERENCE events are kept, one message per instrument, in the stream ``TM_<cluster>_REF``: a subscriber that starts now knows the symbols.
+So are the names of the calculations, with the output sequence from which on they hold.
 The rings themselves are open to any process of the host: ``subscribe(ring=...)``.
 """
 
@@ -38,15 +39,23 @@ from tickmesh.node.frames import (
     HEADER_SIZE,
     CalculationNames,
     EventEncoder,
+    FrameError,
     FrameHeader,
     InstrumentNames,
+    NameHistory,
+    calculations_subject,
+    decode_names,
     encode_header,
+    encode_names,
+    names_from,
     reference_stream_name,
     reference_subject,
     sequence_runs,
     stream_name,
     stream_subject,
 )
+from tickmesh.node.telemetry import record_ages
+from tickmesh.transports.counters import BUCKETS, HISTOGRAM_WORDS, Values, percentile
 from tickmesh.transports.nats import (
     WINDOW_MAX,
     Fenced,
@@ -67,7 +76,6 @@ _ENCODE_CHUNK = 128
 _PENDING_BYTES_MAX = 4 << 20
 """Per-event messages are skipped while the connection has more than this to send."""
 _MESSAGE_OVERHEAD_BYTES = 4096
-_LATENCIES_KEPT = 4096
 
 
 @dataclass(frozen=True)
@@ -147,7 +155,9 @@ class ShardDelivery:
         names: the instruments seen so far.
     """
 
-    def __init__(self, shard: int, reader: Reader, options: DeliveryOptions, calculations: CalculationNames | None) -> None:
+    def __init__(
+        self, shard: int, reader: Reader, options: DeliveryOptions, calculations: CalculationNames | None, latency: Values | None = None
+    ) -> None:
         self.shard, self.options = shard, options
         self.counters = DeliveryCounters()
         self.state: State = "connecting"
@@ -159,8 +169,11 @@ class ShardDelivery:
         self._encoder = EventEncoder(options.cluster, self.names, calculations)
         self._bucket = _TokenBucket(options.per_event_rate_max)
         self._references: dict[int, bytes] = {}
-        self._received: deque[tuple[int, int]] = deque()
-        self._latencies_ns: deque[int] = deque(maxlen=_LATENCIES_KEPT)
+        self._calculations: CalculationNames = calculations or {}
+        self._history: NameHistory = []
+        self._received: deque[tuple[int, npt.NDArray[np.int64]]] = deque()
+        self._latency = np.zeros(HISTOGRAM_WORDS, np.int64) if latency is None else latency
+        record_ages(self._latency, 0, np.zeros(0, np.int64))  # compiled or loaded now, not at the first acknowledgement
         self._link: NatsLink | None = None
         self._reconnects_seen = 0
         self._batch = options.batch_max_events
@@ -188,6 +201,7 @@ class ShardDelivery:
         assert self.publisher is not None
         try:
             await self.publisher.open()
+            await self._publish_names()
             self.state, self.error = "delivering", ""
             await self._pump(stopping)
         except Fenced as error:
@@ -269,8 +283,11 @@ class ShardDelivery:
             self.counters.overwritten += first - expected
             await self.publisher.publish_gap(expected, first - 1)
         news = self.names.learn(events)
-        self._received.append((int(events["seq"][-1]), int(events["ts_recv"][-1])))
+        stamps = (int(events["seq"][-1]), events["ts_recv"].copy())
+        self._received.append(stamps)
         fresh = await self.publisher.publish(first, events.view(np.uint8).data)
+        if not fresh and self._received and self._received[-1] is stamps:
+            self._received.pop()  # all of it was stored before a restart
         await self._publish_references(news)
         if fresh and self.options.per_event != frozenset():
             await self._publish_maps(events[len(events) - fresh :])
@@ -278,7 +295,7 @@ class ShardDelivery:
     def _on_acked(self, first: int, last: int, sent_ns: int) -> None:
         now = time.time_ns()
         while self._received and self._received[0][0] <= last:
-            self._latencies_ns.append(now - self._received.popleft()[1])
+            record_ages(self._latency, now, self._received.popleft()[1])
 
     # -- one map per event
 
@@ -321,7 +338,25 @@ class ShardDelivery:
             self._reconnects_seen = self._link.reconnects
             self._again = asyncio.ensure_future(self._publish_all_references())
 
+    async def _publish_names(self) -> None:
+        """Say how the calculations are called from the next output on."""
+        assert self._link is not None
+        assert self.publisher is not None
+        subject, jetstream = calculations_subject(self.options.cluster, self.shard), self._link.client.jetstream(timeout=2)
+        with contextlib.suppress(nats.errors.Error, js_errors.Error, FrameError, OSError):  # then there is none to go on with
+            kept = await jetstream.get_last_msg(reference_stream_name(self.options.cluster), subject)
+            self._history = decode_names(kept.data or b"")
+        self._history = names_from(self._history, self.publisher.next_out_seq, self._calculations)
+        await self._send_names()
+
+    async def _send_names(self) -> None:
+        assert self._link is not None
+        if self._history:
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await self._link.client.publish(calculations_subject(self.options.cluster, self.shard), encode_names(self._history))
+
     async def _publish_all_references(self) -> None:
+        await self._send_names()
         for instrument in list(self._references):
             await self._publish_reference(instrument)
 
@@ -344,7 +379,7 @@ class ShardDelivery:
         state: State = self.state
         if state == "delivering" and publisher is not None and (self._link is None or not self._link.connected or publisher.recovering):
             state = "waiting"
-        latencies = np.sort(np.array(self._latencies_ns, np.int64)) / 1000
+        latencies = self._latency[-BUCKETS:]
         return {
             "shard": self.shard,
             "state": state,
@@ -354,14 +389,10 @@ class ShardDelivery:
             "last_out_seq": publisher.last_out_seq if publisher else 0,
             "in_flight": publisher.in_flight if publisher else 0,
             "reconnects": self._link.reconnects if self._link else 0,
-            "received_to_stored_us": {f"p{p}": _percentile(latencies, p) for p in (50, 99)},
+            "received_to_stored_us": {f"p{p}": percentile(latencies, p) / 1000 if latencies.any() else None for p in (50, 99)},
             **asdict(self.counters),
             **(asdict(publisher.counters) if publisher else {}),
         }
-
-
-def _percentile(ordered: npt.NDArray[np.float64], percent: int) -> float | None:
-    return float(ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]) if len(ordered) else None
 
 
 class Gateway:
@@ -378,6 +409,7 @@ class Gateway:
         *,
         calculations: CalculationNames | None = None,
         login: Login | None = None,
+        latencies: Mapping[int, Values] | None = None,
     ) -> None:
         """Registers a reader at each ring, which from then on holds a lossless ring's writer.
 
@@ -386,12 +418,16 @@ class Gateway:
             rings: output ring by shard number; the events' `seq` is the shard's output sequence, from 1, without holes.
             calculations: names of signals for the maps.
             login: default: from the environment.
+            latencies: by shard number, the histogram of times from receipt to the stream (:meth:`Telemetry.delivery`).
         """
         self.options = options
         self.error = ""
         self._login = login
         self._readers = {shard: ring.reader("gateway", start="oldest") for shard, ring in rings.items()}
-        self.shards = {shard: ShardDelivery(shard, reader, options, calculations) for shard, reader in self._readers.items()}
+        known = latencies or {}
+        self.shards = {
+            shard: ShardDelivery(shard, reader, options, calculations, known.get(shard)) for shard, reader in self._readers.items()
+        }
         for shard, reader in self._readers.items():
             reader.read(0)  # compiles or loads the ring's kernels now: later it could take longer than a lossless ring waits for us
             self.shards[shard].show_alive()

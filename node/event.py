@@ -102,6 +102,7 @@ class Kind(IntEnum):
     GAP = 15
     """Source sequence `id`..`aux` is missing; instrument = ALL_INSTRUMENTS: every book of the source is stale."""
     TIMER = 16
+    """`ts_event` of source `price` has come: ends a bar that no trade ends."""
     CONFIG = 17
     BREAK = 18
     """Trade `id` is cancelled by the venue."""
@@ -115,8 +116,6 @@ class Kind(IntEnum):
     RISK = 68
     """Decision on an intent: REFUSED flag, `aux` = :class:`RiskReason`."""
     BAR = 69
-    BOOK_STATE = 70
-    """`aux` = the instrument's new state flags (STALE, HALTED, CROSSED, LOCKED)."""
 
 
 class Flag(IntFlag):

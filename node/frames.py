@@ -72,6 +72,11 @@ def reference_subject(cluster: str, shard: int | str, instrument: int | str) -> 
     return f"tm.{cluster}.ref.{shard}.{instrument}"
 
 
+def calculations_subject(cluster: str, shard: int | str) -> str:
+    """Subject, in the same stream, of the names of a shard's calculations (:func:`encode_names`)."""
+    return reference_subject(cluster, shard, "calculations")
+
+
 # ---------------------------------------------------------------- batch frames
 
 
@@ -218,6 +223,48 @@ def token_symbol(token: str) -> str:
 CalculationNames = Mapping[tuple[int, int], str]
 """Names of signals by (calculation index, output index)."""
 
+NameHistory = list[tuple[int, CalculationNames]]
+"""From which output sequence on which names hold, rising."""
+_HISTORY_MAX = 64
+
+
+def names_at(history: NameHistory, sequence: int) -> CalculationNames:
+    """The names that hold at an output sequence."""
+    found: CalculationNames = {}
+    for first, names in history:
+        if first > sequence:
+            break
+        found = names
+    return found
+
+
+def names_from(history: NameHistory, sequence: int, names: CalculationNames) -> NameHistory:
+    """A history in which `names` hold from an output sequence on, at most 64 entries; the same one if they held before."""
+    before = [entry for entry in history if entry[0] < sequence]
+    if history == before and dict(names_at(before, sequence)) == dict(names):
+        return history
+    return [*before, (sequence, names)][-_HISTORY_MAX:]
+
+
+def encode_names(history: NameHistory) -> bytes:
+    """A history as MessagePack: ``[[first output sequence, [[calculation, output, name], …]], …]``."""
+    plain = [[first, [[index, output, name] for (index, output), name in sorted(names.items())]] for first, names in history]
+    return bytes(msgpack.packb(plain))
+
+
+def decode_names(payload: bytes) -> NameHistory:
+    """What :func:`encode_names` made.
+
+    Raises:
+        FrameError: it is something else.
+    """
+    try:
+        plain = msgpack.unpackb(payload)
+        return [(int(first), {(int(index), int(output)): str(name) for index, output, name in names}) for first, names in plain]
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise FrameError(f"no names of calculations: {error}") from error
+
+
 _Row = tuple[Any, ...]
 _Fields = Callable[[_Row, InstrumentName, CalculationNames], dict[str, Any]]
 _SIDES = {BID: "bid", ASK: "ask"}
@@ -309,10 +356,6 @@ def _reference(r: _Row, n: InstrumentName, c: CalculationNames) -> dict[str, Any
     return {"tick_size": decimal_text(r[7], PRICE_DECIMALS), "qty_exponent": r[5]}
 
 
-def _book_state(r: _Row, n: InstrumentName, c: CalculationNames) -> dict[str, Any]:
-    return {"state": _flag_names(r[10])}
-
-
 def _plain(r: _Row, n: InstrumentName, c: CalculationNames) -> dict[str, Any]:
     return {"price": _price(r[7]), "qty": _decimal(r[8], n.exponent), "id": r[9], "aux": r[10]}
 
@@ -321,9 +364,9 @@ _FIELDS: dict[int, _Fields] = {
     Kind.ADD: _order, Kind.EXECUTE: _order, Kind.CANCEL: _order, Kind.DELETE: _order, Kind.REPLACE: _order, Kind.MODIFY: _order,
     Kind.TRADE: _trade, Kind.LEVEL: _level, Kind.QUOTE: _quote, Kind.BBO: _quote, Kind.SIGNAL: _signal, Kind.ALERT: _alert,
     Kind.GAP: _gap, Kind.STATUS: _status, Kind.RISK: _risk, Kind.INTENT: _intent, Kind.IMBALANCE: _imbalance, Kind.BAR: _bar,
-    Kind.REFERENCE: _reference, Kind.BOOK_STATE: _book_state,
+    Kind.REFERENCE: _reference,
 }  # fmt: skip
-_SIDELESS = {Kind.REFERENCE, Kind.QUOTE, Kind.BBO, Kind.SIGNAL, Kind.ALERT, Kind.GAP, Kind.STATUS, Kind.BAR, Kind.BOOK_STATE}
+_SIDELESS = {Kind.REFERENCE, Kind.QUOTE, Kind.BBO, Kind.SIGNAL, Kind.ALERT, Kind.GAP, Kind.STATUS, Kind.BAR}
 
 
 def event_maps(events: EventArray, instruments: InstrumentNames, calculations: CalculationNames | None = None) -> list[dict[str, Any]]:

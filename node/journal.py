@@ -383,7 +383,12 @@ def _open_segments(folder: Path) -> Iterator[_Segment]:
         raise JournalNotFound(folder, "there is no journal here")
     before: SegmentHeader | None = None
     for path in paths:
-        segment = _Segment(path)
+        try:
+            segment = _Segment(path)
+        except FileNotFoundError:
+            if before is None and path is not paths[-1]:
+                continue  # the oldest, which a live node has just let go
+            raise JournalNotFound(path, "was removed while the journal was read; read it again") from None
         header = segment.header
         if before and header.journal_id != before.journal_id:
             raise JournalForeignFile(path, "it belongs to another journal")
@@ -556,6 +561,16 @@ class _Helper:
 _POLL_S_MIN, _POLL_S_MAX, _RETRY_S = 0.0005, 0.02, 0.1
 
 
+@dataclass(frozen=True)
+class FinishedSegment:
+    """A full segment of a journal: its file, the sequence after its last event, its size in bytes, when it was last written (s, 1970)."""
+
+    path: Path
+    next_sequence: int
+    size: int
+    written_s: float
+
+
 class Journal:
     """A journal open for appending, by one process at a time. `arrays` is what kernels take.
 
@@ -724,16 +739,32 @@ class Journal:
         """Times that appending had to wait for the helper."""
         return int(self.arrays.words[W_WAITS])
 
-    def drop_before(self, sequence: int) -> int:
-        """Remove the finished segments that hold only events below `sequence` (a snapshot covers them); returns how many files."""
-        dropped = 0
+    @property
+    def first_sequence(self) -> int:
+        """Sequence of the first event there ever was; :class:`JournalReader` says which is the oldest one kept."""
+        return self._header.journal_first_sequence
+
+    def disk_bytes(self) -> int:
+        """What the journal takes on the disk, segments made ahead included."""
+        return len(_segments(self.folder)) * self._header.file_bytes
+
+    def finished(self) -> list[FinishedSegment]:
+        """The segments that are full, oldest first."""
+        found = []
         for path in _segments(self.folder):
-            end = self._header.journal_first_sequence + (int(path.stem) + 1) * self.segment_records
-            if int(path.stem) >= self._oldest or end > sequence:
+            if int(path.stem) >= self._oldest:
                 break
-            path.unlink()
-            dropped += 1
-        return dropped
+            end = self.first_sequence + (int(path.stem) + 1) * self.segment_records
+            about = path.stat()
+            found.append(FinishedSegment(path, end, about.st_size, about.st_mtime))
+        return found
+
+    def drop_before(self, sequence: int) -> int:
+        """Remove the finished segments that hold only events below `sequence`; returns how many files."""
+        dropped = [segment for segment in self.finished() if segment.next_sequence <= sequence]
+        for segment in dropped:
+            segment.path.unlink()
+        return len(dropped)
 
     def close(self) -> None:
         """Sync (unless ``sync="none"``) and let go; segments made ahead and not begun are removed. The loop must have stopped appending."""

@@ -30,7 +30,7 @@ LATENCY_MAX_NS = 60_000_000_000  # older stamps are recorded ones, not ours
 
 
 @loop
-def run(stop, inputs, readers, journal, journalled, batch, batch_any, shard, latency, idle_mode):
+def run(stop, inputs, readers, journal, journalled, batch, batch_any, shard, latency, batch_events, idle_mode):
     # Until stop[0] is set, then 0; or the errno for which the journal could not take events: what is not journalled is not processed.
     # stop[1] counts rounds without input, stop[2] events.
     rounds = 0
@@ -41,6 +41,7 @@ def run(stop, inputs, readers, journal, journalled, batch, batch_any, shard, lat
             if count == 0:
                 continue
             taken += count
+            histogram_record(batch_events, count)
             failure = np.int64(0)
             if journalled != 0:
                 appended = journal_append_batch(journal, batch, count, stop, idle_mode)
@@ -77,7 +78,7 @@ def warm():
     batch = np.zeros(1, EVENT)
     stop = np.ones(3, np.int64)
     run(stop, (ring,) * {inputs}, np.zeros({inputs}, np.int64), journal, 0, batch, batch.view(ANY_VIEW), warm_arrays(shard_module),
-        np.zeros(8, np.int64), 0)
+        np.zeros(8, np.int64), np.zeros(8, np.int64), 0)
 """
 
 _REPLAY = """\
@@ -86,13 +87,13 @@ import numpy as np
 
 from tickmesh.node.event import ANY_VIEW, EVENT
 from tickmesh.node.shard_state import warm_arrays
-from tickmesh.transports.toolbox import loop
+{imports}from tickmesh.transports.toolbox import {kinds}
 import tickmesh_generated.{decoder} as decoder_module
 import tickmesh_generated.{shard} as shard_module
 from tickmesh_generated.{decoder} import {decode}
 from tickmesh_generated.{shard} import step
 
-
+{each}
 @loop
 {body}
 
@@ -104,24 +105,39 @@ def warm():
     {call}
 """
 
-_REPLAY_STREAM = '''\
-def replay(buf, pos, end, ts_recv, feed, batch, batch_any, shard):
+_TIMERS = """
+@inlined
+def step_timed(batch, batch_any, count, shard, clock, timer, timer_any):
+    # timers go in between where the events pass a boundary, as a live node's router puts them
+    first = np.int64(0)
+    for i in range(count):
+        if timer_due(clock, batch[i]):
+            step(batch_any, first, i, shard)
+            first = i
+            fill_timer(clock, np.int64(0), batch[i].ts_recv, timer[0])
+            step(timer_any, 0, 1, shard)
+    step(batch_any, first, count, shard)
+
+"""
+
+_REPLAY_STREAM = """\
+def replay(buf, pos, end, ts_recv, feed, batch, batch_any, shard{more}):
     # returns where it stopped: what is left is not a whole message
     while pos < end:
         before = pos
         pos, count = decode_stream(buf, pos, end, ts_recv, feed, batch)
-        step(batch_any, 0, count, shard)
+        {step}
         if pos == before and count == 0:
             break
-    return pos'''
+    return pos"""
 
-_REPLAY_PACKETS = '''\
-def replay(buf, packets, first, count, feed, batch, batch_any, shard):
+_REPLAY_PACKETS = """\
+def replay(buf, packets, first, count, feed, batch, batch_any, shard{more}):
     while True:
         first, events = decode_packets(buf, packets, first, count, feed, batch)
-        step(batch_any, 0, events, shard)
+        {step}
         if first >= count and events == 0:
-            return first'''
+            return first"""
 
 _RECEIVE = """\
 # The receiver of one multicast source: sockets -> datagrams -> events -> the shards' input rings. Generated.
@@ -131,7 +147,7 @@ import numpy as np
 
 from tickmesh.node.event import EVENT
 from tickmesh.node.instruments import InstrumentTable
-from tickmesh.node.router import make_router, route
+from tickmesh.node.router import make_router, route, route_silence
 from tickmesh.transports.multicast import open_receiver, receive_batch
 from tickmesh.transports.ring import HEADER_BYTES, RingArrays
 from tickmesh.transports.toolbox import IDLE_SLEEP, idle, load_acquire, loop, now_ns
@@ -164,6 +180,8 @@ def receive(stop, lines, buffers, packets, feed, batch, router, idle_mode):
                 if not route(router, batch, 0, events):
                     return
                 events = decode_flush(now_ns(), feed, batch)
+            if not route_silence(router):
+                return
             rounds = idle(idle_mode, rounds)
         else:
             rounds = FIRST_SLEEP_ROUND if idle_mode == IDLE_SLEEP else 0
@@ -188,17 +206,29 @@ def live_loop(shard: ModuleType, inputs: int, batch_events: int, progress: Calla
     return load_generated("shard_live", _LIVE.format(shard=_stem(shard), inputs=inputs, batch=batch_events), progress)
 
 
-def replay_loop(decoder: ModuleType, shard: ModuleType, progress: Callable[[str], None] | None = None) -> ModuleType:
-    """The module whose ``replay`` decodes recorded bytes and steps `shard`, without returning to Python."""
+def replay_loop(
+    decoder: ModuleType, shard: ModuleType, progress: Callable[[str], None] | None = None, *, timers: bool = False
+) -> ModuleType:
+    """The module whose ``replay`` decodes recorded bytes and steps `shard`, without returning to Python.
+
+    With `timers` it takes three more arguments: the source's clock, an EVENT array of one, and the same as ANY_VIEW.
+    """
     stream = hasattr(decoder, "decode_stream")
+    more = ", clock, timer, timer_any" if timers else ""
+    step = f"step_timed(batch, batch_any, {{count}}, shard{more})" if timers else "step(batch_any, 0, {count}, shard)"
+    body = (_REPLAY_STREAM if stream else _REPLAY_PACKETS).format(more=more, step=step.format(count="count" if stream else "events"))
+    place = "0, 0, 0, feed" if stream else "feed.arbiter.no_packets, 0, 0, feed"
+    extra = ", make_clock(1), timer, timer.view(ANY_VIEW)" if timers else ""
+    call = f"replay(np.zeros(64, np.uint8), {place}, batch, batch.view(ANY_VIEW), shard{extra})"
     source = _REPLAY.format(
         decoder=_stem(decoder),
         shard=_stem(shard),
         decode="decode_stream" if stream else "decode_packets",
-        body=_REPLAY_STREAM if stream else _REPLAY_PACKETS,
-        call="replay(np.zeros(64, np.uint8), 0, 0, 0, feed, batch, batch.view(ANY_VIEW), shard)"
-        if stream
-        else "replay(np.zeros(64, np.uint8), feed.arbiter.no_packets, 0, 0, feed, batch, batch.view(ANY_VIEW), shard)",
+        imports="from tickmesh.node.timers import fill_timer, make_clock, timer_due\n" if timers else "",
+        kinds="inlined, loop" if timers else "loop",
+        each=_TIMERS if timers else "",
+        body=body,
+        call=f"timer = np.zeros(1, EVENT)\n    {call}" if timers else call,
     )
     return load_generated("replay", source, progress)
 

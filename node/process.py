@@ -24,14 +24,16 @@ import numpy as np
 import structlog
 
 from tickmesh.control.config import Config, Delivery
+from tickmesh.node.book import resting_orders
 from tickmesh.node.delivery import DeliveryOptions, Gateway
-from tickmesh.node.event import ANY_VIEW, EVENT, Kind
+from tickmesh.node.event import ANY_VIEW, EVENT, NO_PRICE, Kind
 from tickmesh.node.frames import stream_name, stream_subject
 from tickmesh.node.journal import Journal, JournalArrays, JournalReader
 from tickmesh.node.loops import live_loop
 from tickmesh.node.pipeline import make_shards, make_table
 from tickmesh.node.receivers import BlockSourceMaker, MulticastReceiver, Receiver, ReceiverContext, make_receiver
 from tickmesh.node.restore import read_restored
+from tickmesh.node.retention import Retention
 from tickmesh.node.shard import BATCH_EVENTS, Shard
 from tickmesh.node.telemetry import NodeState, ShardCounter, Telemetry
 from tickmesh.transports.nats import LinkError, Login, connect
@@ -40,6 +42,9 @@ from tickmesh.transports.toolbox import IDLE_MODES, zeros_aligned
 
 Progress = Callable[[str], None] | None
 _MIRROR_S = 0.1
+_TRIM_S = 1.0
+_COUNT_ORDERS_S = 2.0
+"""The table of orders is looked through this often, or less often if that takes more than a 200th of the time."""
 _STOP_S = 5.0
 _WAIT_S = 0.001
 _RECORD_BYTES = 72
@@ -69,7 +74,9 @@ class ShardThread:
         self.error: BaseException | None = None
         self.readers = [ring.reader(f"shard-{number}") for ring in inputs]
         self._idle = idle
-        self._latency = telemetry.shard(number).receive_to_output
+        self.retention: Retention | None = None
+        self._latency, self._batch_events = telemetry.shard(number)[2:]
+        self._orders, self._orders_due = 0, 0.0
         self._module = live_loop(shard.module, len(inputs), BATCH_EVENTS, progress)
         self._thread = threading.Thread(target=self._run, name=f"shard-{number}", daemon=True)
         self.writer = output.writer
@@ -87,6 +94,15 @@ class ShardThread:
     def running(self) -> bool:
         """Whether the loop runs."""
         return self._thread.is_alive()
+
+    def orders(self) -> int:
+        """Resting orders, counted now and then."""
+        begun = time.monotonic()
+        if begun >= self._orders_due:
+            self._orders = resting_orders(self.shard.arrays.books)
+            ended = time.monotonic()
+            self._orders_due = ended + max(_COUNT_ORDERS_S, 200 * (ended - begun))
+        return self._orders
 
     def idle_rounds(self) -> int:
         """Rounds without input so far."""
@@ -118,6 +134,7 @@ class ShardThread:
             batch.view(ANY_VIEW),
             self.shard.arrays,
             self._latency,
+            self._batch_events,
             self._idle,
         )
         if failure and self.journal is not None:
@@ -175,7 +192,7 @@ class Node:
         for number, name in enumerate(config.data_sources):
             rings = [Ring.create(None, cluster.ring_capacity, EVENT, reader_timeout_ms=60_000) for _ in range(cluster.shards)]
             inputs.append(rings)
-            context = ReceiverContext(self.table, rings, number, idle, self._progress)
+            context = ReceiverContext(self.table, rings, number, idle, self._progress, config.processing.timer_interval_ms * 1_000_000)
             self.receivers.append(make_receiver(name, config, context, generators))
         self._create_outputs()
         shards = make_shards(config, self.outputs, config.folder, self._order_ids(), self._progress)
@@ -188,6 +205,8 @@ class Node:
             journal = self.journals[number] if self.journals else None
             mine = [rings[number] for rings in inputs]
             self.shards.append(ShardThread(number, shard, mine, self.outputs[number], journal, self.telemetry, idle, self._progress))
+            if journal:
+                self.shards[-1].retention = self._retention(journal)
         self._create_gateways()
 
     def _order_ids(self) -> str:
@@ -208,23 +227,28 @@ class Node:
     # ---- the journal
 
     def _open_journals(self) -> None:
-        """Open the journals. A live feed goes on where its journal ends; a recording or a simulation starts anew."""
+        """Open the journals. A live feed goes on where its journal ends, if it may; a recording or a simulation starts anew."""
         settings = self.config.journal
         if not settings.enabled:
             return
-        self._replays = all(isinstance(receiver, MulticastReceiver) for receiver in self.receivers)
+        self._replays = settings.restore and all(isinstance(receiver, MulticastReceiver) for receiver in self.receivers)
         records = 1 << max(9, (settings.segment_mb * (1 << 20) // _RECORD_BYTES).bit_length() - 1)
         base = self.config.cluster.data_path / "journal" / self.config.cluster.node
         for number in range(self.config.cluster.shards):
             folder = base / f"shard-{number}"
             if folder.exists() and any(folder.iterdir()):
                 if self._replays:
+                    _check_whole(folder)
                     self.journals.append(Journal.open(folder, number, sync=settings.sync))
                     continue
                 previous = folder.with_name(folder.name + ".previous")
                 shutil.rmtree(previous, ignore_errors=True)
                 folder.rename(previous)
             self.journals.append(Journal.create(folder, number, segment_records=records, sync=settings.sync))
+
+    def _retention(self, journal: Journal) -> Retention:
+        settings = self.config.journal
+        return Retention(journal, keep_bytes=settings.keep_mb << 20, keep_s=settings.keep_hours * 3600.0, needed_whole=self._replays)
 
     def _remember_instruments(self) -> None:
         """Give the instruments of the journals the ids they had, and tell the receivers how far their sources had come."""
@@ -237,9 +261,9 @@ class Node:
     def _replay_journals(self, stop: threading.Event) -> None:
         """Bring each shard to where its journal ends. What was put out then is numbered again, and delivered where it was not."""
         for thread, journal in zip(self.shards, self.journals):
-            if journal.next_sequence <= 1:
+            if journal.next_sequence == 0:
                 continue
-            _tell(self._progress, f"shard {thread.number}: replaying {journal.next_sequence - 1:,} events of the journal")
+            _tell(self._progress, f"shard {thread.number}: replaying {journal.next_sequence:,} events of the journal")
             for batch in JournalReader(journal.folder).batches():
                 view = batch.copy().view(ANY_VIEW)  # a shard completes events in place
                 for first in range(0, len(view), BATCH_EVENTS):
@@ -298,7 +322,8 @@ class Node:
         for name, delivery in self.config.delivery.items():
             if delivery.method == "nats":
                 options = delivery_options(self.config, delivery, self._targets.get(name, delivery.target))
-                self.gateways[name] = Gateway(options, rings, calculations=names, login=login_of(delivery))
+                latencies = {number: self.telemetry.delivery(name, number).receive_to_stored for number in rings}
+                self.gateways[name] = Gateway(options, rings, calculations=names, login=login_of(delivery), latencies=latencies)
 
     # ---- running
 
@@ -332,14 +357,18 @@ class Node:
                 _log.warning("cannot pin a thread", cpu=cpu, reason=str(error))
 
     def watch(self, stop: threading.Event, each: Callable[[Node], None] | None = None) -> None:
-        """Mirror counters until `stop` is set.
+        """Mirror counters and trim journals until `stop` is set.
 
         Raises:
             NodeError: a source or a shard has failed.
         """
+        trim_due = time.monotonic()
         while not stop.wait(_MIRROR_S):
             self.mirror()
             self.check()
+            if time.monotonic() >= trim_due:
+                self.trim_journals()
+                trim_due = time.monotonic() + _TRIM_S
             if each:
                 each(self)
 
@@ -364,6 +393,15 @@ class Node:
         for shard in self.shards:
             if shard.error is not None:
                 raise NodeError(f"shard {shard.number}: {shard.error}") from shard.error
+
+    def trim_journals(self) -> None:
+        """Delete what `journal.keep_mb` and `keep_hours` do not want kept and nothing needs."""
+        statuses = [gateway.status() for gateway in self.gateways.values()]
+        for thread in self.shards:
+            if thread.retention is not None:
+                core = thread.shard.arrays.core[0]
+                thread.retention.mark(int(core["events"]), int(core["out_seq"]))
+                thread.retention.trim(min((status[thread.number]["last_out_seq"] for status in statuses), default=None))
 
     def mirror(self) -> None:
         """Write the numbers that no loop writes itself into the counters, and look after the rings."""
@@ -422,6 +460,14 @@ def _tell(progress: Progress, text: str) -> None:
         progress(text)
 
 
+def _check_whole(folder: Path) -> None:
+    """Raise unless a journal has its beginning, which a restart needs."""
+    first = JournalReader(folder).first_sequence
+    if first > 0:
+        advice = "move it away, or set journal.restore = false"
+        raise NodeError(f"the journal in {folder} begins at sequence {first}, its older segments were deleted: {advice}")
+
+
 def signal_names(shard: Shard) -> dict[tuple[int, int], str]:
     """Names of signals, alerts and intents by (calculation, output)."""
     names = {}
@@ -466,18 +512,25 @@ def shard_numbers(shard: ShardThread) -> dict[str, int]:
     """Numbers of a shard for :class:`ShardCounter`."""
     arrays = shard.shard.arrays
     core, counts = arrays.core[0], arrays.counts
+    statistics = arrays.statistics[: int(core["instruments"])]
+    bids, asks = statistics["last_bbo"][:, 0], statistics["last_bbo"][:, 2]
+    both = (statistics["bbo_updates"] > 0) & (bids != NO_PRICE) & (asks != NO_PRICE)
     numbers = {
         ShardCounter.EVENTS_IN: core["events"],
         ShardCounter.REFUSED: core["refused"],
         ShardCounter.OUTPUTS: core["out_seq"],
         ShardCounter.BLOCKED: core["blocked"],
-        ShardCounter.TRADES: arrays.statistics["trades"][: int(core["instruments"])].sum(),
+        ShardCounter.TRADES: statistics["trades"].sum(),
         ShardCounter.BBO: counts[Kind.BBO],
         ShardCounter.SIGNALS: counts[Kind.SIGNAL],
         ShardCounter.ALERTS: counts[Kind.ALERT],
         ShardCounter.INSTRUMENTS: np.count_nonzero(arrays.info["tick_size"][: int(core["instruments"])]),
         ShardCounter.CONFIG_VERSION: core["config_version"],
         ShardCounter.JOURNAL_RECORDS: shard.journal.next_sequence if shard.journal else 0,
+        ShardCounter.JOURNAL_DROPPED: shard.retention.dropped if shard.retention else 0,
+        ShardCounter.CROSSED: np.count_nonzero(both & (bids >= asks)),
+        ShardCounter.ORDERS: shard.orders(),
+        ShardCounter.OUTPUT_LAG: shard.output.lag,
     }
     return {counter.name.lower(): int(value) for counter, value in numbers.items()}
 
@@ -519,4 +572,3 @@ def run_node(
         for number, handler in previous.items():
             signal.signal(number, handler)
     return 0
-

@@ -22,6 +22,7 @@ from tickmesh.node.decoder import (
     bind_symbol,
     dbn_symbols,
     end_of_stream,
+    filtered,
     load_decoder,
     make_feed,
     malformed,
@@ -88,6 +89,15 @@ class Reader(ABC):
         """Messages or packets that came again and were dropped."""
         return 0
 
+    def counters(self) -> dict[str, int]:
+        """Numbers for :class:`tickmesh.node.telemetry.SourceCounter`."""
+        return {
+            "messages": sum(self.messages.values()),
+            "bytes": self.bytes,
+            "malformed": sum(self.malformed.values()),
+            "duplicates": self.duplicates,
+        }
+
 
 # ---------------------------------------------------------------- compiled
 
@@ -116,6 +126,10 @@ class _SpecReader(Reader):
     @property
     def duplicates(self) -> int:
         return arbitration(self.feed)["duplicates"]
+
+    def counters(self) -> dict[str, int]:
+        lines = arbitration(self.feed)
+        return {**super().counters(), "filtered": filtered(self.feed), **{name: lines[name] for name in ("packets", "gaps", "missing")}}
 
 
 class StreamReader(_SpecReader):
@@ -298,7 +312,7 @@ def spec_and_framing(name: str, options: Source) -> tuple[Spec, Framing]:
     packets = options.type in ("pcap", "multicast")
     framing = options.framing or USUAL_FRAMING.get(chosen, ("", ""))[packets]
     if not framing:
-        raise SourceError(name, f"name the framing of {chosen}: framing = \"moldudp64\"")
+        raise SourceError(name, f'name the framing of {chosen}: framing = "moldudp64"')
     return load_spec(chosen), load_framing(framing)
 
 

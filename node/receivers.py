@@ -27,6 +27,7 @@ from tickmesh.node.loops import receive_loop
 from tickmesh.node.protocol import Field, load_framing, load_spec
 from tickmesh.node.reader import Reader, open_reader, protocol_fields, spec_and_framing
 from tickmesh.node.router import ROUTE_EVENTS, Router, make_router, route_now
+from tickmesh.node.timers import NOT_LIVE, go_on
 from tickmesh.transports.multicast import Receiver as Socket
 from tickmesh.transports.multicast import open_receiver
 from tickmesh.transports.pacing import Pace
@@ -65,6 +66,7 @@ class ReceiverContext:
         rings: this source's input ring of each shard.
         number: the source's number.
         idle_mode: how a polling loop waits.
+        timer_ns: distance of the source's timers; 0: none.
     """
 
     table: InstrumentTable
@@ -72,6 +74,7 @@ class ReceiverContext:
     number: int
     idle_mode: int
     progress: Progress = None
+    timer_ns: int = 0
 
 
 class Receiver(ABC):
@@ -85,11 +88,19 @@ class Receiver(ABC):
 
     order_ids = "random"
 
-    def __init__(self, name: str, options: Source, context: ReceiverContext, *, restamp: bool) -> None:
+    def __init__(self, name: str, options: Source, context: ReceiverContext, *, restamp: bool, hold_ns: int = NOT_LIVE) -> None:
         self.name, self.options, self.context = name, options, context
         self.stop = np.zeros(1, np.int64)
-        rings = tuple(ring.arrays for ring in context.rings)
-        self.router: Router = make_router(rings, context.table.arrays.records, self.stop, context.number, context.idle_mode, restamp)
+        self.router: Router = make_router(
+            tuple(ring.arrays for ring in context.rings),
+            context.table.arrays.records,
+            self.stop,
+            context.number,
+            context.idle_mode,
+            restamp,
+            timer_ns=context.timer_ns,
+            hold_ns=hold_ns,
+        )
         self.finished = False
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._guarded, name=f"receiver-{name}", daemon=True)
@@ -186,13 +197,7 @@ class RecordedReceiver(Receiver):
         return True
 
     def counters(self) -> dict[str, int]:
-        return {
-            **self.routed(),
-            "messages": sum(self.reader.messages.values()),
-            "bytes": self.reader.bytes,
-            "malformed": sum(self.reader.malformed.values()),
-            "duplicates": self.reader.duplicates,
-        }
+        return {**self.routed(), **self.reader.counters()}
 
 
 # ---------------------------------------------------------------- generators in this process
@@ -246,14 +251,15 @@ class MulticastReceiver(Receiver):
     """One or two multicast lines, compiled from the socket to the shards' rings."""
 
     def __init__(self, name: str, options: Source, context: ReceiverContext) -> None:
-        super().__init__(name, options, context, restamp=False)
+        gap_wait_ns = int(options.gap_wait_ms * 1e6)
+        super().__init__(name, options, context, restamp=False, hold_ns=gap_wait_ns)
         self.spec, self._framing = spec_and_framing(name, options)
         framing = self._framing
         self._expected = 0
         self.order_ids = self.spec.order_ids
         decoder: Any = load_decoder(self.spec, framing, fields=protocol_fields(options), progress=context.progress)
         context.table.let_through(context.number, options.symbols, options.exclude)
-        midnight_ns, gap_wait_ns = options.midnight_ns(), int(options.gap_wait_ms * 1e6)
+        midnight_ns = options.midnight_ns()
         self.feed = make_feed(self.spec, context.table, context.number, framing=framing, midnight_ns=midnight_ns, gap_wait_ns=gap_wait_ns)
         endpoints = [endpoint for endpoint in (options.endpoint, options.endpoint_b) if endpoint]
         self._module = receive_loop(decoder, len(endpoints), len(context.rings), context.progress)
@@ -269,6 +275,8 @@ class MulticastReceiver(Receiver):
     def resume(self, codes: Mapping[int, int], last_sequence: int) -> None:
         bind_codes(self.feed, self.context.table, codes)
         self._expected = last_sequence + 1 if last_sequence else 0
+        if last_sequence:
+            go_on(self.router.clock)
 
     def run(self) -> None:
         sockets = self.sockets
@@ -324,6 +332,7 @@ class MulticastReceiver(Receiver):
             **self.routed(),
             "messages": sum(message_counts(self.feed, self.spec).values()),
             "packets": lines["packets"],
+            "bytes": sum(s.counters().bytes for s in self.sockets),
             "malformed": sum(malformed(self.feed).values()),
             "gaps": lines["gaps"],
             "missing": lines["missing"],
@@ -362,4 +371,3 @@ def make_receiver(
     if options.type in generators:
         return GeneratedReceiver(name, options, generators[options.type](options), context)
     return RecordedReceiver(name, options, files or [config.resolve(path) for path in options.path], context)
-

@@ -17,6 +17,7 @@ from tickmesh.node.pipeline import make_shards, make_table
 from tickmesh.node.reader import PacketReader, Reader, SourceError, StreamReader, open_reader
 from tickmesh.node.shard import BATCH_EVENTS, Shard
 from tickmesh.node.summary import summarise
+from tickmesh.node.timers import make_clock, with_timers
 from tickmesh.transports.ring import Ring
 from tickmesh.transports.toolbox import zeros_aligned
 
@@ -54,13 +55,14 @@ def replay(
     reader = open_reader(name, options, files, table, 0, progress)
     rings = [Ring.create(None, 1 << 16 if observe else _RING_EVENTS, EVENT, mode="lossy") for _ in range(config.cluster.shards)]
     shards = make_shards(config, rings, folder, reader.order_ids, progress)
+    clock = make_clock(config.processing.timer_interval_ms * 1_000_000)
     if observe is None and len(shards) == 1 and isinstance(reader, (StreamReader, PacketReader)):
-        module = replay_loop(reader.decoder, shards[0].module, progress)
+        module = replay_loop(reader.decoder, shards[0].module, progress, timers=True)
         started = time.perf_counter()
-        _replay_compiled(module, reader, shards[0])
+        _replay_compiled(module, reader, shards[0], clock)
     else:
         started = time.perf_counter()
-        _replay_batches(reader, shards, table, rings, observe)
+        _replay_batches(reader, shards, table, rings, clock, observe)
     seconds = time.perf_counter() - started
     messages = reader.messages
     return summarise(
@@ -91,28 +93,36 @@ def choose_source(config: Config, name: str | None) -> str:
     return names[0]
 
 
-def _replay_compiled(module: Any, reader: Reader, shard: Shard) -> None:
-    batch = zeros_aligned(BATCH_EVENTS, EVENT)
-    view = batch.view(ANY_VIEW)
+def _replay_compiled(module: Any, reader: Reader, shard: Shard, clock: Any) -> None:
+    batch, timer = zeros_aligned(BATCH_EVENTS, EVENT), np.zeros(1, EVENT)
+    timed = (batch, batch.view(ANY_VIEW), shard.arrays, clock, timer, timer.view(ANY_VIEW))
     if isinstance(reader, StreamReader):
         while reader.buffer is not None:
-            reader.position = module.replay(reader.buffer, reader.position, reader.end, 0, reader.feed, batch, view, shard.arrays)
+            reader.position = module.replay(reader.buffer, reader.position, reader.end, 0, reader.feed, *timed)
             reader.next_file()
     elif isinstance(reader, PacketReader):
         while reader.next_batch():
-            module.replay(reader.buffer, reader.packets, 0, reader.count, reader.feed, batch, view, shard.arrays)
+            module.replay(reader.buffer, reader.packets, 0, reader.count, reader.feed, *timed)
+        wide = zeros_aligned(2 * BATCH_EVENTS, EVENT)
         while count := reader.flush(batch):
-            shard.step(view, 0, count)
+            events = with_timers(clock, batch[:count], 0, wide)
+            shard.step(events.view(ANY_VIEW), 0, len(events))
 
 
 def _replay_batches(
-    reader: Reader, shards: list[Shard], table: InstrumentTable, rings: list[Ring], observe: Callable[[int, EventArray], None] | None
+    reader: Reader,
+    shards: list[Shard],
+    table: InstrumentTable,
+    rings: list[Ring],
+    clock: Any,
+    observe: Callable[[int, EventArray], None] | None,
 ) -> None:
-    batch = zeros_aligned(_BATCH_EVENTS_PYTHON, EVENT)
+    batch, wide = zeros_aligned(_BATCH_EVENTS_PYTHON, EVENT), zeros_aligned(2 * _BATCH_EVENTS_PYTHON, EVENT)
     readers = [ring.reader("replay") for ring in rings] if observe else []
     while count := reader.read(batch):
+        timed = with_timers(clock, batch[:count], 0, wide)
         for index, shard in enumerate(shards):
-            events = of_shard(batch[:count], table, index, len(shards))
+            events = of_shard(timed, table, index, len(shards))
             for first in range(0, len(events), BATCH_EVENTS):
                 shard.step(events.view(ANY_VIEW), first, min(first + BATCH_EVENTS, len(events)))
                 if observe:

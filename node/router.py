@@ -3,6 +3,8 @@
 Each receiver is the one writer of one ring per shard. Events that concern a whole source (a gap, a new session, a timer) go to every shard
 and are stamped with the source's number, and so is an instrument's definition, so that a shard knows whom they concern. After a
 definition goes the instrument's numeric code, so that a journal is enough to restart from in the middle of a session.
+
+Timers are made here: every event of every source passes, in the order in which its shards see it, on its way to their journals.
 """
 
 from __future__ import annotations
@@ -12,13 +14,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_SIDE, Kind
+from tickmesh.node.timers import C_HOLD, NOT_LIVE, fill_timer, make_clock, timer_due, timer_in_silence, timer_seen
 from tickmesh.transports.ring import RingArrays, ring_wait, ring_write_some
-from tickmesh.transports.toolbox import copy_record, inlined, loop, now_ns, outlined, zeros_aligned
+from tickmesh.transports.toolbox import copy_record, inlined, loop, monotonic_ns, now_ns, outlined, zeros_aligned
 
 ROUTE_EVENTS = 256
 """Most events routed at once."""
-_STAGED = 2 * ROUTE_EVENTS
-"""Room per shard: each event may be an instrument's definition, which is followed by its code."""
+_STAGED = 3 * ROUTE_EVENTS
+"""Room per shard: each event may have a timer before it, and be an instrument's definition, which is followed by its code."""
 _REFERENCE, _CODE = np.uint8(Kind.REFERENCE), np.uint8(Kind.CODE)
 _ALL = np.uint32(ALL_INSTRUMENTS)
 
@@ -29,10 +32,12 @@ class Router(NamedTuple):
     Attributes:
         rings: tuple of :class:`RingArrays` with EVENT slots, one per shard.
         records: the instrument table's records (their `shard`).
-        staged: EVENT[shards * 2 * ROUTE_EVENTS], events on their way to a ring.
+        staged: EVENT[shards * 3 * ROUTE_EVENTS], events on their way to a ring.
         counts: i64[shards + 2]: staged events per shard, then events routed, then times a ring was full.
         stop: i64[1], ends a wait for a full ring.
         settings: i64[3]: number of the source, idle mode, whether `ts_recv` becomes the time of routing (recordings played live).
+        clock: the source's (:mod:`tickmesh.node.timers`).
+        timer: EVENT[1], the timer being routed.
     """
 
     rings: Any
@@ -41,15 +46,30 @@ class Router(NamedTuple):
     counts: Any
     stop: Any
     settings: Any
+    clock: Any
+    timer: Any
 
 
 def make_router(
-    rings: tuple[RingArrays, ...], records: Any, stop: Any, source: int, idle_mode: int, restamp: bool = False
+    rings: tuple[RingArrays, ...],
+    records: Any,
+    stop: Any,
+    source: int,
+    idle_mode: int,
+    restamp: bool = False,
+    *,
+    timer_ns: int = 0,
+    hold_ns: int = NOT_LIVE,
 ) -> Router:
-    """A router of one receiver; `rings` have EVENT slots and no other writer."""
+    """A router of one receiver; `rings` have EVENT slots and no other writer.
+
+    Args:
+        timer_ns, hold_ns: see :func:`tickmesh.node.timers.make_clock`.
+    """
     shards = len(rings)
     settings = np.array([source, idle_mode, restamp], np.int64)
-    return Router(rings, records, zeros_aligned(shards * _STAGED, EVENT), np.zeros(shards + 2, np.int64), stop, settings)
+    staged, counts = zeros_aligned(shards * _STAGED, EVENT), np.zeros(shards + 2, np.int64)
+    return Router(rings, records, staged, counts, stop, settings, make_clock(timer_ns, hold_ns), np.zeros(1, EVENT))
 
 
 @inlined
@@ -68,6 +88,13 @@ def _stage_code(router: Any, shard: Any, batch: Any, i: Any) -> None:
     event = router.staged[shard * _STAGED + router.counts[shard] - 1]
     event.kind, event.side, event.id = _CODE, np.uint8(NO_SIDE), code
     event.price, event.qty, event.aux = np.int64(0), np.int64(0), np.int64(0)
+
+
+@outlined
+def _stage_timer(router: Any, ts_recv: Any) -> None:
+    fill_timer(router.clock, router.settings[0], ts_recv, router.timer[0])
+    for shard in range(len(router.rings)):
+        _stage(router, shard, router.timer, 0)
 
 
 @outlined
@@ -94,6 +121,8 @@ def route(router: Any, batch: Any, first: Any, count: Any) -> Any:
         event = batch[i]
         if now != 0:
             event.ts_recv = now
+        if timer_due(router.clock, event):
+            _stage_timer(router, event.ts_recv)
         if event.instrument == _ALL:
             event.price = source
             for shard in range(shards):
@@ -109,10 +138,26 @@ def route(router: Any, batch: Any, first: Any, count: Any) -> Any:
         else:
             _stage(router, owner, batch, i)
     router.counts[shards] += np.int64(count) - np.int64(first)
-    for shard in range(shards):
+    if count > first and router.clock[C_HOLD] >= 0:
+        timer_seen(router.clock, batch[count - 1], monotonic_ns())
+    return _flush_all(router)
+
+
+@inlined
+def _flush_all(router: Any) -> Any:
+    for shard in range(len(router.rings)):
         if router.counts[shard] > 0 and not _flush(router, router.rings[shard], shard):
             return False
     return True
+
+
+@outlined
+def route_silence(router: Any) -> Any:
+    """While a live source brings nothing: its timer, if one is due; false once the stop flag is set."""
+    if router.clock[C_HOLD] < 0 or not timer_in_silence(router.clock, monotonic_ns()):
+        return True
+    _stage_timer(router, now_ns())
+    return _flush_all(router)
 
 
 @loop

@@ -48,7 +48,7 @@ from tickmesh.node.shard_state import warm_arrays
 from tickmesh.transports.ring import ring_claim, ring_free, ring_publish
 from tickmesh.transports.toolbox import inlined, loop, outlined
 
-Shard = namedtuple("Shard", "books core info statistics counts gaps patterns masks last scratch out limits risk {fields}")
+Shard = namedtuple("Shard", "books core info statistics counts gaps source_stale patterns masks last scratch out limits risk {fields}")
 BID, ASK = np.int64(0), np.int64(1)
 TRADE, BBO, SIGNAL, ALERT, INTENT, RISK, BAR = (np.uint8(kind) for kind in (9, 64, 65, 66, 67, 68, 69))
 FOR_BOOK, FOR_SOURCE, FOR_ALERT, FOR_BAR, FOR_INTENT, FOR_RISK = (np.uint64(place) for place in range(6))  # in shard.scratch
@@ -106,13 +106,30 @@ def rare_apply(shard, event):
 
 
 @outlined
+def apply_to_one(shard, event, kind, side, i, w):
+    # what has happened to a whole source happens to its instrument i
+    o = shard.scratch[FOR_SOURCE]
+    o.seq = event.seq
+    o.ts_event = event.ts_event
+    o.ts_recv = event.ts_recv
+    o.kind = np.uint8(kind)
+    o.side = np.uint8(side)
+    o.flags = np.uint16(0)
+    o.instrument = np.uint32(i)
+    rare_apply(shard, o)
+    return publish_bbo(shard, o, i, w)
+
+
+@outlined
 def on_rare(shard, event, w):
     # instrument definitions, trading status, gaps, venue messages, configuration changes
     kind = event.kind
     i = np.int64(event.instrument)
     if kind == 13:
-        register_instrument(shard.core, shard.info, shard.books.ticks, shard.patterns, shard.masks, event)
+        is_new = register_instrument(shard.core, shard.info, shard.books.ticks, shard.patterns, shard.masks, event)
         w = pass_through(shard.out.slots, w, event)  #? emit_reference
+        if is_new and shard.source_stale[event.flags] != 0:
+            w = apply_to_one(shard, event, 15, 2, i, w)  # its first orders may have been in the gap
     elif kind == 17:
         shard.core[0].parameters = event.aux & 1
         shard.core[0].config_version = event.id
@@ -180,32 +197,28 @@ def on_event(shard, event, w, at):
 
 @outlined
 def over_instruments(shard, event, w, limit):
-    # a timer, or a gap or new session of a whole source, reaches every instrument; held up by outputs it goes on where it stopped
+    # a timer, a gap or a new session of a whole source reaches its instruments; held up by outputs it goes on where it stopped
     core = shard.core[0]
     if core.cursor == 0:
         core.cursor = 1  # from here on the next instrument + 1
         shard.counts[event.kind] += 1
         if event.kind == 15:
+            shard.source_stale[np.uint16(event.price)] = 1
             w = on_rare(shard, event, w)
-        elif event.kind == 7:  #? emit_clear
+        elif event.kind == 7:
+            shard.source_stale[np.uint16(event.price)] = 0
             w = pass_through(shard.out.slots, w, event)  #? emit_clear
+        else:  #? no_timers
+            core.cursor = core.instruments + 1  # nothing listens to timers  #? no_timers
     while core.cursor <= core.instruments:
         if w + np.uint64(ROOM) > limit:
             return w
         i = core.cursor - 1
-        if event.kind == 16:
-            w = on_timer(shard, event, i, w)
-        elif reaches(shard.info, event, i):
-            o = shard.scratch[FOR_SOURCE]
-            o.seq = event.seq
-            o.ts_event = event.ts_event
-            o.ts_recv = event.ts_recv
-            o.kind = event.kind
-            o.side = event.side
-            o.flags = np.uint16(0)
-            o.instrument = np.uint32(i)
-            rare_apply(shard, o)
-            w = publish_bbo(shard, o, i, w)
+        if reaches(shard.info, event, i):
+            if event.kind == 16:
+                w = on_timer(shard, event, i, w)
+            else:
+                w = apply_to_one(shard, event, event.kind, event.side, i, w)
         core.cursor += 1
     return w
 """
@@ -428,8 +441,9 @@ class _Generator:
         outputs = self.plan.outputs
         flags = {f"emit_{kind.name.lower()}": kind in outputs for kind in Kind}
         flags |= {"no_bbo": not flags["emit_bbo"], "no_trade": not flags["emit_trade"]}
-        orders = any("order" in self._triggers(i) for i in self.plan.instances)
-        self.out.lines.append(_select(_EVENT, {**flags, "orders": orders}))
+        triggers = set().union(*(self._triggers(i) for i in self.plan.instances))
+        flags |= {"orders": "order" in triggers, "no_timers": "timer" not in triggers}
+        self.out.lines.append(_select(_EVENT, flags))
 
 
 def _series(name: str, event: str) -> str:

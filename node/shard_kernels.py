@@ -122,13 +122,18 @@ def record_bbo(statistics: Any, bbo: Any) -> None:
 
 
 @outlined
-def register_instrument(core: Any, info: Any, ticks: Any, patterns: Any, masks: Any, event: Any) -> None:
-    """Take in a REFERENCE event: tick size, exponent, symbol; decide which calculations listen to the instrument."""
+def register_instrument(core: Any, info: Any, ticks: Any, patterns: Any, masks: Any, event: Any) -> Any:
+    """Take in a REFERENCE event: tick size, exponent, symbol; decide which calculations listen to the instrument.
+
+    Returns:
+        Whether it is the instrument's first one.
+    """
     i = np.int64(event.instrument)
     if i >= info.size:
         core[0].refused += 1
-        return
+        return False
     r = info[i]
+    is_new = r.tick_size == 0
     r.exponent = np.int32(np.int8(event.side))
     scale = 1.0
     for _ in range(r.exponent):
@@ -142,13 +147,14 @@ def register_instrument(core: Any, info: Any, ticks: Any, patterns: Any, masks: 
         r.symbol[k] = np.uint8((_U(event.qty) >> shift) & _U(255))
         r.symbol[8 + k] = np.uint8((event.id >> shift) & _U(255))
         r.symbol[16 + k] = np.uint8((_U(event.aux) >> shift) & _U(255))
-    if r.tick_size == 0:
+    if is_new:
         r.tick_size = event.price
         ticks[i] = event.price
     for k in range(masks.shape[0]):
         masks[k, i] = np.uint8(symbol_passes(patterns, k, r.symbol))
     if i + 1 > core[0].instruments:
         core[0].instruments = i + 1
+    return is_new
 
 
 @inlined
@@ -193,5 +199,3 @@ def bbo_microprice(info: Any, event: Any) -> Any:
     bid_qty = np.float64(event.qty)
     ask_qty = np.float64(event.id)
     return (np.float64(event.price) * ask_qty + np.float64(event.aux) * bid_qty) / (bid_qty + ask_qty) / 1e9
-
-

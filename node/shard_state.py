@@ -15,6 +15,8 @@ from tickmesh.transports.ring import HEADER_BYTES, RingArrays
 
 GAPS_KEPT = 4096
 """Gaps whose bounds a shard remembers; all are counted."""
+SOURCES = 1 << 16
+"""Numbers that a source can have: a REFERENCE event has it in its `flags`."""
 SCRATCH = 8
 """Places for records that calculations read but that do not leave the shard, a power of two; the loop's FOR_… say which is whose."""
 KINDS = 128
@@ -28,13 +30,12 @@ CORE = np.dtype(
         ("parameters", "<i8"),
         ("instruments", "<i8"),
         ("refused", "<i8"),
-        ("clock_ns", "<i8"),
         ("blocked", "<i8"),
         ("cursor", "<i8"),
     ]
 )
 """A shard's scalars: outputs written, inputs taken, version and slot of the live parameters, highest instrument + 1, inputs that the
-book refused, latest event time, times that the output ring was full, next instrument of a timer or gap under way."""
+book refused, times that the output ring was full, next instrument of a timer or gap under way."""
 
 INSTRUMENT_INFO = np.dtype(
     [("tick_size", "<i8"), ("quantity_scale", "<f8"), ("exponent", "<i4"), ("source", "<i4"), ("symbol", "u1", (24,))]
@@ -77,6 +78,7 @@ def make_arrays(
         np.zeros(instruments_max, STATISTICS),
         np.zeros(KINDS, np.int64),
         np.zeros((GAPS_KEPT, 2), np.int64),
+        np.zeros(SOURCES, np.uint8),
         patterns,
         np.zeros((max(1, len(module.DTYPES)), instruments_max), np.uint8),
         last,

@@ -30,10 +30,15 @@ import numpy.typing as npt
 from tickmesh.node.event import EVENT, EventArray
 from tickmesh.node.frames import (
     EVENT_SIZE,
+    CalculationNames,
     FrameError,
     FrameHeader,
     InstrumentNames,
+    NameHistory,
+    calculations_subject,
     decode_frame,
+    decode_names,
+    names_at,
     reference_stream_name,
     sequence_runs,
     stream_name,
@@ -143,6 +148,8 @@ class Subscription:
         self._target, self._cluster, self._shard, self._start, self._login = target, cluster, shard, start, login
         self._kinds, self._symbols = (None if kinds is None else list(kinds)), (None if symbols is None else list(symbols))
         self._filters: dict[int, _Filter] = {}
+        self._histories: dict[int, NameHistory] = {}
+        self._reconnects_seen = 0
         self._link: NatsLink | None = None
         self._queue: asyncio.Queue[Batch | BaseException] = asyncio.Queue(_QUEUE_BATCHES)
         self._tasks: list[asyncio.Task[None]] = []
@@ -151,6 +158,13 @@ class Subscription:
     def names(self, shard: int) -> InstrumentNames:
         """Symbols of a shard's instruments, as known so far."""
         return self._filter(shard).names
+
+    def calculations(self, shard: int, sequence: int) -> CalculationNames:
+        """Names of the calculations that made a shard's outputs from an output sequence on: (index, output) -> name.
+
+        The lower half of a SIGNAL's `calculation` is the index, the upper half the output. Empty where the node has not told any.
+        """
+        return names_at(self._histories.get(shard, []), sequence)
 
     async def open(self) -> Self:
         """Connect and find the place to start at; iterating does it too.
@@ -206,7 +220,8 @@ class Subscription:
 
     async def _start_shards(self, link: NatsLink) -> None:
         shards = [self._shard] if self._shard is not None else await _shards(link, self._cluster)
-        await self._learn_symbols(link)
+        await link.client.subscribe(calculations_subject(self._cluster, "*"), cb=self._on_names)
+        await self._learn_names(link)
         for shard in shards:
             reader, once = await self._place(link, shard)
             self._tasks.append(asyncio.create_task(self._follow(shard, reader, once)))
@@ -225,6 +240,9 @@ class Subscription:
         try:
             while True:
                 message = await reader.next()
+                if self._link is not None and self._link.reconnects != self._reconnects_seen:
+                    self._reconnects_seen = self._link.reconnects
+                    await self._learn_names(self._link)
                 if not message.data:
                     continue  # a fence
                 try:
@@ -242,8 +260,17 @@ class Subscription:
         finally:
             await reader.close()
 
-    async def _learn_symbols(self, link: NatsLink) -> None:
-        """Read the kept REFERENCE events of all shards; a cluster without that stream has them among its outputs only."""
+    async def _on_names(self, message: Any) -> None:
+        self._learn_calculations(message.subject, message.data)
+
+    def _learn_calculations(self, subject: str, payload: bytes) -> None:
+        shard = subject.split(".")[3]
+        with contextlib.suppress(FrameError):
+            if shard.isdigit():
+                self._histories[int(shard)] = decode_names(payload)
+
+    async def _learn_names(self, link: NatsLink) -> None:
+        """Read the kept REFERENCE events and names of calculations of all shards; a cluster without that stream has numbers only."""
         name = reference_stream_name(self._cluster)
         try:
             _, last = await stream_bounds(link, name)
@@ -256,7 +283,9 @@ class Subscription:
             while True:
                 message = await asyncio.wait_for(reader.next(), 5)
                 shard = message.subject.split(".")[3]
-                if len(message.data) == EVENT_SIZE and shard.isdigit():
+                if message.subject.endswith(".calculations"):
+                    self._learn_calculations(message.subject, message.data)
+                elif len(message.data) == EVENT_SIZE and shard.isdigit():
                     self._filter(int(shard)).learn(np.frombuffer(message.data, EVENT))
                 if message.sequence >= last:
                     return

@@ -6,7 +6,7 @@ It is a counter file of :mod:`tickmesh.transports.counters` with these names:
 * ``node.COUNTER``: :class:`NodeCounter`;
 * ``source.NAME.COUNTER``: :class:`SourceCounter`, one set per configured source;
 * ``shard.NUMBER.COUNTER``: :class:`ShardCounter`, and histograms ``shard.NUMBER.receive_to_output`` and ``….batch_events``;
-* ``delivery.NAME.NUMBER.COUNTER``: :class:`DeliveryCounter`, one set per delivery and shard, and the histogram ``….output_to_published``.
+* ``delivery.NAME.NUMBER.COUNTER``: :class:`DeliveryCounter`, one set per delivery and shard, and the histogram ``….receive_to_stored``.
 
 A compiled loop writes its own set through the arrays of :meth:`Telemetry.shard`:
 ``counter_set(t.values, t.base + ShardCounter.OUTPUTS, n)``. Everything else is mirrored by Python now and then with
@@ -96,6 +96,7 @@ class ShardCounter(IntEnum):
     JOURNAL_RECORDS = 11
     CONFIG_VERSION = 12
     OUTPUT_LAG = 13
+    JOURNAL_DROPPED = 14
 
 
 class DeliveryCounter(IntEnum):
@@ -144,6 +145,7 @@ SHARD_ABOUT = {
     ShardCounter.JOURNAL_RECORDS: "events in the journal",
     ShardCounter.CONFIG_VERSION: "version of the configuration in use",
     ShardCounter.OUTPUT_LAG: "outputs the slowest reader of the output ring has not read",
+    ShardCounter.JOURNAL_DROPPED: "journal segments deleted because of journal.keep_mb or keep_hours",
 }
 DELIVERY_ABOUT = {
     DeliveryCounter.FRAMES: "frames sent",
@@ -243,8 +245,8 @@ class DeliveryTelemetry(NamedTuple):
 
     values: Values
     base: np.int64
-    output_to_published: Values
-    """ns from an output's appearance in the ring to the server's acknowledgement."""
+    receive_to_stored: Values
+    """ns from the `ts_recv` of the event that an output came from to the server's acknowledgement; every output delivered counts once."""
 
 
 @dataclass(frozen=True)
@@ -256,16 +258,23 @@ class _Sets:
     deliveries: list[tuple[str, int]]
 
 
+AGE_MAX_NS = 3_600_000_000_000
+"""Older stamps are those of a recording, or of a time before a restart: they are no latency of ours."""
+
+
 @loop
-def record_values(histogram: Any, values: Any) -> Any:
-    """Record many values at once from Python, for a histogram that no loop writes.
+def record_ages(histogram: Any, now_ns: Any, stamps: Any) -> Any:
+    """Record how long ago many stamps are, from Python, for a histogram that no loop writes; those beyond :data:`AGE_MAX_NS` are left out.
 
     Args:
-        histogram: e.g. `output_to_published` of :meth:`Telemetry.delivery`.
-        values: i64, shape ``(n,)``.
+        histogram: e.g. `receive_to_stored` of :meth:`Telemetry.delivery`.
+        now_ns: the time now, i64.
+        stamps: i64 ns, shape ``(n,)``.
     """
-    for value in values:
-        histogram_record(histogram, value)
+    for stamp in stamps:
+        age = now_ns - stamp
+        if 0 <= age < AGE_MAX_NS:
+            histogram_record(histogram, age)
 
 
 # ---------------------------------------------------------------- the file
@@ -358,7 +367,7 @@ class Telemetry:
         """The arrays that delivery `name` writes for a shard."""
         prefix = f"delivery.{name}.{shard}"
         base = self._base(prefix, DeliveryCounter.FRAMES)
-        return DeliveryTelemetry(self.file.values, base, self.file.histogram(f"{prefix}.output_to_published"))
+        return DeliveryTelemetry(self.file.values, base, self.file.histogram(f"{prefix}.receive_to_stored"))
 
     def _base(self, prefix: str, first: IntEnum) -> np.int64:
         return np.int64(self.file.index(counter_name(prefix, first)))
@@ -375,8 +384,8 @@ class Telemetry:
         for delivery, shard in self._sets.deliveries:
             prefix = f"delivery.{delivery}.{shard}"
             numbers = _numbers(counters, prefix, DeliveryCounter)
-            latency = histograms[f"{prefix}.output_to_published"]
-            deliveries.setdefault(delivery, []).append({"shard": shard, **numbers, "output_to_published": latency})
+            latency = histograms[f"{prefix}.receive_to_stored"]
+            deliveries.setdefault(delivery, []).append({"shard": shard, **numbers, "receive_to_stored": latency})
         alive = is_alive(self.file.path)
         return {
             "cluster": cluster,
@@ -422,8 +431,8 @@ def _layout(sources: Iterable[str], shards: int, deliveries: Sequence[str]) -> t
         histograms.append(Histogram(f"shard.{shard}.batch_events", "events", "events taken from an input ring at once"))
         for delivery in deliveries:
             counters += _counters(f"delivery.{delivery}.{shard}", DELIVERY_ABOUT)
-            name = f"delivery.{delivery}.{shard}.output_to_published"
-            histograms.append(Histogram(name, "ns", "from an output in the ring to the server's acknowledgement"))
+            name = f"delivery.{delivery}.{shard}.receive_to_stored"
+            histograms.append(Histogram(name, "ns", "from receipt of an event to the server's acknowledgement of its outputs"))
     return counters, histograms
 
 
@@ -481,7 +490,7 @@ def read_telemetry(path: str | Path) -> dict[str, Any]:
     Returns:
         ``{"cluster", "node", "path", "pid", "alive", "state", "started_ns", "uptime_s", "heartbeat_age_s", "sources": {name: {…}},
         "shards": [{"shard", …, "receive_to_output": {"p50", "p90", "p99", "p999", "max", "mean", "count", "unit"}, "batch_events"}],
-        "deliveries": {name: [{"shard", …, "output_to_published"}]}}``; counters under the lower-case names of the enumerations.
+        "deliveries": {name: [{"shard", …, "receive_to_stored"}]}}``; counters under the lower-case names of the enumerations.
 
     Raises:
         CountersNotFound: there is no such file.

@@ -256,6 +256,10 @@ def _write_json(target: Path, value: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _counts_text(counts: dict[str, int]) -> str:
+    return "  ".join(f"{name} {count:,}" for name, count in counts.items()) or "none"
+
+
 def _replay_text(result: dict[str, Any]) -> str:
     """A replay's summary for people; the JSON has all of it."""
     source, instruments = result["source"], result["instruments"]
@@ -265,7 +269,9 @@ def _replay_text(result: dict[str, Any]) -> str:
         f"{source['format']}: {source['messages_total']:,} messages, {source['bytes']:,} bytes in {seconds:.3f} s"
         f" ({source['messages_total'] / seconds:,.0f} messages/s)",
         f"malformed {malformed:,}   gaps {len(result['gaps']):,} ({missing:,} missing)   duplicates {result['duplicates']:,}",
-        "events    " + ("  ".join(f"{kind} {count:,}" for kind, count in result["events"].items()) or "none"),
+        "events    " + _counts_text(result["events"]),
+        "outputs   " + _counts_text(result["outputs"]),
+        "refused   " + _counts_text(result["refused"]),
         f"{'symbol':<14}{'trades':>10}{'volume':>16}  {'bid':>14}{'ask':>14}",
     ]
     ordered = sorted(instruments.items(), key=lambda item: -item[1]["trades"])
@@ -511,7 +517,7 @@ _MARKDOWN_COUNTERS = """
 
 What `status --json` gives, from the file that each node keeps, `/dev/shm/tickmesh-CLUSTER.NODE.counters`. The file describes itself (JSON
 behind a 32-byte header), so that any program can read it. Latencies are histograms in ns: `receive_to_output` of a shard, from receipt
-of an event to its outputs in the ring; `output_to_published` of a delivery, from there to the server's acknowledgement. Their percentiles
+of an event to its outputs in the ring; `receive_to_stored` of a delivery, to the server's acknowledgement. Their percentiles
 are within 1.6 %.
 
 | of | counter | meaning |

@@ -200,10 +200,10 @@ def _shard_table(reading: Mapping[str, Any]) -> Table:
 
 def _delivery_table(reading: Mapping[str, Any]) -> Table:
     names = ("frames", "events", "acks", "retries", "reconnects", "skipped", "lag")
-    table = _table("", "delivery", "shard", *names, "output→stored p50", "p99", "p99.9", "max")
+    table = _table("", "delivery", "shard", *names, "recv→stored p50", "p99", "p99.9", "max")
     for delivery, shards in reading["deliveries"].items():
         for one in shards:
-            table.add_row(delivery, str(one["shard"]), *(f"{one[n]:,}" for n in names), *_latency(one["output_to_published"]))
+            table.add_row(delivery, str(one["shard"]), *(f"{one[n]:,}" for n in names), *_latency(one["receive_to_stored"]))
     return table
 
 
@@ -268,7 +268,7 @@ class Rates:
         ]
         deliveries = [
             {"delivery": n, "shard": d["shard"], **rates(d, old, seconds),
-             "latency_ns": latency(f"delivery.{n}.{d['shard']}.output_to_published")}
+             "latency_ns": latency(f"delivery.{n}.{d['shard']}.receive_to_stored")}
             for n, each in now["deliveries"].items()
             for d, old in zip(each, before["deliveries"][n])
         ]  # fmt: skip
@@ -326,7 +326,7 @@ def _shard_rates(look: Mapping[str, Any]) -> Table:
 
 
 def _delivery_rates(look: Mapping[str, Any]) -> Table:
-    table = _table("", "delivery", "shard", "frames/s", "events/s", "acks/s", "retries", "lag", "output→stored p50", "p99", "p99.9")
+    table = _table("", "delivery", "shard", "frames/s", "events/s", "acks/s", "retries", "lag", "recv→stored p50", "p99", "p99.9")
     for one in look["deliveries"]:
         counts = [f"{one[name]:,}" for name in ("retries", "lag")]
         latency = map(duration_text, one["latency_ns"].values())

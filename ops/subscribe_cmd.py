@@ -113,7 +113,8 @@ async def _print_stream(subscription: Subscription, printer: _Printer, batches: 
                 if printer.put(batch, batch_line, _batch_map):
                     return
                 continue
-            for fields in event_maps(batch.events, subscription.names(batch.shard)):
+            names = subscription.calculations(batch.shard, batch.first)
+            for fields in event_maps(batch.events, subscription.names(batch.shard), names):
                 if printer.put(fields, map_line, dict):
                     return
 

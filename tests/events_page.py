@@ -22,7 +22,6 @@ MEANINGS = {
     "Kind.QUOTE": "A venue's own best bid and offer.",
     "Kind.STATUS": "The instrument's trading status; `aux` = a trading status below.",
     "Kind.REFERENCE": "An instrument's definition, before its first other event.",
-    "Kind.TIMER": "Event time passes: ends a bar that no trade ends. The loop takes it; no part of a node makes it yet.",
     "Kind.CONFIG": "New parameters from here on: `id` = config version. The loop takes it; no part of a node makes it yet.",
     "Kind.BBO": "The best bid and offer of our book, whenever it differs from the last one put out.",
     "Kind.SIGNAL": "A value of a calculation.",
@@ -37,8 +36,6 @@ MEANINGS = {
     "Flag.AUCTION": "Of an auction, a cross.",
     "Flag.REFUSED": "RISK: the intent may not go out.",
 }
-NOT_YET = {"Kind.BOOK_STATE": " Not made yet: the flags are on every BBO."}
-"""Said beside what the source says."""
 FIELDS = {
     "seq": "input: the source's sequence; output: the shard's output sequence, from 1 without holes",
     "ts_event": "the venue's time, ns since 1970 (of a feed that counts from midnight without `date`: ns since midnight)",
@@ -70,7 +67,7 @@ def member_texts() -> dict[str, str]:
 def meaning(member: IntEnum | IntFlag) -> str:
     """What a member means, on one line."""
     name = f"{type(member).__name__}.{member.name}"
-    return (member_texts().get(name) or MEANINGS[name]) + NOT_YET.get(name, "")
+    return member_texts().get(name) or MEANINGS[name]
 
 
 def body_fields(kind: Kind) -> str:

@@ -102,6 +102,7 @@ class ShardTwin:
         self.instances, self.outputs, self.limits, self.instruments = instances, outputs, limits, instruments
         self.book = DictBook(instruments)
         self.known: dict[int, tuple[int, int, str, int]] = {}
+        self.stale_sources: set[int] = set()
         self.highest = 0
         self.runs: dict[tuple[int, int], Run] = {}
         self.last: dict[tuple[str, int], float] = {}
@@ -165,14 +166,20 @@ class ShardTwin:
     def _everyone(self, event: PlainRecord) -> None:
         if event.kind in (Kind.GAP, Kind.CLEAR):
             self._pass(event)
+            (self.stale_sources.add if event.kind == Kind.GAP else self.stale_sources.discard)(event.price)
         for instrument in range(self.highest):
+            if instrument not in self.known or self.known[instrument][3] != event.price:
+                continue
             if event.kind == Kind.TIMER:
                 self._listeners("timer", event, instrument)
-            elif instrument in self.known and self.known[instrument][3] == event.price:
-                one = self._record(Kind(event.kind), event, instrument)
-                one.side = event.side
-                self._apply(one)
-                self._bbo(one, instrument)
+            else:
+                self._one_of_all(Kind(event.kind), event, instrument, event.side)
+
+    def _one_of_all(self, kind: Kind, event: PlainRecord, instrument: int, side: int) -> None:
+        one = self._record(kind, event, instrument)
+        one.side = side
+        self._apply(one)
+        self._bbo(one, instrument)
 
     def _apply(self, event: PlainRecord) -> bool:
         """Apply to the book, complete the event; false if it is refused."""
@@ -205,6 +212,8 @@ class ShardTwin:
         self.known[event.instrument] = (tick, int(np.int8(event.side)), symbol, int(event.flags))
         self.highest = max(self.highest, event.instrument + 1)
         self._pass(event)
+        if old is None and int(event.flags) in self.stale_sources:
+            self._one_of_all(Kind.GAP, event, event.instrument, NO_SIDE)
 
     def _trade(self, event: PlainRecord) -> None:
         trade = self._record(Kind.TRADE, event, event.instrument)

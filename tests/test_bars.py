@@ -91,3 +91,8 @@ def test_a_distance_too_far_for_the_event_is_flagged() -> None:
         run(trade, tick=1)
     _, out = run(event(100, kind=Kind.TIMER), tick=1)
     assert (out.high_ticks, out.close_ticks, out.flags) == (2**32 - 1, 5, Flag.ROUNDED)
+
+
+def test_a_trade_later_than_its_bars_timer_counts_in_the_next_bar() -> None:
+    made = collect([event(10, 5, 1), event(100, kind=Kind.TIMER), event(90, 9, 1), event(150, 7, 1), event(200, 8, 1)], interval_ms=100)
+    assert made == [(0, 5, 5, 5, 5, 1, 1), (100, 9, 9, 7, 7, 2, 2)]

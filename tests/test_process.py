@@ -32,6 +32,8 @@ from nodes import (  # noqa: F401
     stream,
     until,
 )
+from test_decoder import directory, framed
+from test_replay import execute, order
 
 from tickmesh.control.config import parse_config
 from tickmesh.node.event import EventArray, Kind
@@ -69,6 +71,46 @@ def test_a_simulated_market_comes_out_whole(nats_server: NatsServer, cluster: st
     assert reading["shards"][0]["outputs"] == made
     assert not telemetry_path(cluster, "n1").exists()
     assert same(outputs, journal_outputs(config)[0])
+
+
+STILL = {
+    "source": {"packets", "malformed", "gaps", "missing", "duplicates", "filtered", "ring_full", "dropped_by_kernel"},
+    "shard": {"refused", "blocked", "alerts", "crossed", "config_version", "output_lag", "journal_dropped"},
+    "delivery": {"retries", "reconnects", "skipped", "lag"},
+}
+"""Counters that may stay at 0 while a simulated market, which has no packets and makes no mistakes, goes to a server that is well."""
+
+
+def test_every_counter_that_should_move_moves(nats_server: NatsServer, cluster: str, tmp_path: Path) -> None:  # noqa: F811
+    with running(node_config(cluster, tmp_path, simulator_source(MESSAGES, pace="20.0")), nats_server.url) as node:
+        finish(node)
+        made = outputs_made(node)
+        node.mirror()
+        reading = read_telemetry(telemetry_path(cluster, "n1"))
+    sets = {"source": reading["sources"]["market"], "shard": reading["shards"][0], "delivery": reading["deliveries"]["events"][0]}
+    for kind, numbers in sets.items():
+        still = {name for name, value in numbers.items() if value == 0 and name != "shard"}
+        assert still <= STILL[kind], kind
+    orders = sum(about["orders"] for about in simulator_truth().values())  # type: ignore[index]
+    assert sets["shard"]["orders"] == orders
+    latencies = [sets["shard"]["receive_to_output"], sets["shard"]["batch_events"], sets["delivery"]["receive_to_stored"]]
+    assert all(latency["count"] > 0 and latency["max"] > 0 for latency in latencies)
+    assert round(latencies[1]["mean"] * latencies[1]["count"]) == sets["shard"]["events_in"], "every batch counts"
+    assert latencies[2]["count"] == made, "every output counts once"
+
+
+def test_crossed_books_and_refusals_are_counted(nats_server: NatsServer, cluster: str, tmp_path: Path) -> None:  # noqa: F811
+    day = tmp_path / "day.itch"
+    asks = [order(3, b"S", 5, 499_900, 5), order(4, b"S", 5, 500_100, 6)]
+    day.write_bytes(framed(
+        directory(5, "XX"), directory(6, "OK"), order(1, b"B", 100, 500_000, 5), order(2, b"B", 5, 500_000, 6), *asks, execute(77, 1, 5)
+    ))  # fmt: skip
+    config = node_config(cluster, tmp_path / "data", f'[data_sources.feed]\ntype = "file"\npath = "{day}"\ndata_format = "itch50"\n')
+    with running(config, nats_server.url) as node:
+        finish(node)
+        node.mirror()
+        shard = read_telemetry(telemetry_path(cluster, "n1"))["shards"][0]
+    assert (shard["crossed"], shard["refused"], shard["orders"], shard["instruments"]) == (1, 1, 4, 2)
 
 
 def same(one: EventArray, other: EventArray) -> bool:
@@ -190,7 +232,10 @@ def test_a_blocking_node_waits_for_nats_and_loses_nothing(own_nats_server: NatsS
         until(lambda: shard.shard.arrays.core["blocked"][0] > 0, "a full ring")
         until(lambda: node.receivers[0].counters()["ring_full"] > 0, "a source that waits")
         node.mirror()
-        assert read_telemetry(telemetry_path(cluster, "n1"))["shards"][0]["blocked"] > 0
+        reading = read_telemetry(telemetry_path(cluster, "n1"))
+        assert reading["shards"][0]["blocked"] > 0
+        assert reading["shards"][0]["output_lag"] > 0
+        assert reading["deliveries"]["events"][0]["lag"] > 0
         resumed(own_nats_server)
         now = outputs_made(node)
         until(lambda: outputs_made(node) > now + 2000, "outputs again")

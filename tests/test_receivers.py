@@ -70,7 +70,7 @@ def settle(node: Node, least: int = 1) -> None:
         delivered = all(s["ring_lag"] == 0 and not s["in_flight"] for s in node.gateways["events"].status())
         done = now == last and now >= least and node.drained() and delivered
         last = now
-        threading.Event().wait(0.6)
+        threading.Event().wait(1.3)  # longer than a bar: the timer that ends it has come
         return done
 
     until(quiet, "quiet after the lines have ended")

@@ -68,7 +68,11 @@ def loop_outputs(events: EventArray, capacity: int, seed: int) -> tuple[Shard, E
 
 def check(rows: list[tuple[Any, ...]], capacity: int = 4096, seed: int = 1) -> EventArray:
     """Both must agree in every output, every book and every refusal."""
-    events = rows_to_events(rows)
+    return check_events(rows_to_events(rows), capacity, seed)
+
+
+def check_events(events: EventArray, capacity: int = 4096, seed: int = 1) -> EventArray:
+    """The same for events that bring their own definitions."""
     shard, found = loop_outputs(events, capacity, seed)
     plan = the_plan()
     twin = ShardTwin(plan.instances, plan.outputs, risk_limits(CONFIG), INSTRUMENTS)
@@ -159,6 +163,20 @@ def test_a_gap_held_up_by_a_full_ring_is_told_once() -> None:
     clears = [(Kind.CLEAR, ALL_INSTRUMENTS, NO_SIDE, 0, source, 0, 0, 0, 1) for source in (0, 1)]
     for seed in range(8):
         check([level, *gaps[:3], *clears, *gaps], capacity=64, seed=seed)
+
+
+def test_an_instrument_first_seen_after_a_gap_of_its_source_is_stale() -> None:
+    """Until the source's new session clears it; one of another source is not, nor one that is first seen after the new session."""
+    prices = [(Kind.ADD, 0, 0, 0, 9_990 * DEFAULT_TICK, 5, 1, 0, 1), (Kind.ADD, 1, 0, 0, 9_991 * DEFAULT_TICK, 5, 2, 0, 1)]
+    gap = (Kind.GAP, ALL_INSTRUMENTS, NO_SIDE, 0, 0, 0, 3, 9, 1)
+    level = (Kind.LEVEL, 2, 0, 0, 9_992 * DEFAULT_TICK, 5, 0, 0, 1)
+    fresh = (Kind.CLEAR, ALL_INSTRUMENTS, NO_SIDE, 0, 0, 0, 0, 0, 1)
+    definitions, (gap_event, add_1, level_2, clear, add_0) = np.split(rows_to_events([gap, prices[1], level, fresh, prices[0]]), [3])
+    of = [definitions[i : i + 1] for i in range(3)]
+    rest = [event.reshape(1) for event in (gap_event, add_1, level_2, clear, add_0)]
+    outputs = check_events(np.concatenate([rest[0], of[1], rest[1], of[2], rest[2], rest[3], of[0], rest[4]]))
+    bbos = [(int(b["instrument"]), bool(b["flags"] & Flag.STALE)) for b in outputs[outputs["kind"] == Kind.BBO]]
+    assert bbos == [(1, True), (1, True), (2, False), (1, False), (0, False)]
 
 
 def test_the_twins_book_is_the_books_twin() -> None:

@@ -155,6 +155,62 @@ def test_subscriber_survives_server_restarts(own_nats_server: NatsServer, cluste
     assert asyncio.run(run()) == list(range(1, 3001))
 
 
+# ---------------------------------------------------------------- names of calculations
+
+
+def signals(first: int, count: int) -> np.ndarray:
+    """Outputs whose signals are those of calculation 1, output 1, and an alert of calculation 2 last of all."""
+    events = outputs(first, count)
+    made = events["kind"] == Kind.BBO
+    events["kind"][made], events["id"][made] = Kind.SIGNAL, 1 | 1 << 32
+    events["kind"][-1], events["id"][-1] = Kind.ALERT, 2
+    return events
+
+
+def test_streams_give_the_names_that_held_when_they_were_made(nats_server: NatsServer, cluster: str) -> None:  # noqa: F811
+    """Also after the node has been started again with other calculations: what is old keeps its names."""
+    before = {(1, 1): "bands.upper", (2, 0): "jump"}
+    after = {(1, 1): "trend.slope", (2, 0): "break"}
+    for first, names in ((1, before), (11, after), (21, after)):
+        ring = Ring.create(None, 64, mode="lossless", dtype=EVENT)
+        with delivering(Gateway(options(nats_server, cluster), {0: ring}, calculations=names)) as gateway:
+            ring.writer.write(signals(first, 10))
+            wait_for(lambda last=first + 9, gateway=gateway: gateway.status()[0]["last_out_seq"] == last)
+    status, text = command(f"tm.{cluster}.*.*", nats_server.url, from_sequence=4, count=27, as_json=True)
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert status == 0
+    assert [row["seq"] for row in rows] == list(range(4, 31))
+    for row in rows:
+        names = before if row["seq"] <= 10 else after
+        assert row["calculation"] == names[(2, 0) if row["kind"] == "alert" else (1, 1)], row
+        assert "output" not in row
+
+    async def ask() -> list[object]:
+        async with subscribe(nats_server.url, cluster=cluster, from_sequence="all") as subscription:
+            return [subscription.calculations(0, sequence) for sequence in (1, 10, 11, 10**6)] + [subscription.calculations(7, 1)]
+
+    assert asyncio.run(ask()) == [before, before, after, after, {}]
+
+
+def test_a_subscriber_hears_of_new_names(nats_server: NatsServer, cluster: str) -> None:  # noqa: F811
+    async def run() -> object:
+        async with subscribe(nats_server.url, cluster=cluster, from_sequence="all") as subscription, asyncio.timeout(20):
+            await asyncio.to_thread(publish, 11, {(1, 1): "new"})
+            async for batch in subscription:
+                if batch.events["seq"][-1] == 20:
+                    return subscription.calculations(0, 10), subscription.calculations(0, 11)
+        return None
+
+    def publish(first: int, names: dict[tuple[int, int], str]) -> None:
+        ring = Ring.create(None, 64, mode="lossless", dtype=EVENT)
+        with delivering(Gateway(options(nats_server, cluster), {0: ring}, calculations=names)) as gateway:
+            ring.writer.write(signals(first, 10))
+            wait_for(lambda: gateway.status()[0]["last_out_seq"] == first + 9)
+
+    publish(1, {(1, 1): "old"})
+    assert asyncio.run(run()) == ({(1, 1): "old"}, {(1, 1): "new"})
+
+
 # ---------------------------------------------------------------- shared memory
 
 

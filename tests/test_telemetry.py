@@ -30,10 +30,10 @@ from tickmesh.node.telemetry import (
     Telemetry,
     find_nodes,
     read_telemetry,
-    record_values,
+    record_ages,
     telemetry_path,
 )
-from tickmesh.transports.counters import BUCKETS, CounterFile, CountersNotFound, counter_add, counter_set, histogram_record_n
+from tickmesh.transports.counters import HISTOGRAM_WORDS, CounterFile, CountersNotFound, counter_add, counter_set, histogram_record_n
 from tickmesh.transports.toolbox import inlined
 
 
@@ -54,7 +54,7 @@ def _write(shard: Any, delivery: Any, n: Any) -> Any:
     histogram_record_n(shard.receive_to_output, 1500, n)
     histogram_record_n(shard.batch_events, n, 1)
     counter_add(delivery.values, delivery.base + DeliveryCounter.FRAMES, 1)
-    histogram_record_n(delivery.output_to_published, 2_000_000, 1)
+    histogram_record_n(delivery.receive_to_stored, 2_000_000, 1)
 
 
 @pytest.mark.parametrize(
@@ -103,8 +103,8 @@ def test_what_compiled_code_writes_is_read_from_outside(cluster: str) -> None:
     assert reading["shards"][1]["batch_events"]["unit"] == "events"
     assert reading["shards"][1]["batch_events"]["max"] == 7
     assert reading["deliveries"]["out"][1]["frames"] == 2
-    assert reading["deliveries"]["out"][1]["output_to_published"]["p50"] == pytest.approx(2_000_000, rel=0.016)
-    assert reading["deliveries"]["out"][0]["output_to_published"]["p50"] is None
+    assert reading["deliveries"]["out"][1]["receive_to_stored"]["p50"] == pytest.approx(2_000_000, rel=0.016)
+    assert reading["deliveries"]["out"][0]["receive_to_stored"]["p50"] is None
     assert reading["sources"]["nasdaq"]["messages"] == 99
     json.dumps(reading, allow_nan=False)
 
@@ -114,11 +114,13 @@ edges = st.builds(lambda exponent, below: 2**exponent - below, st.integers(0, 50
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.one_of(st.integers(-5, 5000), edges), max_size=40))
-def test_values_recorded_from_python_are_as_those_of_a_loop(values: list[int]) -> None:
-    histograms = np.zeros((2, 16 + BUCKETS), np.int64)
-    record_values(histograms[0], np.array(values, np.int64))
-    for value in values:
-        histogram_record_n(histograms[1], value, 1)
+def test_ages_recorded_from_python_are_as_those_of_a_loop(ages: list[int]) -> None:
+    """What is no latency of ours is left out: stamps of a recording, of a time before a restart, of the future."""
+    histograms, now = np.zeros((2, HISTOGRAM_WORDS), np.int64), 10**18
+    record_ages(histograms[0], now, now - np.array(ages, np.int64))
+    for age in ages:
+        if 0 <= age < 3_600_000_000_000:
+            histogram_record_n(histograms[1], age, 1)
     assert np.array_equal(histograms[0], histograms[1])
 
 

@@ -38,7 +38,8 @@ _SUB_BUCKETS = 1 << _SUB_BITS
 _VALUE_BITS = 48
 BUCKETS = (_VALUE_BITS - _SUB_BITS + 1) * _SUB_BUCKETS
 _SUM, _MAX, _BUCKETS_AT = 0, 1, 16
-_HISTOGRAM_WORDS = _BUCKETS_AT + BUCKETS
+HISTOGRAM_WORDS = _BUCKETS_AT + BUCKETS
+"""A histogram is an i64 array of so many words; its buckets are the last :data:`BUCKETS` of them."""
 _VALUE_MAX = (1 << _VALUE_BITS) - 1
 
 _FOLDER = Path("/dev/shm")
@@ -182,11 +183,11 @@ def _encode(path: Path, counters: Sequence[Counter], histograms: Sequence[Histog
     label = path.name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
     about: dict[str, Any] = {"name": label, "pid": os.getpid(), "created_ns": time.time_ns()}
     about["counters"] = [asdict(c) | {"index": index[c.name]} for c in counters]
-    about["layout"] = {"histogram_words": _HISTOGRAM_WORDS, "sum": _SUM, "max": _MAX, "buckets_at": _BUCKETS_AT, "sub_bits": _SUB_BITS}
+    about["layout"] = {"histogram_words": HISTOGRAM_WORDS, "sum": _SUM, "max": _MAX, "buckets_at": _BUCKETS_AT, "sub_bits": _SUB_BITS}
     room = len(json.dumps(about | {"histograms": [asdict(h) for h in histograms]}, indent=1)) + 40 * (len(names) + 4)
     values_offset = _rounded(_HEADER.size + room, mmap.PAGESIZE)
     first = _rounded(values_offset + words * 8, mmap.PAGESIZE)
-    stride = _rounded(_HISTOGRAM_WORDS * 8, _GROUP_BYTES)
+    stride = _rounded(HISTOGRAM_WORDS * 8, _GROUP_BYTES)
     about |= {"values_offset": values_offset, "values_count": words}
     about["histograms"] = [asdict(h) | {"offset": first + i * stride} for i, h in enumerate(histograms)]
     text = json.dumps(about, indent=1).encode()
@@ -204,7 +205,7 @@ def _decode(path: Path, text: bytes, size: int) -> Description:
         description = Description(about["name"], about["pid"], about["created_ns"], counters, histograms, index, offset, start, count)
     except (ValueError, KeyError, TypeError) as error:
         raise CountersLayoutMismatch(path, f"description: {error}") from error
-    ends = [start + count * 8, *(o + _HISTOGRAM_WORDS * 8 for o in offset.values())]
+    ends = [start + count * 8, *(o + HISTOGRAM_WORDS * 8 for o in offset.values())]
     if max(ends) > size or any(not 0 <= i < count for i in index.values()) or min([start, *offset.values()]) < _HEADER.size:
         raise CountersLayoutMismatch(path, "the description points outside the file")
     return description
@@ -314,7 +315,7 @@ class CounterFile:
 
     def histogram(self, name: str) -> Values:
         """The i64 array of a histogram, for :func:`histogram_record` (KeyError if there is none)."""
-        return np.frombuffer(self._memory, np.int64, _HISTOGRAM_WORDS, self.about.offset[name])
+        return np.frombuffer(self._memory, np.int64, HISTOGRAM_WORDS, self.about.offset[name])
 
     def counts(self, name: str) -> Values:
         """A copy of a histogram's bucket counts, shape ``(BUCKETS,)``, for :func:`percentile`."""

@@ -677,6 +677,13 @@ class Ring:
         """Records published since the ring was made."""
         return int(self.arrays.words[W_PUBLISHED])
 
+    @property
+    def lag(self) -> int:
+        """Published records that the slowest active reader has not read; 0 without a reader."""
+        words, published = self.arrays.words, self.published
+        bases = (_READERS_AT + slot * _READER_WORDS for slot in range(int(words[W_READERS_USED])))
+        return max((published - int(words[base + R_CURSOR]) for base in bases if words[base + R_STATE] == _ACTIVE), default=0)
+
     # -- taking part
 
     @property

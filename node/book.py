@@ -96,10 +96,10 @@ class Books(NamedTuple):
     levels: npt.NDArray[np.uint64]
     far: npt.NDArray[np.void]
     far_heads: npt.NDArray[np.int32]
-    plans: npt.NDArray[np.void]
     ticks: npt.NDArray[np.int64]
     state: npt.NDArray[np.int64]
     counters: npt.NDArray[np.int64]
+    plans: npt.NDArray[np.void]
     slot_bits: int
     id_mode: int
 
@@ -165,10 +165,10 @@ def make_books(
         levels=_zeros(sides * _WINDOW, np.uint64, sides * _WINDOW * 8 <= _HUGE_LEVELS_MAX),
         far=_zeros(far_max + 1, FAR, False),
         far_heads=_zeros(1 << (2 * far_max - 1).bit_length(), np.int32, False),
-        plans=np.zeros(PLANS + 1, PLAN),
         ticks=np.zeros(instruments_max, np.int64),
         state=np.zeros(_STATES, np.int64),
         counters=np.zeros(_COUNTERS, np.int64),
+        plans=zeros_aligned(PLANS + 1, PLAN),
         slot_bits=slot_bits,
         id_mode=_ID_MODES[order_ids],
     )
@@ -1332,9 +1332,12 @@ def counts(books: Books) -> dict[str, int]:
     return {name: int(value) for name, value in zip(COUNTER_NAMES[1:], books.counters[1:], strict=True)}
 
 
+_AHEAD = 8
+
+
 @loop
 def apply_events(books: Any, events: Any, results: Any, quotes: Any) -> Any:
-    """Apply a whole ``EVENT`` array, from Python or a test; the shard loop does the same in its own way.
+    """Apply a whole ``EVENT`` array, from Python or a test, planned ahead as the shard loop does it.
 
     Args:
         events: completed in place.
@@ -1345,9 +1348,13 @@ def apply_events(books: Any, events: Any, results: Any, quotes: Any) -> Any:
         Number of quotes written.
     """
     written = _I(0)
+    for i in range(min(events.size, _AHEAD)):
+        book_plan(books, events[_U(i)], i)
     for i in range(events.size):
+        if i + _AHEAD < events.size:
+            book_plan(books, events[_U(i + _AHEAD)], i + _AHEAD)
         event = events[_U(i)]
-        result = book_apply(books, event)
+        result = book_apply_planned(books, event, i)
         results[_U(i)] = min(result, _I(0))
         if result > 0 and written < quotes.size and event.instrument < books.ticks.size and bbo_update(books, event.instrument):
             quote = quotes[_U(written)]

@@ -26,10 +26,9 @@ def summarise(
 
     Prices and quantities are exact decimal strings, an absent side is null, a symbol that two sources share is written
     ``symbol@source`` for the second one. `malformed` counts what the decoder could not read, `refused` the events that it could read
-    but that no book takes: an order that was never added, a quantity above the order's, a price without a place. `events` counts what
-    went in by kind, refused ones too: an execution is an `execute`, a `trade` is one that the venue reported as such. `outputs` counts
-    what was made of it: `trade` has the printable ones of both. It counts kinds that `processing.outputs` keeps back, too, but no silent
-    signal.
+    but that no book takes: an order that was never added, a quantity above the order's, a price without a place. `events` counts by kind
+    what went in, refused ones too (an execution is an `execute`, a `trade` is one that the venue reported as such), and what was made of
+    it (`bbo`, `signal`, ...), also kinds that `processing.outputs` keeps back, but no silent signal.
     """
     shards = list(shards)
     described: dict[str, Any] = {}
@@ -46,24 +45,19 @@ def summarise(
         "refused": refused_events(shards),
         "gaps": [{"first": int(first), "last": int(last)} for first, last in gaps],
         "duplicates": int(duplicates),
-        **count_events(shards),
+        "events": count_events(shards),
         "instruments": described,
     }
 
 
-def count_events(shards: Iterable[Shard]) -> dict[str, dict[str, int]]:
-    """`events` and `outputs` of the summary: counts by kind."""
-    events: dict[str, int] = {}
-    outputs: dict[str, int] = {}
+def count_events(shards: Iterable[Shard]) -> dict[str, int]:
+    """Counts by kind over all shards."""
+    found: dict[str, int] = {}
     for number, shard in enumerate(shards):
-        trades = int(shard.arrays.statistics["trades"].sum())
-        if trades:
-            outputs["trade"] = outputs.get("trade", 0) + trades
         for kind, count in shard.event_counts().items():
-            found = outputs if Kind[kind.upper()] >= Kind.BBO else events
             if Kind[kind.upper()] != Kind.TIMER or number == 0:  # each of them goes to every shard
                 found[kind] = found.get(kind, 0) + count
-    return {"events": events, "outputs": outputs}
+    return found
 
 
 def refused_events(shards: Iterable[Shard]) -> dict[str, int]:

@@ -270,7 +270,6 @@ def _replay_text(result: dict[str, Any]) -> str:
         f" ({source['messages_total'] / seconds:,.0f} messages/s)",
         f"malformed {malformed:,}   gaps {len(result['gaps']):,} ({missing:,} missing)   duplicates {result['duplicates']:,}",
         "events    " + _counts_text(result["events"]),
-        "outputs   " + _counts_text(result["outputs"]),
         "refused   " + _counts_text(result["refused"]),
         f"{'symbol':<14}{'trades':>10}{'volume':>16}  {'bid':>14}{'ask':>14}",
     ]

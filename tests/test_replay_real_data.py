@@ -23,7 +23,7 @@ from tickmesh.node.json_feed import venue_feed
 from tickmesh.node.replay import replay
 from tickmesh.transports.recording import read_lines
 
-KEYS = {"source", "messages", "malformed", "refused", "gaps", "duplicates", "events", "outputs", "instruments"}
+KEYS = {"source", "messages", "malformed", "refused", "gaps", "duplicates", "events", "instruments"}
 INSTRUMENT_KEYS = {"trades", "volume", "vwap", "first_bbo", "last_bbo", "bids", "asks", "signals"}
 
 

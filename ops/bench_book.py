@@ -453,7 +453,7 @@ def bench_book(messages: int = 4_000_000, symbols: tuple[int, ...] = (400, 4_000
 
 
 def _peer_text(name: str) -> str:
-    titles = {"conventional": "conventional C++ book", "same": "the same algorithm in C++"}
+    titles = {"conventional": "conventional C++ book", "same": "the same data layout in C++"}
     kind, _, compiler = name.partition(", ")
     return f"{titles[kind]} ({compiler})" if kind in titles else name
 

@@ -2,8 +2,9 @@
 //
 //   conventional   the layout of the known open-source itch-order-book, written here from its description: orders in a vector indexed by
 //                  order reference, per side a sorted vector of (price, level) with the best last, levels in a pool.
-//   same           tickmesh's own algorithm (node/book.py): batches of 64-byte events, a set-associative order table, a circular window of
-//                  level words with a two-level bitset, two stages of prefetching. It says what the language costs.
+//   same           tickmesh's data layout (node/book.py): batches of 64-byte events, a set-associative order table, a circular window of
+//                  level words with a two-level bitset, two stages of prefetching; written as one writes it, with a branch per kind, and
+//                  looking everything up again where it is applied. It says how much is layout, and how much the way it is applied.
 //
 // Both are called through ctypes by bench_book.py: <name>_new, <name>_run (thread CPU nanoseconds), <name>_sides (what the books hold),
 // <name>_delete. Memory is touched by _new, so that neither a page fault nor an allocation is in the measured time.
@@ -123,7 +124,7 @@ struct Conventional {
     }
 };
 
-// ---------------------------------------------------------------- the same algorithm as tickmesh
+// ---------------------------------------------------------------- the same layout as tickmesh
 
 struct Event {
     uint64_t seq; int64_t ts_event, ts_recv; uint32_t instrument; uint8_t kind, side; uint16_t flags;

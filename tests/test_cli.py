@@ -234,8 +234,8 @@ def test_a_reader_that_goes_away_is_no_error(journal: Path) -> None:
 
 _SUMMARY = {
     "source": {"format": "itch50", "bytes": 1234, "messages_total": 10, "seconds": 0.5},
-    "messages": {"A": 10}, "malformed": {"bad_field": 2}, "gaps": [{"first": 5, "last": 7}], "duplicates": 1, "events": {"add": 3, "bbo": 2},
-    "refused": {"unknown_order": 4},
+    "messages": {"A": 10}, "malformed": {"bad_field": 2}, "gaps": [{"first": 5, "last": 7}], "duplicates": 1,
+    "events": {"add": 3, "bbo": 2}, "refused": {"unknown_order": 4},
     "instruments": {
         "AAPL": {"trades": 2, "volume": "300", "vwap": 100.5, "first_bbo": None, "last_bbo": ["100.1", "5", None, None],
                  "bids": [["100.1", "5", 1]], "asks": [], "signals": {}},

@@ -21,7 +21,7 @@ from tickmesh.node.shard import generate
 from tickmesh.control.config import parse_config
 from tickmesh.transports import codecache
 
-codecache.compile_in_helper = lambda path: None  # here, in this process: what comes from the cache cannot be looked at
+codecache.compile_in_helper = lambda path, argument: None  # here, in this process: what comes from the cache cannot be looked at
 modules = {}
 
 

@@ -4,22 +4,26 @@ numba's own cache looks at the file of the entry point only; an edited helper in
 code keeps running. Here the key of an entry point is the hash of its module's source and, recursively, of every tickmesh module
 that it imports. A generated loop is a readable module in ``<cache>/generated``; machine code lies in ``<cache>/compiled/<key>``.
 
-Compiling takes seconds and disturbs running loops, so it is done in a helper process (:func:`load_generated`); the caller then
-loads the result in a fraction of a second.
+Compiling takes seconds and disturbs running loops, so it is done in a helper process (:func:`load_generated`, :func:`load_compiled`); the
+caller then loads the result in a fraction of a second. :func:`watched_compiles` lets a bigger thing that starts go on living meanwhile.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,11 +31,16 @@ from typing import Any
 import llvmlite
 import numba
 import numpy
+from llvmlite import binding
 from numba.core.caching import CacheImpl, _CacheLocator
 
 _PACKAGE = "tickmesh"
 _GENERATED = "tickmesh_generated"
 """Generated modules import each other under this package: ``from tickmesh_generated.decoder_itch50_0123 import decode_stream``."""
+_THIS = "tickmesh.transports.codecache"
+_WATCH_S = 0.1
+
+Progress = Callable[[str], None] | None
 
 
 class CompileError(Exception):
@@ -47,6 +56,10 @@ class CompileError(Exception):
         self.path, self.output = path, output
 
 
+class CompileStopped(Exception):
+    """A compile was ended on request, see :func:`watched_compiles`; nothing of it is left running."""
+
+
 def cache_dir() -> Path:
     """``$TICKMESH_CACHE_DIR``, else ``$XDG_CACHE_HOME/tickmesh``, else ``~/.cache/tickmesh``."""
     chosen = os.environ.get("TICKMESH_CACHE_DIR")
@@ -58,44 +71,118 @@ def cache_dir() -> Path:
 # ---------------------------------------------------------------- the key
 
 
+@functools.cache
+def _package_folder(top: str) -> Path | None:
+    spec = importlib.util.find_spec(f"{_PACKAGE}.{top}")
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
 def _module_path(name: str) -> Path | None:
-    if name.startswith(_GENERATED + "."):
-        path = generated_dir() / (name.removeprefix(_GENERATED + ".") + ".py")
-        return path if path.exists() else None
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
+    """File of one of our modules, a package's ``__init__.py``; looks at files only, nothing is imported."""
+    package, _, rest = name.partition(".")
+    top, *parts = rest.split(".")
+    if package == _GENERATED:
+        folder: Path | None = generated_dir()
+        parts = [top]
+    else:
+        folder = _package_folder(top) if package == _PACKAGE and top else None
+    if folder is None or parts == [""]:
         return None
-    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+    place = folder.joinpath(*parts)
+    candidates = [place / "__init__.py", *([place.parent / f"{place.name}.py"] if parts else [])]
+    return next((path for path in candidates if path.is_file()), None)
 
 
-def _imports(path: Path) -> set[str]:
-    """Names of the tickmesh modules that a source file imports (absolute imports only: the house rule)."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_bytes())):
+def _statements(node: ast.AST) -> Iterator[ast.stmt]:
+    """Every statement, however deep; expressions, the most of a tree, hold no imports."""
+    for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for child in getattr(node, name, ()):
+            if isinstance(child, ast.stmt):
+                yield child
+            yield from _statements(child)
+
+
+@functools.cache
+def _imports(source: bytes) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """What a source imports from us: (module, names taken from it); absolute imports only (the house rule)."""
+    found: list[tuple[str, tuple[str, ...]]] = []
+    for node in _statements(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
+            found += [(alias.name, ()) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module)
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return {name for name in found if name.startswith((_PACKAGE + ".", _GENERATED + "."))}
+            found.append((node.module, tuple(alias.name for alias in node.names)))
+    return tuple(pair for pair in found if pair[0].split(".")[0] in (_PACKAGE, _GENERATED))
+
+
+@functools.cache
+def _own_names(source: bytes) -> frozenset[str]:
+    """Names that a package's ``__init__`` may give a meaning of its own: whatever it mentions, also as text (for ``__getattr__``)."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name):
+            names.add(node.id)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names.add(node.value)
+        elif isinstance(node, ast.alias):
+            names.add(node.asname or node.name)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+    return frozenset(names)
+
+
+def _sources_of(module: str, names: tuple[str, ...]) -> set[Path]:
+    """Files that an import reads names from.
+
+    A package's ``__init__`` counts where a name comes from it, and not where it is only the way to a module inside: otherwise a decoder
+    that imports ``tickmesh.node.event`` would be compiled again after any edit of what ``tickmesh.node`` offers to users.
+    """
+    home = _module_path(module)
+    if home is not None and home.name != "__init__.py":
+        return {home}
+    own = _own_names(home.read_bytes()) if home else frozenset()
+    found: set[Path] = set() if names or home is None else {home}
+    for name in names:
+        inner = _module_path(f"{module}.{name}")
+        if inner is not None:
+            found.add(inner)
+        if home is not None and (inner is None or name in own or "*" in own):
+            found.add(home)
+        if name == "*" and home is not None:
+            found.update(home.parent.glob("*.py"))
+    return found
+
+
+def source_closure(path: Path) -> dict[Path, bytes]:
+    """A source file and every file of ours that it is compiled with, reached through imports, with their contents.
+
+    This module is left out although the toolbox imports it: nothing of it becomes part of a loop, it only says where machine code lies, and
+    when it makes keys in another way they are other keys. An edit to it would otherwise compile everything again.
+    """
+    contents: dict[Path, bytes] = {}
+    left_out = _module_path(_THIS)
+    todo = [path]
+    while todo:
+        current = todo.pop()
+        if current not in contents and current != left_out:
+            contents[current] = current.read_bytes()
+            for module, names in _imports(contents[current]):
+                todo.extend(_sources_of(module, names))
+    return contents
+
+
+@functools.cache
+def _toolchain() -> bytes:
+    """What else machine code depends on: versions, options and the processor."""
+    versions = (numba.__version__, llvmlite.__version__, numpy.__version__, sys.version_info[:3])
+    processor = (binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten())
+    return repr((versions, os.environ.get("TICKMESH_BOUNDSCHECK"), processor)).encode()
 
 
 @functools.cache
 def source_key(path: Path) -> str:
-    """Hash of a source file, of every tickmesh module reachable through its imports, and of the compiler's version."""
-    seen: set[Path] = set()
-    todo = [path]
-    while todo:
-        current = todo.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        todo.extend(found for name in _imports(current) if (found := _module_path(name)))
-    digest = hashlib.sha256()
-    toolchain = (numba.__version__, llvmlite.__version__, numpy.__version__, sys.version_info[:3], os.environ.get("TICKMESH_BOUNDSCHECK"))
-    digest.update(repr(toolchain).encode())
-    for content in sorted(hashlib.sha256(p.read_bytes()).digest() for p in seen):
+    """Hash of a source file, of every tickmesh module reachable through its imports, of the compiler's version and the processor."""
+    digest = hashlib.sha256(_toolchain())
+    for content in sorted(hashlib.sha256(source).digest() for source in source_closure(path).values()):
         digest.update(content)
     return digest.hexdigest()[:24]
 
@@ -164,7 +251,7 @@ def _done_marker(path: Path) -> Path:
     return cache_dir() / "compiled" / f"{path.stem[:40]}-{source_key(path)}" / "complete"
 
 
-def load_generated(prefix: str, source: str, progress: Callable[[str], None] | None = None) -> ModuleType:
+def load_generated(prefix: str, source: str, progress: Progress = None) -> ModuleType:
     """Import a generated module whose loops are compiled, compiling them first in a helper process if needed.
 
     The module must define ``warm()``, which calls each of its entry points once with arguments of the final types.
@@ -176,35 +263,128 @@ def load_generated(prefix: str, source: str, progress: Callable[[str], None] | N
 
     Raises:
         CompileError: with the compiler's message.
+        CompileStopped: see :func:`watched_compiles`.
     """
     path = write_generated(prefix, source)
-    if not is_compiled(path):
-        if progress:
-            progress(f"compiling {prefix.replace('_', ' ')} loop, first run only")
-        compile_in_helper(path)
+    _compile_once(path, str(path), f"{prefix.replace('_', ' ')} loop", progress)
     module = import_generated(path)
     module.warm()
     return module
 
 
-def compile_in_helper(path: Path) -> None:
-    """Compile a generated module in another process, so that running loops here are not disturbed.
+def load_compiled(name: str, what: str, progress: Progress = None) -> ModuleType:
+    """Import a module of ours that defines ``warm()``, like :func:`load_generated`.
+
+    Args:
+        name: of the module, e.g. ``"tickmesh.ops.simulator"``.
+        what: what it is called in the line of progress, ``"simulator"``.
+        progress: told when a compile starts.
 
     Raises:
         CompileError: with the compiler's message.
+        CompileStopped: see :func:`watched_compiles`.
     """
-    command = [sys.executable, "-m", "tickmesh.transports.codecache", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    if done.returncode:
-        raise CompileError(path, (done.stderr or done.stdout)[-4000:])
+    module = importlib.import_module(name)
+    assert module.__file__
+    _compile_once(Path(module.__file__), name, what, progress)
+    module.warm()
+    return module
+
+
+# ---------------------------------------------------------------- the helper process
+
+_watch: ContextVar[Callable[[], bool] | None] = ContextVar("watch", default=None)
+
+
+@contextlib.contextmanager
+def watched_compiles(watch: Callable[[], bool]) -> Iterator[None]:
+    """Have a function called while a compile is waited for, some ten times a second; by returning true it ends it (CompileStopped).
+
+    Holds for compiles that are asked for inside the ``with`` block, by this thread.
+    """
+    token = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+
+
+def _compile_once(path: Path, argument: str, what: str, progress: Progress) -> None:
+    if is_compiled(path):
+        return
+    if progress:
+        progress(f"compiling {what}, first run only")
+    compile_in_helper(path, argument)
+
+
+def compile_in_helper(path: Path, argument: str | None = None) -> None:
+    """Compile a module in another process, so that running loops here are not disturbed.
+
+    The helper is in a session of its own: Ctrl-C on the terminal reaches this process only, which ends it. It ends by itself when this
+    process is gone.
+
+    Args:
+        path: the module's source.
+        argument: `path`, or the module's name if it is not a generated one.
+
+    Raises:
+        CompileError: with the compiler's message.
+        CompileStopped: see :func:`watched_compiles`.
+    """
+    command = [sys.executable, "-m", _THIS, argument or str(path)]
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        with _ended_with_us(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)) as helper:
+            _wait_for(helper)
+        if helper.returncode:
+            log.seek(0)
+            raise CompileError(path, log.read()[-4000:])
+
+
+@contextlib.contextmanager
+def _ended_with_us(helper: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """The helper; it and whatever it started are killed if it still runs in the end."""
+    try:
+        yield helper
+    finally:
+        if helper.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(helper.pid, signal.SIGKILL)
+            helper.wait()
+        if helper.stdin:
+            helper.stdin.close()
+
+
+def _wait_for(helper: subprocess.Popen[bytes]) -> None:
+    watch = _watch.get()
+    while True:
+        if watch and watch():
+            raise CompileStopped("the compile was stopped")
+        try:
+            helper.wait(_WATCH_S)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _end_with_parent() -> None:
+    """In the helper: our standard input is a pipe that nobody writes to, and ends when the process at its other end does."""
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _main(argument: str) -> None:
-    path = Path(argument)
     from tickmesh.transports import codecache  # the canonical module, not __main__: its locator is the registered one
 
-    codecache.import_generated(path).warm()
-    marker = codecache._done_marker(path)
+    _end_with_parent()
+    generated = argument.endswith(".py")
+    module = codecache.import_generated(Path(argument)) if generated else importlib.import_module(argument)
+    module.warm()
+    marker = codecache._done_marker(Path(str(module.__file__)))
     marker.parent.mkdir(parents=True, exist_ok=True)
     marker.touch()
 

@@ -1,0 +1,212 @@
+"""The cache of compiled loops: an edited kernel is never run stale, an edit elsewhere compiles nothing, and a compile can be stopped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from nodes import until
+from test_up import children_with
+
+from tickmesh.node.decoder import decoder_source
+from tickmesh.node.protocol import load_framing, load_spec
+from tickmesh.transports import codecache
+from tickmesh.transports.codecache import CompileError, CompileStopped, load_generated, source_closure, watched_compiles, write_generated
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("TICKMESH_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def closure(source: str) -> set[str]:
+    """What a generated module is compiled with, as paths inside the package: ``{"node/event.py", …}``."""
+    path = write_generated("closure", source)
+    return {f"{file.parent.name}/{file.name}" for file in source_closure(path) if file != path}
+
+
+# ---------------------------------------------------------------- what a loop is compiled with
+
+
+def test_a_decoder_is_compiled_with_kernels_only(cache: Path) -> None:
+    for name, framing in (("itch50", "binaryfile"), ("itch50", "moldudp64"), ("dbn_mbo", "dbn")):
+        found = closure(decoder_source(load_spec(name), load_framing(framing)))
+        assert {"node/arbiter.py", "node/event.py", "node/feed.py", "node/instruments.py", "transports/toolbox.py"} <= found
+        assert not {file for file in found if file.startswith(("control/", "ops/")) or file.endswith("__init__.py")}
+        assert not found & {"node/subscription.py", "node/frames.py", "node/decoder.py", "transports/nats.py", "transports/codecache.py"}
+
+
+@pytest.mark.parametrize(
+    ("line", "found", "not_found"),
+    [
+        ("from tickmesh.node import arbiter as A", "node/arbiter.py", "node/__init__.py"),
+        ("from tickmesh.node import arbiter, subscribe", "node/__init__.py", ""),
+        ("from tickmesh.node import subscribe", "node/subscription.py", "node/arbiter.py"),
+        ("import tickmesh.node", "node/__init__.py", "node/arbiter.py"),
+        ("import tickmesh.node.arbiter as A", "node/arbiter.py", "node/__init__.py"),
+        ("from tickmesh.node import *", "node/arbiter.py", ""),
+        ("from tickmesh.node.window import window_push", "node/window.py", "node/__init__.py"),
+        ("def later():\n    try:\n        from tickmesh.node.window import window_push\n    finally:\n        pass", "node/window.py", ""),
+        ("match 1:\n    case 1:\n        import tickmesh.node.window", "node/window.py", ""),
+        ("import tickmesh.transports.codecache", "", "transports/codecache.py"),
+        ("from tickmesh.transports import codecache", "", "transports/codecache.py"),
+        ("import numpy", "", "node/__init__.py"),
+    ],
+)
+def test_an_import_is_followed_to_where_the_name_comes_from(cache: Path, line: str, found: str, not_found: str) -> None:
+    files = closure(line + "\n")
+    assert not found or found in files
+    assert not_found not in files
+
+
+def test_a_generated_module_is_compiled_with_those_it_imports(cache: Path) -> None:
+    first = write_generated("first", "from tickmesh.node.window import window_push\n")
+    second = write_generated("second", f"import tickmesh_generated.{first.stem} as first\n")
+    assert {file.name for file in source_closure(second)} >= {first.name, second.name, "window.py", "toolbox.py"}
+
+
+# ---------------------------------------------------------------- edits, in a copy of the package
+
+_KERNEL = """
+from tickmesh.transports.toolbox import inlined
+
+@inlined
+def work(x):
+    return x + {number}
+"""
+_USE = """
+import sys
+from tickmesh.transports.codecache import load_generated
+
+module = load_generated("use", '''
+import numpy as np
+from tickmesh.node import kernel
+from tickmesh.transports.toolbox import loop
+
+@loop
+def use(x):
+    return kernel.work(x)
+
+def warm():
+    use(np.int64(0))
+''', lambda line: print(line, file=sys.stderr))
+import numpy as np
+print(module.use(np.int64(0)))
+"""
+
+
+def edited(path: Path, text: str = "\n# edited\n") -> None:
+    path.write_text(path.read_text() + text)
+
+
+def test_an_edited_kernel_is_not_run_stale_and_no_other_edit_compiles(tmp_path: Path) -> None:
+    package = tmp_path / "site" / "tickmesh"
+    for folder in ("node", "transports", "control"):
+        shutil.copytree(ROOT / folder, package / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    kernel = package / "node" / "kernel.py"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "TICKMESH_CACHE_DIR": str(tmp_path / "cache")}
+
+    def run() -> tuple[int, bool]:
+        """What the loop returns for 0, and whether it had to be compiled."""
+        done = subprocess.run([sys.executable, "-c", _USE], env=environment, capture_output=True, text=True, check=True)
+        return int(done.stdout), "compiling use loop" in done.stderr
+
+    kernel.write_text(_KERNEL.format(number=1))
+    assert run() == (1, True)
+    assert run() == (1, False)
+    for other in ("node/subscription.py", "node/book.py", "node/__init__.py", "transports/codecache.py"):
+        edited(package / other)
+    assert run() == (1, False)
+    kernel.write_text(_KERNEL.format(number=2))
+    assert run() == (2, True)
+    edited(package / "transports" / "toolbox.py")
+    assert run() == (2, True)
+    edited(package / "node" / "__init__.py", "\nimport tickmesh.node.kernel as kernel\n")  # now the name comes from the package too
+    assert run() == (2, True)
+    edited(package / "node" / "__init__.py")
+    assert run() == (2, True)
+
+
+# ---------------------------------------------------------------- the helper process
+
+_GOOD = """
+import numpy as np
+from tickmesh.transports.toolbox import loop
+
+@loop
+def f(x):
+    return x {}
+
+def warm():
+    f(np.int64(1))
+"""
+
+
+def test_a_module_that_does_not_compile_says_why(cache: Path) -> None:
+    with pytest.raises(CompileError, match="no_such_name") as caught:
+        load_generated("broken", _GOOD.format("+ no_such_name"))
+    assert caught.value.path.parent == cache / "generated"
+    assert not codecache.is_compiled(caught.value.path)
+
+
+def test_who_watches_a_compile_is_called_and_can_end_it(cache: Path) -> None:
+    calls: list[int] = []
+
+    def three_times() -> bool:
+        calls.append(1)
+        return len(calls) >= 3
+
+    with watched_compiles(three_times), pytest.raises(CompileStopped):
+        load_generated("watched", _GOOD.format("* 2"))
+    assert len(calls) == 3
+    assert not children_with(str(cache))
+    assert load_generated("watched", _GOOD.format("* 2")).f(4) == 8
+    assert len(calls) == 3
+
+
+@contextmanager
+def command(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], Callable[[], str]]]:
+    """A tickmesh command with an empty cache in a process group of its own, as a shell starts it; and what it has printed."""
+    log = folder / "log"
+    environment = {**os.environ, "TICKMESH_CACHE_DIR": str(folder / "cache")}
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tickmesh.ops.cli", *arguments], stdout=file, stderr=file, text=True, env=environment, process_group=0
+        )
+    try:
+        yield process, log.read_text
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def helpers(folder: Path) -> list[str]:
+    """Compiles under way for the cache in this folder; the simulator's is not a generated module and has no path."""
+    return [line for line in children_with("tickmesh.transports.codecache") if str(folder) in line or "ops.simulator" in line]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_replay_is_stopped_while_it_compiles(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text('[data_sources.day]\ntype = "file"\npath = "day.itch"\ndata_format = "itch50"\n')
+    (tmp_path / "day.itch").write_bytes(b"")
+    with command(tmp_path, "replay", str(tmp_path / "day.itch"), "--config", str(file)) as (process, text):
+        until(lambda: process.poll() is not None or helpers(tmp_path), "a compile", 60)
+        assert "compiling" in text(), text()
+        os.killpg(process.pid, number)  # as Ctrl-C does: everything in the terminal's foreground group
+        assert process.wait(20) == code, text()
+        until(lambda: not helpers(tmp_path), "the end of the helper", 20)
+        assert "Traceback" not in text()
+        assert "does not compile" not in text()

@@ -9,6 +9,8 @@ The module offers (see :data:`Decoder`)::
 `buf` is a writable, contiguous uint8 array with 64 bytes of slack after `end`; `out` an EVENT array of at least 3. Malformed input is
 counted by reason and skipped; nothing outside ``[pos, end)`` and the slack is read; every call that can make progress does.
 
+Loops that contain a decoder call its parts, ``stream_events``, ``packet_events`` and ``flush_events``: the same without being entry points.
+
 * ``decode_stream`` returns where it stopped: `out` is nearly full, or the rest is not a whole message. Called again with more bytes (or
   more room) it goes on; at the end of a recording tell :func:`end_of_stream` how many bytes are left over.
 * ``decode_packets`` decodes ``packets[first:count]`` and returns the index of the first packet that it has not finished. Until it
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -29,7 +32,7 @@ from tickmesh.node.feed import REASONS, Feed
 from tickmesh.node.instruments import FILTERED, InstrumentTable
 from tickmesh.node.layout import NEVER, Column, Layout, common_layout
 from tickmesh.node.protocol import KINDS, Case, Field, FlagRule, Framing, Message, Spec, fields_of
-from tickmesh.transports.codecache import load_generated
+from tickmesh.transports.codecache import import_generated, load_generated, write_generated
 
 RESERVE = 2
 """Events one message may make (REFERENCE and its own): decoding stops while there is room for that many."""
@@ -78,6 +81,18 @@ def load_decoder(
     """
     chosen = select(spec, fields, messages)
     return load_generated(f"decoder_{spec.name}_{framing.name}", decoder_source(chosen, framing), progress)
+
+
+def decoder_parts(
+    spec: Spec, framing: Framing, *, fields: Mapping[str, str] | Sequence[str] = (), messages: Iterable[str] = ()
+) -> ModuleType:
+    """The decoder's module, not compiled: for a loop that contains it (:mod:`tickmesh.node.loops`). Arguments as for :func:`load_decoder`.
+
+    Raises:
+        MappingError: `fields` or `messages` name something the protocol does not have.
+    """
+    source = decoder_source(select(spec, fields, messages), framing)
+    return import_generated(write_generated(f"decoder_{spec.name}_{framing.name}", source))
 
 
 # ---------------------------------------------------------------- a source's own mapping
@@ -768,9 +783,8 @@ class _DecoderWriter:
 
     def stream(self) -> None:
         out, fr = self.out, self.framing
-        out("\n@loop\ndef decode_stream(buf, pos, end, ts_recv, feed, out):")
+        out("\n@outlined\ndef stream_events(buf, pos, end, ts_recv, feed, out):")
         out.indent()
-        out('"""Decode length-prefixed messages of ``buf[pos:end]`` into `out`; returns (pos, n)."""')
         out("pos, end = np.int64(pos), min(np.int64(end), np.int64(buf.size))")
         if fr.preamble_length is not None:
             need = max(len(fr.preamble_magic), fr.preamble_length.offset + fr.preamble_length.size)
@@ -787,7 +801,7 @@ class _DecoderWriter:
         )
         out("feed.state[NEXT_SEQ] = seq\nreturn pos, n")
         out.indent(-1)
-        out()
+        out(_STREAM)
 
     def packets(self) -> None:
         fr, prefix = self.framing, self.framing.length.offset + self.framing.length.size
@@ -857,15 +871,19 @@ class _DecoderWriter:
         out, size = self.out, 0
         if self.spec.code:
             size = next((m.fields[self.spec.code].size for m in self.spec.messages if self.spec.code in m.fields), 0)
-        out("\ndef warm():")
+        out("\ndef warm_feed():")
         out.indent()
-        out('"""Call each entry point once, so that it is compiled; returns a feed of the final types."""')
+        out('"""A feed of the final types."""')
         direct, hashed = (1 << 8 * size if size in (1, 2) else 0), (4 if size > 2 else 0)
         out(
-            f"feed = make_arrays(InstrumentTable(1).arrays, source=0, counters={len(self.spec.counters)}, "
+            f"return make_arrays(InstrumentTable(1).arrays, source=0, counters={len(self.spec.counters)}, "
             f"direct_codes={direct}, hashed_codes={hashed})"
         )
-        out("buf, out = np.zeros(64, np.uint8), np.zeros(4, EVENT)")
+        out.indent(-1)
+        out("\n\ndef warm():")
+        out.indent()
+        out('"""Call each entry point once, so that it is compiled; returns a feed of the final types."""')
+        out("feed, buf, out = warm_feed(), np.zeros(64, np.uint8), np.zeros(4, EVENT)")
         if self.framing.packets:
             out("decode_packets(buf, feed.arbiter.no_packets, 0, 0, feed, out)\ndecode_flush(0, feed, out)")
         else:
@@ -873,6 +891,14 @@ class _DecoderWriter:
         out("return feed")
         out.indent(-1)
 
+
+_STREAM = '''
+
+@loop
+def decode_stream(buf, pos, end, ts_recv, feed, out):
+    """Decode length-prefixed messages of ``buf[pos:end]`` into `out`; returns (pos, n)."""
+    return stream_events(buf, pos, end, ts_recv, feed, out)
+'''
 
 _CURRENT = '''
 
@@ -919,7 +945,7 @@ def _go_on(buf, ts_recv, line, feed, out, n):
 _PACKETS = '''
 
 @outlined
-def _advance(buf, packets, first, count, feed, out):
+def packet_events(buf, packets, first, count, feed, out):
     arb = feed.arbiter
     s = arb.state
     i, n, room = np.int64(first), np.int64(0), np.int64(out.size) - {reserve}
@@ -955,18 +981,23 @@ def _advance(buf, packets, first, count, feed, out):
 @loop
 def decode_packets(buf, packets, first, count, feed, out):
     """Decode ``packets[first:count]`` into `out`; returns (next, n)."""
-    return _advance(buf, packets, np.int64(first), np.int64(count), feed, out)
+    return packet_events(buf, packets, np.int64(first), np.int64(count), feed, out)
+
+
+@outlined
+def flush_events(now_ns, feed, out):
+    s = feed.arbiter.state
+    if s[A.CURRENT] == A.FROM_PACKET or s[A.CURRENT] == A.FROM_UNSEQUENCED:
+        return np.int64(0)
+    s[A.NOW] = max(s[A.NOW], np.int64(now_ns))
+    i, n = packet_events(feed.arbiter.bytes, feed.arbiter.no_packets, np.int64(0), np.int64(0), feed, out)
+    return n
 
 
 @loop
 def decode_flush(now_ns, feed, out):
     """Time passes without packets: give up what has waited too long; returns n. Call again while it returns more than 0."""
-    s = feed.arbiter.state
-    if s[A.CURRENT] == A.FROM_PACKET or s[A.CURRENT] == A.FROM_UNSEQUENCED:
-        return np.int64(0)
-    s[A.NOW] = max(s[A.NOW], np.int64(now_ns))
-    i, n = _advance(feed.arbiter.bytes, feed.arbiter.no_packets, np.int64(0), np.int64(0), feed, out)
-    return n
+    return flush_events(now_ns, feed, out)
 '''
-__all__ = ["FILTERED", "Decoder", "MappingError", "arbitration", "bind_symbol", "dbn_symbols", "decoder_source", "end_of_stream",
-           "filtered", "load_decoder", "make_feed", "malformed", "message_counts", "select"]  # fmt: skip
+__all__ = ["FILTERED", "Decoder", "MappingError", "arbitration", "bind_symbol", "dbn_symbols", "decoder_parts", "decoder_source",
+           "end_of_stream", "filtered", "load_decoder", "make_feed", "malformed", "message_counts", "select"]  # fmt: skip

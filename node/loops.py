@@ -1,6 +1,7 @@
-"""The compiled loops around a shard's ``step`` and around a decoder: live, replay and multicast reception.
+"""The compiled loops around a shard's ``step`` and around a decoder: live, replay, the step alone, and multicast reception.
 
-Each is generated as a small module that imports the functions it drives, so that nothing returns to Python while it runs.
+Each is generated as a small module that imports the parts it drives, so that nothing returns to Python while it runs. The parts are
+compiled inside the loop only; a loop has one entry point, since each would contain all of them again.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from tickmesh.transports.codecache import load_generated
 
 _LIVE = """\
 # The live loop of one shard: input rings -> journal -> step -> output ring. Generated.
-import sys
-
 import numpy as np
 
 from tickmesh.node.event import ANY_VIEW, EVENT
@@ -30,9 +29,12 @@ LATENCY_MAX_NS = 60_000_000_000  # older stamps are recorded ones, not ours
 
 
 @loop
-def run(stop, inputs, readers, journal, journalled, batch, batch_any, shard, latency, batch_events, idle_mode):
+def run(again, stop, inputs, readers, journal, journalled, batch, batch_any, shard, latency, batch_events, idle_mode):
     # Until stop[0] is set, then 0; or the errno for which the journal could not take events: what is not journalled is not processed.
     # stop[1] counts rounds without input, stop[2] events.
+    # With again = (first, end) only a step over these events of the batch, which the journal has already; returns how many were taken.
+    if again[1] != 0:
+        return step(batch_any, again[0], again[1], shard)
     rounds = 0
     while load_acquire(stop, 0) == 0:
         taken = 0
@@ -77,8 +79,27 @@ def warm():
     journal = JournalArrays(words, words, np.zeros(1, EVENT), words)
     batch = np.zeros(1, EVENT)
     stop = np.ones(3, np.int64)
-    run(stop, (ring,) * {inputs}, np.zeros({inputs}, np.int64), journal, 0, batch, batch.view(ANY_VIEW), warm_arrays(shard_module),
-        np.zeros(8, np.int64), np.zeros(8, np.int64), 0)
+    run(np.zeros(2, np.int64), stop, (ring,) * {inputs}, np.zeros({inputs}, np.int64), journal, 0, batch, batch.view(ANY_VIEW),
+        warm_arrays(shard_module), np.zeros(8, np.int64), np.zeros(8, np.int64), 0)
+"""
+
+_STEP = """\
+# The step of one shard, called from Python. Generated.
+import numpy as np
+
+from tickmesh.node.event import ANY_VIEW
+from tickmesh.node.shard_state import warm_arrays
+from tickmesh.transports.toolbox import loop
+import tickmesh_generated.{shard} as shard_module
+
+
+@loop
+def step(batch, first, count, shard):
+    return shard_module.step(batch, first, count, shard)
+
+
+def warm():
+    step(np.zeros(1, ANY_VIEW), 0, 0, warm_arrays(shard_module))
 """
 
 _REPLAY = """\
@@ -93,13 +114,15 @@ import tickmesh_generated.{shard} as shard_module
 from tickmesh_generated.{decoder} import {decode}
 from tickmesh_generated.{shard} import step
 
+FIRST = np.int64(0)
+
 {each}
 @loop
 {body}
 
 
 def warm():
-    feed = decoder_module.warm()
+    feed = decoder_module.warm_feed()
     shard = warm_arrays(shard_module)
     batch = np.zeros(8, EVENT)
     {call}
@@ -109,13 +132,13 @@ _TIMERS = """
 @inlined
 def step_timed(batch, batch_any, count, shard, clock, timer, timer_any):
     # timers go in between where the events pass a boundary, as a live node's router puts them
-    first = np.int64(0)
+    first = FIRST
     for i in range(count):
         if timer_due(clock, batch[i]):
             step(batch_any, first, i, shard)
             first = i
-            fill_timer(clock, np.int64(0), batch[i].ts_recv, timer[0])
-            step(timer_any, 0, 1, shard)
+            fill_timer(clock, FIRST, batch[i].ts_recv, timer[0])
+            step(timer_any, FIRST, FIRST + 1, shard)
     step(batch_any, first, count, shard)
 
 """
@@ -125,19 +148,26 @@ def replay(buf, pos, end, ts_recv, feed, batch, batch_any, shard{more}):
     # returns where it stopped: what is left is not a whole message
     while pos < end:
         before = pos
-        pos, count = decode_stream(buf, pos, end, ts_recv, feed, batch)
+        pos, count = stream_events(buf, pos, end, ts_recv, feed, batch)
         {step}
         if pos == before and count == 0:
             break
     return pos"""
 
 _REPLAY_PACKETS = """\
-def replay(buf, packets, first, count, feed, batch, batch_any, shard{more}):
+def replay(buf, packets, first, count, flush_ns, feed, batch, batch_any, shard{more}):
+    # with flush_ns != 0 these were the last packets: then what waits for missing ones is given up
+    ended = False
     while True:
-        first, events = decode_packets(buf, packets, first, count, feed, batch)
+        if ended:
+            events = flush_events(flush_ns, feed, batch)
+        else:
+            first, events = packet_events(buf, packets, first, count, feed, batch)
         {step}
         if first >= count and events == 0:
-            return first"""
+            if ended or flush_ns == 0:
+                return first
+            ended = True"""
 
 _RECEIVE = """\
 # The receiver of one multicast source: sockets -> datagrams -> events -> the shards' input rings. Generated.
@@ -152,8 +182,9 @@ from tickmesh.transports.multicast import open_receiver, receive_batch
 from tickmesh.transports.ring import HEADER_BYTES, RingArrays
 from tickmesh.transports.toolbox import IDLE_SLEEP, idle, load_acquire, loop, now_ns
 import tickmesh_generated.{decoder} as decoder_module
-from tickmesh_generated.{decoder} import decode_flush, decode_packets
+from tickmesh_generated.{decoder} import flush_events, packet_events
 
+FIRST = np.int64(0)
 FIRST_SLEEP_ROUND = 256
 
 
@@ -167,19 +198,19 @@ def receive(stop, lines, buffers, packets, feed, batch, router, idle_mode):
             now = now_ns()
             count = receive_batch(lines[line], buffers[line], packets[line], line, now)
             received += count
-            first = 0
+            first = FIRST
             while count > 0:
-                first, events = decode_packets(buffers[line], packets[line], first, count, feed, batch)
-                if not route(router, batch, 0, events):
+                first, events = packet_events(buffers[line], packets[line], first, count, feed, batch)
+                if not route(router, batch, FIRST, events):
                     return
                 if first >= count and events == 0:
                     break
         if received == 0:
-            events = decode_flush(now_ns(), feed, batch)
+            events = flush_events(now_ns(), feed, batch)
             while events > 0:
-                if not route(router, batch, 0, events):
+                if not route(router, batch, FIRST, events):
                     return
-                events = decode_flush(now_ns(), feed, batch)
+                events = flush_events(now_ns(), feed, batch)
             if not route_silence(router):
                 return
             rounds = idle(idle_mode, rounds)
@@ -188,7 +219,7 @@ def receive(stop, lines, buffers, packets, feed, batch, router, idle_mode):
 
 
 def warm():
-    feed = decoder_module.warm()
+    feed = decoder_module.warm_feed()
     ring = RingArrays(np.zeros(HEADER_BYTES // 8, np.uint64), np.zeros(8, EVENT))
     stop = np.ones(1, np.int64)
     router = make_router((ring,) * {shards}, InstrumentTable(1).arrays.records, stop, 0, 0)
@@ -203,7 +234,12 @@ def warm():
 
 def live_loop(shard: ModuleType, inputs: int, batch_events: int, progress: Callable[[str], None] | None = None) -> ModuleType:
     """The module whose ``run`` drives `shard`'s step from `inputs` rings."""
-    return load_generated("shard_live", _LIVE.format(shard=_stem(shard), inputs=inputs, batch=batch_events), progress)
+    return load_generated("shard", _LIVE.format(shard=_stem(shard), inputs=inputs, batch=batch_events), progress)
+
+
+def step_loop(shard: ModuleType, progress: Callable[[str], None] | None = None) -> ModuleType:
+    """The module whose ``step`` is `shard`'s, for callers in Python."""
+    return load_generated("shard_step", _STEP.format(shard=_stem(shard)), progress)
 
 
 def replay_loop(
@@ -215,15 +251,15 @@ def replay_loop(
     """
     stream = hasattr(decoder, "decode_stream")
     more = ", clock, timer, timer_any" if timers else ""
-    step = f"step_timed(batch, batch_any, {{count}}, shard{more})" if timers else "step(batch_any, 0, {count}, shard)"
+    step = f"step_timed(batch, batch_any, {{count}}, shard{more})" if timers else "step(batch_any, FIRST, {count}, shard)"
     body = (_REPLAY_STREAM if stream else _REPLAY_PACKETS).format(more=more, step=step.format(count="count" if stream else "events"))
-    place = "0, 0, 0, feed" if stream else "feed.arbiter.no_packets, 0, 0, feed"
+    place = "0, 0, 0, feed" if stream else "feed.arbiter.no_packets, 0, 0, 0, feed"
     extra = ", make_clock(1), timer, timer.view(ANY_VIEW)" if timers else ""
     call = f"replay(np.zeros(64, np.uint8), {place}, batch, batch.view(ANY_VIEW), shard{extra})"
     source = _REPLAY.format(
         decoder=_stem(decoder),
         shard=_stem(shard),
-        decode="decode_stream" if stream else "decode_packets",
+        decode="stream_events" if stream else "flush_events, packet_events",
         imports="from tickmesh.node.timers import fill_timer, make_clock, timer_due\n" if timers else "",
         kinds="inlined, loop" if timers else "loop",
         each=_TIMERS if timers else "",

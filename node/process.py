@@ -26,7 +26,7 @@ import structlog
 from tickmesh.control.config import Config, Delivery
 from tickmesh.node.book import resting_orders
 from tickmesh.node.delivery import DeliveryOptions, Gateway
-from tickmesh.node.event import ANY_VIEW, EVENT, NO_PRICE, Kind
+from tickmesh.node.event import ANY_VIEW, EVENT, NO_PRICE, EventArray, Kind
 from tickmesh.node.frames import stream_name, stream_subject
 from tickmesh.node.journal import Journal, JournalArrays, JournalReader
 from tickmesh.node.loops import live_loop
@@ -36,6 +36,7 @@ from tickmesh.node.restore import read_restored
 from tickmesh.node.retention import Retention
 from tickmesh.node.shard import BATCH_EVENTS, Shard
 from tickmesh.node.telemetry import NodeState, ShardCounter, Telemetry
+from tickmesh.transports.codecache import CompileStopped, watched_compiles
 from tickmesh.transports.nats import LinkError, Login, connect
 from tickmesh.transports.ring import W_CLAIMED, W_GATE, W_PUBLISHED, Ring, ring_path
 from tickmesh.transports.toolbox import IDLE_MODES, zeros_aligned
@@ -121,10 +122,20 @@ class ShardThread:
             self.error = error
 
     def _loop(self) -> None:
-        batch = zeros_aligned(BATCH_EVENTS, EVENT)
+        failure = self._call(zeros_aligned(BATCH_EVENTS, EVENT), 0, 0)
+        if failure and self.journal is not None:
+            raise NodeError(f"its journal in {self.journal.folder} cannot be written ({os.strerror(failure)}): free space and start again")
+
+    def step_again(self, batch: EventArray, first: int, end: int) -> int:
+        """Before the start: step over events ``[first, end)`` of the journal; returns how many, fewer if the output ring is full."""
+        return self._call(batch, first, end)
+
+    def _call(self, batch: EventArray, first: int, end: int) -> int:
+        """The loop, whose one entry point does both: two would be compiled twice."""
         words = np.zeros(1, np.uint64)
         journal = self.journal.arrays if self.journal else JournalArrays(words, words, np.zeros(1, EVENT), words)
-        failure = self._module.run(
+        result = self._module.run(
+            np.array([first, end], np.int64),
             self.stop,
             tuple(ring.arrays for ring in self.inputs),
             np.array([reader.slot for reader in self.readers], np.int64),
@@ -137,8 +148,7 @@ class ShardThread:
             self._batch_events,
             self._idle,
         )
-        if failure and self.journal is not None:
-            raise NodeError(f"its journal in {self.journal.folder} cannot be written ({os.strerror(failure)}): free space and start again")
+        return int(result)
 
 
 class Node:
@@ -149,8 +159,10 @@ class Node:
         generators: makers of in-process sources by source type, e.g. ``{"simulator": …}``.
         targets: address of the NATS server by delivery name, in place of the configured one (an embedded server's).
         progress: told when something has to be compiled.
+        stop: ends a compile early.
 
     Raises:
+        CompileStopped: `stop` was set during a compile.
         NodeError and the typed errors of its parts: it cannot start.
     """
 
@@ -160,6 +172,7 @@ class Node:
         generators: Mapping[str, BlockSourceMaker] | None = None,
         targets: Mapping[str, str] | None = None,
         progress: Progress = None,
+        stop: threading.Event | None = None,
     ) -> None:
         if not config.data_sources:
             raise NodeError("the configuration has no data source: add a [data_sources.NAME] table")
@@ -174,10 +187,16 @@ class Node:
         self.journals: list[Journal] = []
         self._replays = False
         try:
-            self._build(dict(generators or {}))
+            with watched_compiles(lambda: self._compiles(stop)):
+                self._build(dict(generators or {}))
         except BaseException:
             self.stop()
             raise
+
+    def _compiles(self, stop: threading.Event | None) -> bool:
+        """Tell the world that a compile is under way; returns whether it is to end."""
+        self.telemetry.set_state(NodeState.COMPILING)
+        return stop is not None and stop.is_set()
 
     def _delivery_names(self) -> list[str]:
         return [name for name, delivery in self.config.delivery.items() if delivery.method == "nats"]
@@ -194,6 +213,7 @@ class Node:
             inputs.append(rings)
             context = ReceiverContext(self.table, rings, number, idle, self._progress, config.processing.timer_interval_ms * 1_000_000)
             self.receivers.append(make_receiver(name, config, context, generators))
+        self.telemetry.set_state(NodeState.STARTING)
         self._create_outputs()
         shards = make_shards(config, self.outputs, config.folder, self._order_ids(), self._progress)
         self._open_journals()
@@ -207,6 +227,7 @@ class Node:
             self.shards.append(ShardThread(number, shard, mine, self.outputs[number], journal, self.telemetry, idle, self._progress))
             if journal:
                 self.shards[-1].retention = self._retention(journal)
+        self.telemetry.set_state(NodeState.STARTING)
         self._create_gateways()
 
     def _order_ids(self) -> str:
@@ -265,17 +286,17 @@ class Node:
                 continue
             _tell(self._progress, f"shard {thread.number}: replaying {journal.next_sequence:,} events of the journal")
             for batch in JournalReader(journal.folder).batches():
-                view = batch.copy().view(ANY_VIEW)  # a shard completes events in place
-                for first in range(0, len(view), BATCH_EVENTS):
-                    self._step_again(thread.shard, view, first, min(first + BATCH_EVENTS, len(view)), stop)
+                mine = batch.copy()  # a shard completes events in place
+                for first in range(0, len(mine), BATCH_EVENTS):
+                    self._step_again(thread, mine, first, min(first + BATCH_EVENTS, len(mine)), stop)
                 if stop.is_set():
                     return
 
-    def _step_again(self, shard: Shard, view: Any, first: int, end: int, stop: threading.Event) -> None:
+    def _step_again(self, thread: ShardThread, batch: EventArray, first: int, end: int, stop: threading.Event) -> None:
         """Step over events of the journal; where the output ring is full, the gateway has to deliver first."""
         told = False
         while first < end and not stop.is_set():
-            done = shard.step(view, first, end)
+            done = thread.step_again(batch, first, end)
             first += done
             if done == 0:
                 if not told:
@@ -560,7 +581,7 @@ def run_node(
     stop = threading.Event()
     previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        node = Node(config, generators, targets, progress)
+        node = Node(config, generators, targets, progress, stop)
         try:
             node.start(stop)
             if ready:
@@ -568,6 +589,8 @@ def run_node(
             node.watch(stop, each)
         finally:
             node.stop()
+    except CompileStopped:
+        _tell(progress, "stopped before the loops were compiled")
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -21,6 +21,7 @@ from tickmesh.node.decoder import (
     arbitration,
     bind_symbol,
     dbn_symbols,
+    decoder_parts,
     end_of_stream,
     filtered,
     load_decoder,
@@ -105,9 +106,14 @@ class Reader(ABC):
 class _SpecReader(Reader):
     """What the readers of spec'd protocols share."""
 
-    def __init__(self, spec: Spec, framing: Framing, options: Source, table: InstrumentTable, source: int, progress: Progress) -> None:
+    def __init__(
+        self, spec: Spec, framing: Framing, options: Source, table: InstrumentTable, source: int, progress: Progress, alone: bool
+    ) -> None:
         self.spec, self.framing, self.format, self.order_ids = spec, framing, spec.name, spec.order_ids
-        self.decoder: Any = load_decoder(spec, framing, fields=protocol_fields(options), progress=progress)
+        fields = protocol_fields(options)
+        self.decoder: Any = (
+            load_decoder(spec, framing, fields=fields, progress=progress) if alone else decoder_parts(spec, framing, fields=fields)
+        )
         table.let_through(source, options.symbols, options.exclude)
         self.feed = make_feed(
             spec, table, source, framing=framing, midnight_ns=options.midnight_ns(), gap_wait_ns=int(options.gap_wait_ms * 1e6)
@@ -135,10 +141,8 @@ class _SpecReader(Reader):
 class StreamReader(_SpecReader):
     """Files that hold a stream of messages, one after the other."""
 
-    def __init__(
-        self, files: Sequence[Path], spec: Spec, framing: Framing, options: Source, table: InstrumentTable, source: int, progress: Progress
-    ) -> None:
-        super().__init__(spec, framing, options, table, source, progress)
+    def __init__(self, files: Sequence[Path], spec: Spec, framing: Framing, options: Source, table: InstrumentTable, *more: Any) -> None:
+        super().__init__(spec, framing, options, table, *more)
         self._files = list(files)
         self.buffer: Any = None
         self.position = self.end = 0
@@ -187,10 +191,8 @@ class StreamReader(_SpecReader):
 class PacketReader(_SpecReader):
     """Packet captures; the datagrams of lines A and B are arbitrated."""
 
-    def __init__(
-        self, files: Sequence[Path], spec: Spec, framing: Framing, options: Source, table: InstrumentTable, source: int, progress: Progress
-    ) -> None:
-        super().__init__(spec, framing, options, table, source, progress)
+    def __init__(self, files: Sequence[Path], spec: Spec, framing: Framing, options: Source, table: InstrumentTable, *more: Any) -> None:
+        super().__init__(spec, framing, options, table, *more)
         lines = capture_lines(options)
         self._batches = (batch for path in files for batch in self._file(path, lines))
         self.buffer: Any = None
@@ -227,11 +229,13 @@ class PacketReader(_SpecReader):
             if self.position >= self.count:
                 self.buffer = None
 
-    def _flush(self, out: EventArray) -> int:
-        """After the last packet nothing missing can come any more."""
-        return int(self.decoder.decode_flush(self._last_ns + (1 << 60), self.feed, out))
+    @property
+    def flush_ns(self) -> int:
+        """A time at which nothing missing can come any more."""
+        return self._last_ns + (1 << 60)
 
-    flush = _flush
+    def _flush(self, out: EventArray) -> int:
+        return int(self.decoder.decode_flush(self.flush_ns, self.feed, out))
 
 
 # ---------------------------------------------------------------- decoders in Python
@@ -317,7 +321,14 @@ def spec_and_framing(name: str, options: Source) -> tuple[Spec, Framing]:
 
 
 def open_reader(
-    name: str, options: Source, files: Sequence[Path], table: InstrumentTable, source: int = 0, progress: Progress = None
+    name: str,
+    options: Source,
+    files: Sequence[Path],
+    table: InstrumentTable,
+    source: int = 0,
+    progress: Progress = None,
+    *,
+    alone: bool = True,
 ) -> Reader:
     """The reader of a recorded source.
 
@@ -328,6 +339,7 @@ def open_reader(
         table: where its instruments are interned.
         source: the source's number.
         progress: told when a decoder has to be compiled.
+        alone: whether it will be read from; otherwise its decoder is for a loop that contains it, and not compiled by itself.
 
     Raises:
         SourceError: a file is missing, or the format is not known.
@@ -348,5 +360,5 @@ def open_reader(
         return BatchReader(chosen, pairs, size)
     spec, framing = spec_and_framing(name, options)
     if framing.packets:
-        return PacketReader(files, spec, framing, options, table, source, progress)
-    return StreamReader(files, spec, framing, options, table, source, progress)
+        return PacketReader(files, spec, framing, options, table, source, progress, alone)
+    return StreamReader(files, spec, framing, options, table, source, progress, alone)

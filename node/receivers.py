@@ -19,7 +19,7 @@ import numpy as np
 
 from tickmesh.control.config import Config, Source
 from tickmesh.node.arbiter import CLEAR_DUE, FIRST_SEQUENCE, START_SEQUENCE
-from tickmesh.node.decoder import arbitration, filtered, load_decoder, make_feed, malformed, message_counts
+from tickmesh.node.decoder import arbitration, decoder_parts, filtered, load_decoder, make_feed, malformed, message_counts
 from tickmesh.node.event import EVENT, EventArray
 from tickmesh.node.feed import RESOLVED_BELOW, SHORT_PACKET, UNBOUND, Feed, bind_unannounced
 from tickmesh.node.instruments import InstrumentTable
@@ -54,7 +54,8 @@ class BlockSource(Protocol):
         """The next messages, up to that time of the generator's clock: BinaryFILE-framed in ``image[:end]``, 64 bytes of slack behind."""
 
 
-BlockSourceMaker = Callable[[Source], BlockSource]
+BlockSourceMaker = Callable[[Source, Progress], BlockSource]
+"""Makes the generator of a source, ready to run; it tells when something has to be compiled for it."""
 
 
 @dataclass
@@ -257,7 +258,7 @@ class MulticastReceiver(Receiver):
         framing = self._framing
         self._expected = 0
         self.order_ids = self.spec.order_ids
-        decoder: Any = load_decoder(self.spec, framing, fields=protocol_fields(options), progress=context.progress)
+        decoder = decoder_parts(self.spec, framing, fields=protocol_fields(options))
         context.table.let_through(context.number, options.symbols, options.exclude)
         midnight_ns = options.midnight_ns()
         self.feed = make_feed(self.spec, context.table, context.number, framing=framing, midnight_ns=midnight_ns, gap_wait_ns=gap_wait_ns)
@@ -369,5 +370,5 @@ def make_receiver(
     if options.type == "multicast":
         return MulticastReceiver(name, options, context)
     if options.type in generators:
-        return GeneratedReceiver(name, options, generators[options.type](options), context)
+        return GeneratedReceiver(name, options, generators[options.type](options, context.progress), context)
     return RecordedReceiver(name, options, files or [config.resolve(path) for path in options.path], context)

@@ -18,6 +18,7 @@ from tickmesh.node.reader import PacketReader, Reader, SourceError, StreamReader
 from tickmesh.node.shard import BATCH_EVENTS, Shard
 from tickmesh.node.summary import summarise
 from tickmesh.node.timers import make_clock, with_timers
+from tickmesh.transports.recording import SLACK
 from tickmesh.transports.ring import Ring
 from tickmesh.transports.toolbox import zeros_aligned
 
@@ -52,15 +53,18 @@ def replay(
     name = choose_source(config, source)
     options = config.data_sources[name]
     table = make_table(config)
-    reader = open_reader(name, options, files, table, 0, progress)
+    in_one_loop = observe is None and config.cluster.shards == 1
+    reader = open_reader(name, options, files, table, 0, progress, alone=not in_one_loop)
     rings = [Ring.create(None, 1 << 16 if observe else _RING_EVENTS, EVENT, mode="lossy") for _ in range(config.cluster.shards)]
     shards = make_shards(config, rings, folder, reader.order_ids, progress)
     clock = make_clock(config.processing.timer_interval_ms * 1_000_000)
-    if observe is None and len(shards) == 1 and isinstance(reader, (StreamReader, PacketReader)):
+    if in_one_loop and isinstance(reader, (StreamReader, PacketReader)):
         module = replay_loop(reader.decoder, shards[0].module, progress, timers=True)
         started = time.perf_counter()
         _replay_compiled(module, reader, shards[0], clock)
     else:
+        for shard in shards:
+            shard.prepare_step()
         started = time.perf_counter()
         _replay_batches(reader, shards, table, rings, clock, observe)
     seconds = time.perf_counter() - started
@@ -102,11 +106,9 @@ def _replay_compiled(module: Any, reader: Reader, shard: Shard, clock: Any) -> N
             reader.next_file()
     elif isinstance(reader, PacketReader):
         while reader.next_batch():
-            module.replay(reader.buffer, reader.packets, 0, reader.count, reader.feed, *timed)
-        wide = zeros_aligned(2 * BATCH_EVENTS, EVENT)
-        while count := reader.flush(batch):
-            events = with_timers(clock, batch[:count], 0, wide)
-            shard.step(events.view(ANY_VIEW), 0, len(events))
+            module.replay(reader.buffer, reader.packets, 0, reader.count, 0, reader.feed, *timed)
+        nothing = np.zeros(SLACK, np.uint8), reader.feed.arbiter.no_packets
+        module.replay(*nothing, 0, 0, reader.flush_ns, reader.feed, *timed)
 
 
 def _replay_batches(

@@ -9,6 +9,7 @@ listen, check order intents against the risk limits. Nothing in here reads a clo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -18,9 +19,10 @@ import numpy as np
 
 from tickmesh.node.calculation import SERIES, Instance
 from tickmesh.node.event import Kind
+from tickmesh.node.loops import step_loop
 from tickmesh.node.shard_state import make_arrays
 from tickmesh.node.symbol_filter import pattern_table
-from tickmesh.transports.codecache import load_generated
+from tickmesh.transports.codecache import import_generated, write_generated
 from tickmesh.transports.ring import RingArrays
 
 BATCH_EVENTS = 128
@@ -30,7 +32,6 @@ _FAR, _NEAR = 24, 8
 
 _IMPORTS = """\
 # Shard loop, generated from the configuration. Calculations: {names}
-import sys
 from collections import namedtuple
 
 import numpy as np
@@ -38,15 +39,13 @@ import numpy as np
 from tickmesh.node.book import (
     bbo_defer, bbo_deferred, bbo_fill, bbo_update, book_apply, book_apply_planned, book_best, book_plan, book_prefetch, book_state,
 )
-from tickmesh.node.event import ANY_VIEW
 from tickmesh.node.risk import risk_check, risk_fill
 from tickmesh.node.shard_kernels import (
     bbo_microprice, bbo_mid, bbo_spread, begin_output, begin_record, fill_signal, fill_trade, pass_through, reaches, record_bbo, record_gap,
     record_trade, register_instrument, trade_price, trade_qty,
 )
-from tickmesh.node.shard_state import warm_arrays
 from tickmesh.transports.ring import ring_claim, ring_free, ring_publish
-from tickmesh.transports.toolbox import inlined, loop, outlined
+from tickmesh.transports.toolbox import inlined, outlined
 
 Shard = namedtuple("Shard", "books core info statistics counts gaps source_stale patterns masks last scratch out limits risk {fields}")
 BID, ASK = np.int64(0), np.int64(1)
@@ -228,7 +227,7 @@ ROOM = np.int64({room})  # outputs that one input can cause
 CLAIM = np.int64({claim})
 
 
-@loop
+@outlined
 def step(batch, first, count, shard):
     # events [first, count) of the batch; returns how many were taken: fewer when the output ring is full
     core = shard.core[0]
@@ -270,12 +269,6 @@ def step(batch, first, count, shard):
     core.out_seq = w
     ring_publish(shard.out, w - start)
     return i - np.int64(first)
-
-
-def warm():
-    # compiles the entry points: the helper process calls this
-    shard = warm_arrays(sys.modules[__name__])
-    step(np.zeros(1, ANY_VIEW), 0, 0, shard)
 """
 
 DEFAULT_OUTPUTS = frozenset(
@@ -466,7 +459,7 @@ def _select(template: str, flags: dict[str, bool]) -> str:
 
 
 def generate(plan: ShardPlan) -> str:
-    """The source of the loop of one plan: a readable module that defines ``Shard``, ``step`` and ``run``."""
+    """The source of the loop of one plan: a readable module that defines ``Shard`` and ``step``, a part of the loops that drive it."""
     return _Generator(plan).generate()
 
 
@@ -486,7 +479,7 @@ class Shard:
 
     Attributes:
         arrays: the namedtuple of arrays that the loop works on.
-        module: the generated module.
+        module: the generated module, from which :mod:`tickmesh.node.loops` makes what is compiled.
     """
 
     def __init__(
@@ -500,7 +493,8 @@ class Shard:
         progress: Callable[[str], None] | None = None,
     ) -> None:
         self.plan = plan
-        self.module: ModuleType = load_generated("shard", generate(plan), progress)
+        self.module: ModuleType = import_generated(write_generated("shard_parts", generate(plan)))
+        self._progress = progress
         self.signal_names = [
             i.name if len(i.outputs) == 1 else f"{i.name}.{output}" for i in plan.instances if i.emits == "signal" for output in i.outputs
         ]
@@ -509,9 +503,17 @@ class Shard:
         for k, instance in enumerate(plan.instances):
             getattr(self.arrays, f"p{k}")[:] = instance.params
 
+    @functools.cached_property
+    def _step_loop(self) -> ModuleType:
+        return step_loop(self.module, self._progress)
+
+    def prepare_step(self) -> None:
+        """Load what :meth:`step` runs, compiling it if needed; otherwise the first step does. A node's loop does without it."""
+        assert self._step_loop
+
     def step(self, batch: Any, first: int, count: int) -> int:
         """Take events ``[first, count)`` of `batch` (ANY_VIEW array); returns how many, fewer if the output ring is full."""
-        return int(self.module.step(batch, first, count, self.arrays))
+        return int(self._step_loop.step(batch, first, count, self.arrays))
 
     def event_counts(self) -> dict[str, int]:
         """Events so far by kind, inputs and outputs."""

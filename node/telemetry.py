@@ -52,6 +52,7 @@ class NodeState(IntEnum):
     STOPPING = 2
     STOPPED = 3
     FAILED = 4
+    COMPILING = 5
 
 
 class NodeCounter(IntEnum):
@@ -112,7 +113,7 @@ class DeliveryCounter(IntEnum):
 
 
 NODE_ABOUT = {
-    NodeCounter.STATE: "0 starting, 1 running, 2 stopping, 3 stopped, 4 failed",
+    NodeCounter.STATE: "0 starting, 1 running, 2 stopping, 3 stopped, 4 failed, 5 compiling its loops",
     NodeCounter.PID: "process id",
     NodeCounter.STARTED_NS: "when the process made this file",
     NodeCounter.HEARTBEAT_NS: "when the main thread last mirrored its numbers",

@@ -244,6 +244,11 @@ class Block(NamedTuple):
     end: int
 
 
+def warm() -> None:
+    """Make the exchange and its order flow ready to run: machine code is loaded, or made."""
+    Simulator(SimulatorConfig(symbols=1, messages=None)).next_block(1, 0)
+
+
 class Simulator:
     """One simulated market, pulled block by block from one thread."""
 

@@ -28,6 +28,7 @@ from tickmesh.node.summary import quantity_text
 from tickmesh.ops.capture_kind import capture_settings
 from tickmesh.ops.servers import NatsServer, NatsServerOptions
 from tickmesh.ops.simulator import Simulator, SimulatorConfig
+from tickmesh.transports.codecache import CompileStopped, load_compiled
 
 Progress = Callable[[str], None] | None
 _ROWS_MAX = 16
@@ -35,8 +36,9 @@ _DEMO_SYMBOLS = 8
 _DEMO_RATE = 2000
 
 
-def simulator_of(options: Source) -> Simulator:
+def simulator_of(options: Source, progress: Progress = None) -> Simulator:
     """The market simulator that a `type = "simulator"` source describes."""
+    load_compiled("tickmesh.ops.simulator", "market simulator", progress)
     return Simulator(
         SimulatorConfig(
             seed=options.seed,
@@ -177,7 +179,7 @@ def run(config: Config, progress: Progress = None, view: bool = True) -> int:
         with embedded_servers(config) as addresses:
             for name, address in addresses.items():
                 _tell(progress, f"nats-server of delivery {name}: {address}")
-            node = Node(config, GENERATORS, addresses, progress)
+            node = Node(config, GENERATORS, addresses, progress, stop)
             try:
                 node.start(stop)
                 _greet(config, addresses, progress)
@@ -185,6 +187,8 @@ def run(config: Config, progress: Progress = None, view: bool = True) -> int:
             finally:
                 _tell(progress, "stopping")
                 node.stop()
+    except CompileStopped:
+        _tell(progress, "stopped before the loops were compiled")
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

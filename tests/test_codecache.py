@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -12,11 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from nodes import until
-from test_up import children_with
+from nodes import simulator_source, until
+from replays import config_text
+from test_replay import DAY
+from test_up import children_with, embedded_text, left_in_memory
 
 from tickmesh.node.decoder import decoder_source
 from tickmesh.node.protocol import load_framing, load_spec
+from tickmesh.node.telemetry import read_telemetry, telemetry_path
+from tickmesh.ops.status_cmd import HEARTBEAT_LATE_S
 from tickmesh.transports import codecache
 from tickmesh.transports.codecache import CompileError, CompileStopped, load_generated, source_closure, watched_compiles, write_generated
 
@@ -210,3 +217,78 @@ def test_a_replay_is_stopped_while_it_compiles(tmp_path: Path, number: signal.Si
         until(lambda: not helpers(tmp_path), "the end of the helper", 20)
         assert "Traceback" not in text()
         assert "does not compile" not in text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_node_that_compiles_says_so_and_can_be_stopped(tmp_path: Path, number: signal.Signals) -> None:
+    cluster = f"c{secrets.token_hex(4)}"
+    file = tmp_path / "node.toml"
+    file.write_text(embedded_text(cluster, tmp_path / "data", simulator_source(0, pace='"realtime"')))
+    with command(tmp_path, *(["up"] if number == signal.SIGINT else ["node", "run"]), "--config", str(file)) as (process, text):
+        until(lambda: process.poll() is not None or "compiling" in text(), "a compile", 60)
+        path = telemetry_path(cluster, "n1")
+        until(lambda: process.poll() is not None or read_telemetry(path)["uptime_s"] > HEARTBEAT_LATE_S + 1, "a long compile")
+        assert process.poll() is None, text()
+        shown = subprocess.run(
+            [sys.executable, "-m", "tickmesh.ops.cli", "status", "--cluster", cluster], capture_output=True, text=True, check=True
+        )
+        assert f"{cluster}/n1  compiling" in shown.stdout
+        assert "silent" not in shown.stdout
+        os.killpg(process.pid, number)
+        assert process.wait(20) == 0, text()
+        assert "stopped before the loops were compiled" in text()
+        assert "Traceback" not in text()
+    until(lambda: not children_with(str(tmp_path)), "the end of everything", 20)
+    assert not left_in_memory(cluster)
+
+
+# ---------------------------------------------------------------- one signature per entry point
+
+_SIGNATURES = """
+import json, sys, threading
+from pathlib import Path
+from numba.core.dispatcher import Dispatcher
+from tickmesh.control.config import load_config
+from tickmesh.node.process import Node
+from tickmesh.node.replay import replay
+from tickmesh.ops.up import GENERATORS, embedded_servers
+
+config = load_config(Path(sys.argv[1]))
+if len(sys.argv) > 2:
+    replay(config, [Path(sys.argv[2])], "feed")
+else:
+    with embedded_servers(config) as targets:
+        node = Node(config, GENERATORS, targets)
+        node.start()
+        stop = threading.Event()
+        node.watch(stop, lambda n: stop.set() if n.finished else None)
+        node.stop()
+found = {}
+for name, module in sys.modules.items():
+    if name.startswith("tickmesh"):
+        for what, value in vars(module).items():
+            if isinstance(value, Dispatcher) and value.__module__ == name and value.stats.cache_path:
+                found[name.rpartition(".")[2] + "." + what] = len(value.signatures)
+json.dump({name: count for name, count in found.items() if count}, sys.stdout)
+"""
+
+
+def signatures(*arguments: str) -> dict[str, int]:
+    """Compiled entry points of a run and how many argument types each was compiled for, generated modules without their hash."""
+    done = subprocess.run([sys.executable, "-c", _SIGNATURES, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout.splitlines()[-1])
+    return {re.sub(r"_[0-9a-f]{16}\.", ".", name): count for name, count in counts.items()}
+
+
+def test_a_run_compiles_each_entry_point_once_and_none_that_it_does_not_call(tmp_path: Path) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text(embedded_text(f"c{secrets.token_hex(4)}", tmp_path / "data", simulator_source(2000)))
+    node = signatures(str(file))
+    assert set(node.values()) == {1}
+    assert {name for name in node if name.startswith(("shard", "decoder"))} == {"shard.run", "decoder_itch50_binaryfile.decode_stream"}
+    (tmp_path / "day.itch").write_bytes(DAY)
+    file.write_text(config_text("itch50"))
+    replayed = signatures(str(file), str(tmp_path / "day.itch"))
+    assert set(replayed.values()) == {1}
+    assert {name for name in replayed if name.startswith(("shard", "decoder", "replay"))} == {"replay.replay"}

@@ -14,7 +14,7 @@ _COMPILE = """
 import sys
 from pathlib import Path
 from tickmesh.node.decoder import decoder_source
-from tickmesh.node.loops import live_loop, receive_loop, replay_loop
+from tickmesh.node.loops import live_loop, receive_loop, replay_loop, step_loop
 from tickmesh.node.pipeline import make_plan
 from tickmesh.node.protocol import load_framing, load_spec
 from tickmesh.node.shard import generate
@@ -31,7 +31,8 @@ def load(prefix, source):
 
 
 plan = make_plan(parse_config(sys.argv[1]), Path())
-shard = load("shard", generate(plan))
+shard = codecache.import_generated(codecache.write_generated("shard_parts", generate(plan)))
+modules["shard"] = step_loop(shard)
 for name, framing in (("itch50", "binaryfile"), ("itch50", "moldudp64"), ("dbn_mbo", "dbn")):
     load(f"decoder_{name}_{framing}", decoder_source(load_spec(name), load_framing(framing)))
 modules["live"] = live_loop(shard, 2, 256)

@@ -341,7 +341,7 @@ class _Broken:
 
 def test_a_source_that_fails_ends_the_node(nats_server: NatsServer, cluster: str, tmp_path: Path) -> None:  # noqa: F811
     config = node_config(cluster, tmp_path, simulator_source(500))
-    node = Node(config, {"simulator": lambda _: _Broken()}, {"events": nats_server.url})  # type: ignore[dict-item, return-value]
+    node = Node(config, {"simulator": lambda *_: _Broken()}, {"events": nats_server.url})  # type: ignore[dict-item, return-value]
     try:
         node.start()
         with pytest.raises(NodeError, match=r"data_sources\.market: the generator is out of order"):

@@ -15,6 +15,7 @@ from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, EventArray, Kind
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.replay import of_shard, replay
 from tickmesh.node.summary import quantity_text
+from tickmesh.transports.capture import write_pcap
 
 
 def order(id: int, side: bytes, qty: int, price: int, locate: int) -> bytes:
@@ -89,6 +90,26 @@ def test_shards_and_observers_change_nothing(day: Path, shards: int) -> None:
     for shard in range(shards):
         outputs = np.concatenate([np.zeros(0, EVENT), *(events for index, events in seen if index == shard)])
         assert np.array_equal(outputs["seq"], np.arange(1, len(outputs) + 1))
+
+
+def test_packets_in_one_loop_or_in_batches(tmp_path: Path) -> None:
+    """Lost, late and waiting packets, also at the end: the loop that decodes and steps makes what the two by themselves make."""
+    messages = [directory(5, "QQ"), *(order(k, b"B", k, 500_000 - k * 100, 5) for k in range(1, 40))]
+    datagrams = [
+        (10**18 + k * 1000, "239.1.1.1", 5000, b"SESSION001" + struct.pack(">QH", 1 + k, 1) + framed(message))
+        for k, message in enumerate(messages)
+        if k not in (7, 30)
+    ]
+    datagrams[3], datagrams[4] = datagrams[4], datagrams[3]
+    write_pcap(tmp_path / "day.pcap", datagrams)
+    config = config_of("itch50", "pcap")
+    together = replay(config, [tmp_path / "day.pcap"])
+    apart = replay(config, [tmp_path / "day.pcap"], observe=lambda shard, events: None)
+    for summary in (together, apart):
+        summary["source"].pop("seconds")
+    assert together == apart
+    assert together["messages"] == {"stock_directory": 1, "add_order": 37}
+    assert together["gaps"] == [{"first": 8, "last": 8}, {"first": 31, "last": 31}]
 
 
 def test_files_in_a_row_are_one_feed(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from tickmesh.transports.counters import (
     Histogram,
     Values,
     counters_path,
-    histogram_record,
+    histogram_record_n,
     list_counters,
 )
 from tickmesh.transports.toolbox import loop
@@ -272,10 +272,15 @@ def record_ages(histogram: Any, now_ns: Any, stamps: Any) -> Any:
         now_ns: the time now, i64.
         stamps: i64 ns, shape ``(n,)``.
     """
-    for stamp in stamps:
-        age = now_ns - stamp
+    first = 0
+    while first < stamps.size:
+        end = first + 1
+        while end < stamps.size and stamps[end] == stamps[first]:  # outputs of one packet
+            end += 1
+        age = now_ns - stamps[first]
         if 0 <= age < AGE_MAX_NS:
-            histogram_record(histogram, age)
+            histogram_record_n(histogram, age, end - first)
+        first = end
 
 
 # ---------------------------------------------------------------- the file

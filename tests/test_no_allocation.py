@@ -36,7 +36,7 @@ modules["shard"] = step_loop(shard)
 for name, framing in (("itch50", "binaryfile"), ("itch50", "moldudp64"), ("dbn_mbo", "dbn")):
     load(f"decoder_{name}_{framing}", decoder_source(load_spec(name), load_framing(framing)))
 modules["live"] = live_loop(shard, 2, 256)
-modules["replay"] = replay_loop(modules["decoder_itch50_binaryfile"], shard)
+modules["replay"] = replay_loop(modules["decoder_itch50_binaryfile"], shard, timers=True)
 modules["receive"] = receive_loop(modules["decoder_itch50_moldudp64"], 2, 2)
 for entry in sys.argv[3:]:
     prefix, _, name = entry.rpartition(".")

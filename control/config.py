@@ -365,8 +365,8 @@ class Source(Table):
     date: Date | None = key(None, "Day of a feed that counts time from midnight, e.g. 2024-05-08; none: times count from midnight.")
     timezone: TimeZone = key("UTC", "Time zone of that midnight, e.g. America/New_York.")
     pace: Pace = key("max", "Speed of a replay: max, realtime, or a multiple of real time.", only=("file", "pcap", "simulator"))
-    symbols: list[Symbol] = key([], "Symbols to take, * and ? as wildcards (a simulator: to make); empty: all.")
-    exclude: list[Symbol] = key([], "Symbols to leave out, * and ? as wildcards.")
+    symbols: list[Symbol] = key([], "Symbols to take, as globs: * any run of characters, ? one; empty: all. A simulator: names to make.")
+    exclude: list[Symbol] = key([], "Symbols to leave out, as globs.")
     tick_size: PreciseNumber | None = key(None, "Smallest price step; none: the protocol's own, or inferred.", unit="price", gt=0)
     quantity_exponent: int | None = key(None, "Decimals of a quantity; none: the protocol's own.", ge=0, le=18)
     price_scale: PreciseNumber | None = key(None, "Real price = wire price times this; none: the protocol's own.", gt=0)
@@ -398,11 +398,6 @@ class Source(Table):
             return 0
         moment = datetime.datetime.combine(datetime.date.fromisoformat(self.date), datetime.time(), zoneinfo.ZoneInfo(self.timezone))
         return int(moment.timestamp()) * 1_000_000_000
-
-    def takes(self, symbol: str) -> bool:
-        """Whether events of this symbol are wanted."""
-        taken = not self.symbols or any(_glob(pattern, symbol) for pattern in self.symbols)
-        return taken and not any(_glob(pattern, symbol) for pattern in self.exclude)
 
     def tick_size_of(self, symbol: str) -> int | None:
         """Configured tick size in units of 1e-9, or None."""
@@ -453,11 +448,6 @@ class Source(Table):
         return bad
 
 
-def _glob(pattern: str, symbol: str) -> bool:
-    """``*`` stands for any run of characters, ``?`` for one; nothing else is special."""
-    return re.fullmatch(re.escape(pattern).replace(r"\*", ".*").replace(r"\?", "."), symbol) is not None
-
-
 def _too_fine(value: Decimal) -> bool:
     scaled = value.scaleb(PRICE_DECIMALS)
     return scaled != scaled.to_integral_value()
@@ -485,7 +475,7 @@ class Calculation(BaseModel):
     use: str = key(..., 'A built-in calculation ("ema"), an installed package\'s, or "file.py:function".', min_length=1)
     of: str | None = key(None, f"Series it takes: {', '.join(SERIES)}, a calculation, or bars; none: its own default.", min_length=1)
     against: str | None = key(None, "Second series, for a calculation of two.", min_length=1)
-    symbols: list[Symbol] = key([], "Symbols it runs for, * and ? as wildcards; empty: all.")
+    symbols: list[Symbol] = key([], "Symbols it runs for, as globs: * any run of characters, ? one; empty: all.")
     silent: bool = key(False, "Compute it for others, but put nothing out.")
 
     @property

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from tickmesh.node.event import NO_INSTRUMENT
+from tickmesh.node.symbol_filter import GLOB_BYTES, SYMBOL_BYTES, encode_glob, glob_matches
 from tickmesh.transports.toolbox import compare_and_swap, count_leading_zeros, fetch_add, inlined, load_acquire, loop, outlined
 
-SYMBOL_BYTES = 24
 FILTERED = 0xFFFFFFFE
 """What :func:`intern` gives for a symbol that its source does not let through."""
 
@@ -33,9 +33,8 @@ INSTRUMENT = np.dtype(
 """One instrument. ``w0..w2`` are the symbol's bytes again, as words; `tick_size` is in 1e-9; `announced` is 1 once a decoder has
 emitted its REFERENCE event (set it to 0 to have that repeated); `code` is the venue's numeric code, where it has one."""
 
-RULE = np.dtype([("source", "<u4"), ("include", "u1"), ("length", "u1"), ("pattern", "u1", 26)])
-"""One line of a symbol filter: a glob (``*`` and ``?``) of at most 26 bytes."""
-RULE_BYTES = 26
+RULE = np.dtype([("source", "<u4"), ("include", "<u4"), ("pattern", "u1", GLOB_BYTES)])
+"""One line of a source's symbol filter: a glob (:mod:`tickmesh.node.symbol_filter`) to include or, with 0, to exclude."""
 RULES_MAX = 4096
 
 COUNT, REFUSED_FULL, SHARDS, RULES, SEEN_FILTERED = range(5)
@@ -53,7 +52,6 @@ _S32, _S29, _ONE, _ZERO = np.uint64(32), np.uint64(29), np.uint64(1), np.uint64(
 _MASK64 = (1 << 64) - 1
 _NONE, _FILTERED = np.uint32(NO_INSTRUMENT), np.uint32(FILTERED)
 _SPACES, _ALL_ONES = np.uint64(0x2020202020202020), np.uint64(_MASK64)
-_STAR, _ANY = np.uint8(ord("*")), np.uint8(ord("?"))
 
 
 # ---------------------------------------------------------------- hashes
@@ -183,33 +181,6 @@ def find_instrument(table: Any, source: Any, w0: Any, w1: Any, w2: Any) -> Any:
         slot = (slot + _ONE) & mask
 
 
-@inlined
-def _symbol_byte(w0: Any, w1: Any, w2: Any, i: Any) -> Any:
-    word = w0 if i < 8 else (w1 if i < 16 else w2)
-    return np.uint8((word >> np.uint64(8 * (i & 7))) & np.uint64(0xFF)) if i < SYMBOL_BYTES else np.uint8(0)
-
-
-@outlined
-def _glob(rule: Any, w0: Any, w1: Any, w2: Any) -> Any:
-    """Whether the rule's glob matches the symbol (linear time: one backtracking point, the last ``*``)."""
-    length, p, i, star, resume = np.int64(rule.length), np.int64(0), np.int64(0), np.int64(-1), np.int64(0)
-    while True:
-        byte = _symbol_byte(w0, w1, w2, i)
-        if byte == np.uint8(0) and p == length:
-            return True
-        if p < length and rule.pattern[p] == _STAR:
-            star, resume = p, i
-            p += 1
-        elif p < length and byte != np.uint8(0) and (rule.pattern[p] == byte or rule.pattern[p] == _ANY):
-            p += 1
-            i += 1
-        elif star >= 0 and resume < SYMBOL_BYTES and _symbol_byte(w0, w1, w2, resume) != np.uint8(0):
-            resume += 1
-            p, i = star + 1, resume
-        else:
-            return False
-
-
 @outlined
 def _allowed(table: Any, source: Any, w0: Any, w1: Any, w2: Any) -> Any:
     """Whether the source's rules let the symbol through: some include matches (or there is none), and no exclude does."""
@@ -217,8 +188,8 @@ def _allowed(table: Any, source: Any, w0: Any, w1: Any, w2: Any) -> Any:
     for i in range(np.int64(table.state[RULES])):
         rule = table.rules[i]
         if rule.source == np.uint32(source):
-            matches = _glob(rule, w0, w1, w2)
-            if rule.include == np.uint8(1):
+            matches = glob_matches(rule.pattern, w0, w1, w2)
+            if rule.include == np.uint32(1):
                 has_include = True
                 included = included or matches
             elif matches:
@@ -301,6 +272,11 @@ def _intern(table: Any, source: Any, w0: Any, w1: Any, w2: Any, tick_size: Any, 
     if shard >= np.int64(0):
         return intern_new(table, source, w0, w1, w2, tick_size, exponent, shard)
     return intern_unseen(table, source, w0, w1, w2, tick_size, exponent)
+
+
+@loop
+def _lets_through(table: Any, source: Any, w0: Any, w1: Any, w2: Any) -> Any:
+    return _allowed(table, source, w0, w1, w2)
 
 
 # ---------------------------------------------------------------- the table
@@ -395,20 +371,23 @@ class InstrumentTable:
         return self.arrays.records[instrument]
 
     def let_through(self, source: int, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> None:
-        """Filter a source's symbols by globs (``*``, ``?``), before its receiver starts: any include (none = all), no exclude.
+        """Filter a source's symbols by globs, before its receiver starts: any include (none = all), no exclude.
 
         Raises:
-            ValueError: a pattern is empty or too long, or there are more than 4096 rules.
+            ValueError: a pattern is no glob (:func:`tickmesh.node.symbol_filter.encode_glob`), or there are more than 4096 rules.
         """
         for patterns, included in ((include, 1), (exclude, 0)):
             for pattern in patterns:
-                raw = pattern.encode("ascii")
-                count = int(self.arrays.state[RULES])
-                if not 0 < len(raw) <= RULE_BYTES:
-                    raise ValueError(f"symbol pattern {pattern!r} has {len(raw)} bytes; 1 to {RULE_BYTES} fit")
+                encoded, count = encode_glob(pattern), int(self.arrays.state[RULES])
                 if count == RULES_MAX:
                     raise ValueError(f"more than {RULES_MAX} symbol patterns")
-                rule = self.arrays.rules[count]
-                rule["source"], rule["include"], rule["length"] = source, included, len(raw)
-                rule["pattern"][: len(raw)] = np.frombuffer(raw, np.uint8)
+                self.arrays.rules[count] = (source, included, encoded)
                 self.arrays.state[RULES] = count + 1
+
+    def lets_through(self, symbol: str, source: int = 0) -> bool:
+        """Whether the source's filter lets a symbol through.
+
+        Raises:
+            ValueError: the symbol does not fit.
+        """
+        return bool(_lets_through(self.arrays, np.uint32(source), *symbol_words(symbol)))

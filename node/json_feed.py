@@ -33,7 +33,7 @@ from tickmesh.node.event import ASK, BID, NO_PRICE, NO_SIDE, PRICE_DECIMALS, Fla
 from tickmesh.node.event_batch import EventBatch
 from tickmesh.node.fields import PRICE_FIELDS, QTY_FIELDS, BadRecord, RecordMapping, compile_mappings, convert
 from tickmesh.node.fixed_point import BadNumber, decimals_of, fixed_point
-from tickmesh.node.instruments import InstrumentTable, InstrumentTableFull, SymbolFiltered
+from tickmesh.node.instruments import InstrumentTable, InstrumentTableFull
 
 LEVELS_MAX = 20_000
 """Most levels of one message; a message with more is malformed."""
@@ -161,6 +161,7 @@ class VenueFeed:
         self._new: list[Listing] = []
         self._unwanted: set[str] = set()
         self._shard = shard
+        table.let_through(source, options.symbols, options.exclude)
 
     def feed(self, payload: bytes, recv_ns: int, out: EventBatch) -> None:
         """Append the events of one message.
@@ -217,7 +218,7 @@ class VenueFeed:
     def _new_listing(self, symbol: Any, recv_ns: int, out: EventBatch, prices: list[str], quantities: list[str]) -> Listing:
         if not isinstance(symbol, str) or not 0 < len(symbol) <= 24 or not symbol.isascii() or not symbol.isprintable():
             raise Malformed("bad_symbol")
-        if symbol in self._unwanted or not self.options.takes(symbol):
+        if not self._wanted(symbol):
             raise Filtered
         fixed = [fixed_point(p, PRICE_DECIMALS) for p in prices]
         tick = self.options.tick_size_of(symbol)
@@ -236,14 +237,19 @@ class VenueFeed:
         self._new.append(listing)
         return listing
 
+    def _wanted(self, symbol: str) -> bool:
+        if symbol in self._unwanted:
+            return False
+        if self.table.lets_through(symbol, self.source):
+            return True
+        if len(self._unwanted) < 1 << 16:
+            self._unwanted.add(symbol)
+        return False
+
     def _intern(self, symbol: str, tick: int, exponent: int) -> int:
         placed = self._shard(symbol) if self._shard else None
         try:
             return self.table.intern(symbol, self.source, tick, exponent, placed)
-        except SymbolFiltered:
-            if len(self._unwanted) < 1 << 16:
-                self._unwanted.add(symbol)
-            raise Filtered from None
         except InstrumentTableFull:
             self.counters["refused_instruments"] += 1
             raise Filtered from None

@@ -142,16 +142,17 @@ def register_instrument(core: Any, info: Any, ticks: Any, patterns: Any, masks: 
         scale /= 10.0
     r.quantity_scale = scale
     r.source = np.int32(event.flags)
+    w0, w1, w2 = _U(event.qty), event.id, _U(event.aux)
     for k in range(8):
         shift = _U(8 * k)
-        r.symbol[k] = np.uint8((_U(event.qty) >> shift) & _U(255))
-        r.symbol[8 + k] = np.uint8((event.id >> shift) & _U(255))
-        r.symbol[16 + k] = np.uint8((_U(event.aux) >> shift) & _U(255))
+        r.symbol[k] = np.uint8((w0 >> shift) & _U(255))
+        r.symbol[8 + k] = np.uint8((w1 >> shift) & _U(255))
+        r.symbol[16 + k] = np.uint8((w2 >> shift) & _U(255))
     if is_new:
         r.tick_size = event.price
         ticks[i] = event.price
     for k in range(masks.shape[0]):
-        masks[k, i] = np.uint8(symbol_passes(patterns, k, r.symbol))
+        masks[k, i] = np.uint8(symbol_passes(patterns, k, w0, w1, w2))
     if i + 1 > core[0].instruments:
         core[0].instruments = i + 1
     return is_new

@@ -279,11 +279,6 @@ def test_instrument_options_win_over_the_source() -> None:
     assert (chosen.quantity_exponent_of("X"), chosen.quantity_exponent_of("Y")) == (3, None)
 
 
-def test_symbol_filter() -> None:
-    chosen = parse_config(source('symbols = ["A", "B*"]\nexclude = ["?C"]')).data_sources["s"]
-    assert [chosen.takes(s) for s in ("A", "AA", "BTC", "B", "BC", "C")] == [True, False, True, True, False, False]
-
-
 def test_a_configuration_does_not_change() -> None:
     config = default_config()
     with pytest.raises(ValueError, match="frozen"):

@@ -104,8 +104,19 @@ def test_include_and_exclude() -> None:
         except I.SymbolFiltered:
             continue
     assert seen == ["AAPL", "MSFT"]
-    with pytest.raises(ValueError, match="pattern"):
-        table.let_through(0, include=["x" * 27])
+    assert [table.lets_through(symbol) for symbol in ("AXE", "ABE", "MSFT", "MSFTX")] == [True, False, True, False]
+    assert table.lets_through("ABE", source=1)
+    with pytest.raises(ValueError, match="25 characters"):
+        table.let_through(0, include=["x" * 25])
+    with pytest.raises(ValueError, match="more than 4096"):
+        table.let_through(0, exclude=["X"] * I.RULES_MAX)
+
+
+def test_a_filter_reaches_the_last_character_of_the_longest_symbol() -> None:
+    table = I.InstrumentTable(8)
+    table.let_through(0, include=["S" * 23 + "?", "*Z"], exclude=["?" * 22 + "SA"])
+    assert [table.lets_through("S" * 23 + last) for last in "AB"] == [False, True]
+    assert [table.lets_through("Y" * 23 + last) for last in "YZ"] == [False, True]
 
 
 def test_many_threads_of_different_sources() -> None:

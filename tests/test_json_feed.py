@@ -194,6 +194,11 @@ def test_symbols_are_filtered_and_the_table_may_be_full() -> None:
     feed = make("binance", 'exclude = ["X"]')
     assert send(feed, depth(1, 1)).size == 0
     assert feed.counters["filtered"] == 1
+    chosen = make("binance", 'symbols = ["X*", "A?"]\nexclude = ["*Y"]')
+    for symbol in ("XY", "AB", "X", "ABC", "XY"):
+        send(chosen, {**TRADE, "s": symbol})
+    assert [chosen.table.symbol(i) for i in range(len(chosen.table))] == ["AB", "X"]
+    assert chosen.counters["filtered"] == 3
     full = make("binance", capacity=1)
     full.table.intern("OTHER", 0)
     assert send(full, depth(1, 1)).size == 0

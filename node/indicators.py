@@ -297,6 +297,48 @@ def atr(event: Any, state: Any, *, window: int = 14, tick: int = 1) -> Any:
     return state.value if state.n > window else math.nan
 
 
+@inlined
+def _wilder_sum(total: Any, n: Any, x: Any, window: Any) -> Any:
+    """Next Wilder sum: the plain sum of the first `window - 1` values, then a `window`-th of it goes as `x`, number `n`, comes."""
+    return total + x if n < window else total - total / np.float64(window) + x
+
+
+_ADX_STATE = [(name, "i8") for name in ("high", "low", "close", "n")] + [(name, "f8") for name in ("up", "down", "range", "value")]
+
+
+@calculation(inputs="bar", state=_ADX_STATE, outputs=("adx", "plus_di", "minus_di"), bounds={"window": (1, 1 << 31)})
+def adx(event: Any, state: Any, *, window: int = 14, tick: int = 1) -> Any:
+    """Wilder's average directional index of bars, from bar `2 * window` on, and his directional indicators, from `window + 1` on."""
+    high = event.open + np.int64(event.high_ticks) * tick
+    low = event.open - np.int64(event.low_ticks) * tick
+    rise = high - state.high
+    fall = state.low - low
+    true_range = max(high, state.close) - min(low, state.close)
+    state.high = high
+    state.low = low
+    state.close = event.open + np.int64(event.close_ticks) * tick
+    state.n += 1
+    moves = state.n - 1
+    if moves == 0:
+        return math.nan, math.nan, math.nan
+    state.up = _wilder_sum(state.up, moves, np.float64(rise) if rise > max(fall, 0) else 0.0, window)
+    state.down = _wilder_sum(state.down, moves, np.float64(fall) if fall > max(rise, 0) else 0.0, window)
+    state.range = _wilder_sum(state.range, moves, np.float64(true_range), window)
+    if moves < window:
+        return math.nan, math.nan, math.nan
+    count = moves - window + 1
+    directed = state.up + state.down
+    if directed > 0.0:
+        index = 100.0 * abs(state.up - state.down) / directed
+    else:
+        index = state.value if count > window else 0.0
+    state.value += (index - state.value) / np.float64(min(count, window))
+    average = state.value if count >= window else math.nan
+    if not state.range > 0.0:
+        return average, math.nan, math.nan
+    return average, 100.0 * state.up / state.range, 100.0 * state.down / state.range
+
+
 @calculation(inputs="bar", state=[("close", "i8"), ("volume", "i8"), ("n", "i8")])
 def obv(event: Any, state: Any, *, tick: int = 1, exponent: int = 0) -> Any:
     """On-balance volume of bars, summed exactly: the first bar's volume, then plus it when the close rises, minus it when it falls."""

@@ -162,7 +162,7 @@ def test_a_wrong_shape_is_refused(function: Any, options: dict[str, Any], words:
 def test_unknown_names_get_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="did you mean 'ema'"):
         resolve("emaa", tmp_path)
-    with pytest.raises(NotFoundError, match="built in: atr, bar_prices"):
+    with pytest.raises(NotFoundError, match="built in: adx, atr"):
         resolve("????", tmp_path)
 
 

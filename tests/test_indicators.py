@@ -83,6 +83,11 @@ def bar_events(bars: list[dict[str, float]], tick: int) -> Any:
     return events
 
 
+def test_adx_same_as_talib(bars: list[dict[str, float]], expected: dict[str, list[float]]) -> None:
+    values = over_events(built.adx, bar_events(bars, 10**7), window=14, tick=10**7)
+    agree([value for value, _, _ in values], expected["ADX14"])
+
+
 def test_atr_and_obv_same_as_talib(bars: list[dict[str, float]], expected: dict[str, list[float]]) -> None:
     events = bar_events(bars, 10**7)
     agree(over_events(built.atr, events, window=14, tick=10**7), expected["ATR14"])
@@ -277,6 +282,53 @@ def test_top_of_book() -> None:
 def test_bar_prices() -> None:
     events = bar_events([{"open": 10.0, "high": 10.5, "low": 9.75, "close": 9.8, "volume": 12.5}], 10**7)
     assert over_events(built.bar_prices, events, tick=10**7, exponent=4) == [(9.8, 10.0, 10.5, 9.75, 12.5)]
+
+
+def exact_adx(bars: list[tuple[int, int, int]], window: int) -> list[tuple[Fraction | None, Fraction | None, Fraction | None]]:
+    """Wilder's definition in fractions, over (high, low, close): (ADX, +DI, -DI) of each bar, None where there is none yet."""
+    moves = []
+    for (high, low, _), (last_high, last_low, last_close) in zip(bars[1:], bars):
+        rise, fall = high - last_high, last_low - low
+        moves.append((rise * (rise > fall and rise > 0), fall * (fall > rise and fall > 0), max(high, last_close) - min(low, last_close)))
+    found: list[tuple[Fraction | None, Fraction | None, Fraction | None]] = [(None, None, None)] * min(window, len(bars))
+    sums = [Fraction(sum(move[k] for move in moves[: window - 1])) for k in range(3)]
+    indices: list[Fraction | None] = []
+    average = Fraction(0)
+    for move in moves[window - 1 :]:
+        sums = [total - total / window + new for total, new in zip(sums, move)]
+        up, down, span = sums
+        indices.append(100 * abs(up - down) / (up + down) if up + down else None)
+        if len(indices) <= window:
+            average = sum((i for i in indices if i is not None), Fraction(0)) / window
+        elif indices[-1] is not None:
+            average = (average * (window - 1) + indices[-1]) / window
+        di = (100 * up / span, 100 * down / span) if span else (None, None)
+        found.append((average if len(indices) >= window else None, *di))
+    return found
+
+
+BARS = st.lists(st.tuples(st.integers(-9, 9), st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60)
+
+
+@settings(max_examples=100, deadline=None)
+@given(BARS, st.integers(1, 9))
+def test_adx_is_wilders_definition(rows: list[tuple[int, int, int]], window: int) -> None:
+    events, bars, middle = np.zeros(len(rows), ANY_VIEW), [], 1000
+    for event, (step, above, below) in zip(events, rows):
+        middle += step
+        event["open"], event["high_ticks"], event["low_ticks"], event["close_ticks"] = middle, above, below, above - below
+        bars.append((middle + above, middle - below, middle + above - below))
+    for got, wanted in zip(over_events(built.adx, events, window=window, tick=1), exact_adx(bars, window)):
+        for value, exact in zip(got, wanted):
+            assert math.isnan(value) if exact is None else value == pytest.approx(float(exact), rel=1e-12, abs=1e-9)
+
+
+def test_adx_of_a_steady_rise_and_of_a_market_that_stands_still() -> None:
+    steps = [{"open": 10.0 + k, "high": 10.5 + k, "low": 9.5 + k, "close": 10.0 + k, "volume": 1.0} for k in range(12)]
+    assert over_events(built.adx, bar_events(steps, 10**7), window=3, tick=10**7)[-1] == pytest.approx((100.0, 100 / 1.5, 0.0))
+    average, *indicators = over_events(built.adx, bar_events([{**steps[0], "high": 10.0, "low": 10.0}] * 12, 10**7), window=3)[-1]
+    assert average == 0.0
+    assert all(math.isnan(value) for value in indicators)
 
 
 def test_cross_intent() -> None:

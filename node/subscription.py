@@ -16,10 +16,11 @@ import asyncio
 import contextlib
 import inspect
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, overload
 
 import msgpack  # type: ignore[import-untyped]
 import nats.errors
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from tickmesh.transports.ring import Ring
 
 Start = int | Literal["now", "all"] | None
+_Item = TypeVar("_Item", covariant=True)
 _QUEUE_BATCHES = 64
 _POLL_MIN_S, _POLL_MAX_S = 0.0002, 0.005
 
@@ -119,8 +121,12 @@ class _Filter:
         if len(self.names.learn(events)) and self._symbols is not None:
             self._ids = self.names.ids(self._symbols)
 
-    def wanted(self, events: EventArray) -> EventArray:
-        """The wanted ones, as a copy if not all are."""
+    def chosen(self, batches: Iterable[Batch]) -> list[Batch]:
+        """The batches with their wanted events; without those that have none and tell of no missing ones."""
+        cut = [batch if batch.missing else replace(batch, events=self._wanted(batch.events)) for batch in batches]
+        return [batch for batch in cut if batch.missing or len(batch.events)]
+
+    def _wanted(self, events: EventArray) -> EventArray:
         if self._kinds is not None:
             events = events[np.isin(events["kind"], self._kinds)]
         if self._symbols is not None:
@@ -128,7 +134,44 @@ class _Filter:
         return events
 
 
-class Subscription:
+class _Opened(ABC, Generic[_Item]):
+    """What every subscription is: an asynchronous iterator that opens on first use, and closes where its ``async with`` ends."""
+
+    @abstractmethod
+    async def open(self) -> Self:
+        """Get ready; iterating does it too."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Stop and let go of everything."""
+
+    @abstractmethod
+    async def __anext__(self) -> _Item:
+        """The next one; waits for it."""
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def _call(self, callback: Callable[[_Item], Awaitable[None] | None]) -> None:
+        async for item in self:
+            result = callback(item)
+            if inspect.isawaitable(result):
+                await result
+
+
+class _Batches(_Opened[Batch]):
+    async def run(self, callback: Callable[[Batch], Awaitable[None] | None]) -> None:
+        """Call `callback` (a function or a coroutine function) with every batch, until cancelled."""
+        await self._call(callback)
+
+
+class Subscription(_Batches):
     """An asynchronous iterator of :class:`Batch`. Made by :func:`subscribe`.
 
     Attributes:
@@ -192,22 +235,6 @@ class Subscription:
             await self._link.close()
             self._link = None
 
-    async def run(self, callback: Callable[[Batch], Awaitable[None] | None]) -> None:
-        """Call `callback` (a function or a coroutine function) with every batch, until cancelled."""
-        async for batch in self:
-            result = callback(batch)
-            if inspect.isawaitable(result):
-                await result
-
-    async def __aenter__(self) -> Self:
-        return await self.open()
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await self.close()
-
-    def __aiter__(self) -> Self:
-        return self
-
     async def __anext__(self) -> Batch:
         await self.open()
         found = await self._queue.get()
@@ -251,10 +278,8 @@ class Subscription:
                     self.bad_frames += 1
                     continue
                 wanted.learn(events)
-                for batch in once.take(header, events, message.sequence):
-                    chosen = batch if batch.missing else replace(batch, events=wanted.wanted(batch.events))
-                    if chosen.missing or len(chosen.events):
-                        await self._queue.put(chosen)
+                for batch in wanted.chosen(once.take(header, events, message.sequence)):
+                    await self._queue.put(batch)
         except Exception as error:
             await self._queue.put(error)
         finally:
@@ -313,7 +338,7 @@ async def _shards(link: NatsLink, cluster: str) -> list[int]:
     return found
 
 
-class MapSubscription:
+class MapSubscription(_Opened[tuple[str, dict[str, Any]]]):
     """An asynchronous iterator of (subject, map), one per event, at most once. Made by :func:`subscribe` with a `pattern`."""
 
     def __init__(self, target: str, pattern: str, login: Login | None) -> None:
@@ -336,20 +361,8 @@ class MapSubscription:
             self._link = None
 
     async def run(self, callback: Callable[[str, dict[str, Any]], Awaitable[None] | None]) -> None:
-        """Call `callback` with every subject and map, until cancelled."""
-        async for subject, fields in self:
-            result = callback(subject, fields)
-            if inspect.isawaitable(result):
-                await result
-
-    async def __aenter__(self) -> Self:
-        return await self.open()
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await self.close()
-
-    def __aiter__(self) -> Self:
-        return self
+        """Call `callback` (a function or a coroutine function) with every subject and map, until cancelled."""
+        await self._call(lambda found: callback(*found))
 
     async def __anext__(self) -> tuple[str, dict[str, Any]]:
         await self.open()
@@ -364,7 +377,7 @@ class MapSubscription:
                     return message.subject, fields
 
 
-class RingSubscription:
+class RingSubscription(_Batches):
     """An asynchronous iterator of :class:`Batch` from an output ring of this host. Made by :func:`subscribe` with a `ring`.
 
     A reader of a lossless ring holds its writer back when it is slow: a shard configured to ``block`` waits for its slowest reader.
@@ -407,22 +420,6 @@ class RingSubscription:
             self._ring.close()
             self._ring = None
 
-    async def run(self, callback: Callable[[Batch], Awaitable[None] | None]) -> None:
-        """Call `callback` with every batch, until cancelled."""
-        async for batch in self:
-            result = callback(batch)
-            if inspect.isawaitable(result):
-                await result
-
-    async def __aenter__(self) -> Self:
-        return await self.open()
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        await self.close()
-
-    def __aiter__(self) -> AsyncIterator[Batch]:
-        return self
-
     async def __anext__(self) -> Batch:
         await self.open()
         pause_s = _POLL_MIN_S
@@ -449,10 +446,7 @@ class RingSubscription:
         self._filter.learn(events)
         for run in sequence_runs(events):
             header = FrameHeader(0, 0, 0, int(run["seq"][0]), len(run))
-            for batch in self._once.take(header, run):
-                chosen = batch if batch.missing else replace(batch, events=self._filter.wanted(batch.events))
-                if chosen.missing or len(chosen.events):
-                    self._ready.append(chosen)
+            self._ready += self._filter.chosen(self._once.take(header, run))
 
 
 @overload

@@ -12,9 +12,7 @@ from __future__ import annotations
 import ctypes
 import json
 import platform
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +27,7 @@ from tickmesh.node.decoder import load_decoder, make_feed
 from tickmesh.node.event import EVENT
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.protocol import Framing, Spec, load_framing, load_spec
-from tickmesh.ops.cpp_peer import build_peer
+from tickmesh.ops.cpp_peer import built_peers
 from tickmesh.ops.itch_writer import (
     FRAME_BYTES_MAX,
     put_add,
@@ -278,20 +276,9 @@ class Peer:
 
 def _peers(symbols: int, references: int) -> tuple[dict[str, Peer], dict[str, str]]:
     """The C++ books that could be built, by "name, compiler", and why others could not."""
-    peers: dict[str, Peer] = {}
-    skipped: dict[str, str] = {}
-    for compiler in ("g++", "clang++"):
-        if shutil.which(compiler) is None:
-            skipped[compiler] = "not installed"
-            continue
-        try:
-            library = build_peer("book_peer.cpp", compiler)
-        except subprocess.CalledProcessError as error:
-            skipped[compiler] = f"does not build: {(error.stderr or b'').decode(errors='replace')[-400:]}"
-            continue
-        for name in ("conventional", "same"):
-            peers[f"{name}, {compiler}"] = Peer(library, name, symbols, references)
-    return peers, skipped
+    built, skipped = built_peers("book_peer.cpp")
+    names = ("conventional", "same")
+    return {f"{name}, {compiler}": Peer(path, name, symbols, references) for compiler, path in built.items() for name in names}, skipped
 
 
 # ---------------------------------------------------------------- Python packages, for scale

@@ -12,9 +12,7 @@ from __future__ import annotations
 import ctypes
 import json
 import platform
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,7 +26,7 @@ from tickmesh.node.event import EVENT
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.protocol import load_framing, load_spec
 from tickmesh.ops.bench_book import BATCH, Image, write_image
-from tickmesh.ops.cpp_peer import build_peer
+from tickmesh.ops.cpp_peer import built_peers
 from tickmesh.transports.codecache import load_generated
 from tickmesh.transports.toolbox import zeros_aligned
 
@@ -134,19 +132,8 @@ def _address(array: npt.NDArray[Any]) -> ctypes.c_void_p:
 
 def _peers() -> tuple[dict[str, Peer], dict[str, str]]:
     """The C++ decoders that could be built, by "name, compiler", and why others could not."""
-    peers: dict[str, Peer] = {}
-    skipped: dict[str, str] = {}
-    for compiler in ("g++", "clang++"):
-        if shutil.which(compiler) is None:
-            skipped[compiler] = "not installed"
-            continue
-        try:
-            library = build_peer("decode_peer.cpp", compiler)
-        except subprocess.CalledProcessError as error:
-            skipped[compiler] = f"does not build: {(error.stderr or '')[-400:]}"
-            continue
-        peers |= {f"{name}, {compiler}": Peer(library, name) for name in _PEERS}
-    return peers, skipped
+    built, skipped = built_peers("decode_peer.cpp")
+    return {f"{name}, {compiler}": Peer(path, name) for compiler, path in built.items() for name in _PEERS}, skipped
 
 
 def _check_equal(ours: Tickmesh, peers: dict[str, Peer], image: Image, end: int, messages: int) -> None:

@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from tickmesh.ops.cpp_peer import build_peer
+from tickmesh.ops.cpp_peer import built_peers
 from tickmesh.transports.ring import RECORD, Ring, ring_read_batch, ring_write_batch
 from tickmesh.transports.toolbox import IDLE_SPIN, cpu_pause, cycle_counter, loop, monotonic_ns, zeros_aligned
 
@@ -188,17 +187,8 @@ def measure_round_trip(one: Sequence[str], other: Sequence[str], count: int) -> 
 
 def _compilers() -> tuple[dict[str, list[str]], dict[str, str]]:
     """Commands of the C++ peers that could be built, and why others could not."""
-    commands: dict[str, list[str]] = {}
-    skipped: dict[str, str] = {}
-    for compiler in ("g++", "clang++"):
-        if shutil.which(compiler) is None:
-            skipped[compiler] = "not installed"
-            continue
-        try:
-            commands[compiler] = [str(build_peer("ring_peer.cpp", compiler, shared=False))]
-        except subprocess.CalledProcessError as error:
-            skipped[compiler] = f"does not build: {(error.stderr or b'').decode(errors='replace')[-400:]}"
-    return commands, skipped
+    built, skipped = built_peers("ring_peer.cpp", shared=False)
+    return {compiler: [str(path)] for compiler, path in built.items()}, skipped
 
 
 def bench_ring(repeats: int = 7, records: int = 2_000_000, trips: int = 50_000) -> Result:

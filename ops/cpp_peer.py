@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -35,3 +36,25 @@ def build_peer(source_name: str, compiler: str, *, shared: bool = True) -> Path:
         subprocess.run([compiler, *options, "-o", temporary, source], check=True, capture_output=True, text=True)
         temporary.replace(target)
     return target
+
+
+def built_peers(source_name: str, *, shared: bool = True) -> tuple[dict[str, Path], dict[str, str]]:
+    """A source file built by each compiler of this host.
+
+    Args:
+        source_name, shared: see :func:`build_peer`.
+
+    Returns:
+        What was built, by compiler; why the others could not, by compiler.
+    """
+    built: dict[str, Path] = {}
+    skipped: dict[str, str] = {}
+    for compiler in ("g++", "clang++"):
+        if shutil.which(compiler) is None:
+            skipped[compiler] = "not installed"
+            continue
+        try:
+            built[compiler] = build_peer(source_name, compiler, shared=shared)
+        except subprocess.CalledProcessError as error:
+            skipped[compiler] = f"does not build: {(error.stderr or '')[-400:]}"
+    return built, skipped

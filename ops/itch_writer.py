@@ -19,12 +19,13 @@ MESSAGE_BYTES: dict[str, int] = {
 }  # fmt: skip
 """Length of each message type that is written here, without the two bytes of the frame."""
 FRAME_BYTES_MAX = 52
+_LENGTHS = np.array([MESSAGE_BYTES.get(chr(code), 0) for code in range(128)], np.uint16)
 
 
 @inlined
-def _frame(buf: Any, pos: Any, size: Any, kind: Any, locate: Any, tracking: Any, when: Any) -> Any:
+def _frame(buf: Any, pos: Any, kind: Any, locate: Any, tracking: Any, when: Any) -> Any:
     """The frame's length and the eleven bytes every message starts with; returns where the message's own fields begin."""
-    put_be16(buf, pos, size)
+    put_be16(buf, pos, _LENGTHS[kind])
     buf[pos + 2] = kind
     put_be16(buf, pos + 3, locate)
     put_be16(buf, pos + 5, tracking)
@@ -36,7 +37,7 @@ def _frame(buf: Any, pos: Any, size: Any, kind: Any, locate: Any, tracking: Any,
 @outlined
 def put_system(buf: Any, pos: Any, tracking: Any, when: Any, code: Any) -> Any:
     """S: `code` is one of O, S, Q, M, E, C."""
-    at = _frame(buf, pos, np.int64(12), ord("S"), np.int64(0), tracking, when)
+    at = _frame(buf, pos, ord("S"), np.int64(0), tracking, when)
     buf[at] = code
     return at + 1
 
@@ -44,7 +45,7 @@ def put_system(buf: Any, pos: Any, tracking: Any, when: Any, code: Any) -> Any:
 @outlined
 def put_directory(buf: Any, pos: Any, locate: Any, tracking: Any, when: Any, stock: Any, category: Any, tier: Any) -> Any:
     """R: a common stock, production, round lot 100; `category` is the market (Q, G, S), `tier` the limit-up/limit-down tier."""
-    at = _frame(buf, pos, np.int64(39), ord("R"), locate, tracking, when)
+    at = _frame(buf, pos, ord("R"), locate, tracking, when)
     put_le64(buf, at, stock)
     buf[at + 8], buf[at + 9] = category, ord("N")
     put_be32(buf, at + 10, 100)
@@ -58,7 +59,7 @@ def put_directory(buf: Any, pos: Any, locate: Any, tracking: Any, when: Any, sto
 @outlined
 def put_trading_action(buf: Any, pos: Any, locate: Any, tracking: Any, when: Any, stock: Any, state: Any, reason: Any) -> Any:
     """H: `state` is H, P, Q or T; `reason` is four ASCII bytes read as a little-endian u32."""
-    at = _frame(buf, pos, np.int64(25), ord("H"), locate, tracking, when)
+    at = _frame(buf, pos, ord("H"), locate, tracking, when)
     put_le64(buf, at, stock)
     buf[at + 8], buf[at + 9] = state, ord(" ")
     put_le32(buf, at + 10, reason)
@@ -68,7 +69,7 @@ def put_trading_action(buf: Any, pos: Any, locate: Any, tracking: Any, when: Any
 @outlined
 def put_short_sale(buf: Any, pos: Any, locate: Any, tracking: Any, when: Any, stock: Any, action: Any) -> Any:
     """Y: Reg SHO restriction, `action` is 0, 1 or 2."""
-    at = _frame(buf, pos, np.int64(20), ord("Y"), locate, tracking, when)
+    at = _frame(buf, pos, ord("Y"), locate, tracking, when)
     put_le64(buf, at, stock)
     buf[at + 8] = action
     return at + 9
@@ -77,7 +78,7 @@ def put_short_sale(buf: Any, pos: Any, locate: Any, tracking: Any, when: Any, st
 @outlined
 def put_participant(buf: Any, pos: Any, locate: Any, tracking: Any, when: Any, mpid: Any, stock: Any, primary: Any) -> Any:
     """L: an active market maker in normal mode; `primary` is Y or N."""
-    at = _frame(buf, pos, np.int64(26), ord("L"), locate, tracking, when)
+    at = _frame(buf, pos, ord("L"), locate, tracking, when)
     put_le32(buf, at, mpid)
     put_le64(buf, at + 4, stock)
     buf[at + 12], buf[at + 13], buf[at + 14] = primary, ord("N"), ord("A")
@@ -87,7 +88,7 @@ def put_participant(buf: Any, pos: Any, locate: Any, tracking: Any, when: Any, m
 @outlined
 def put_decline_levels(buf: Any, pos: Any, tracking: Any, when: Any, first: Any, second: Any, third: Any) -> Any:
     """V: market-wide circuit breaker levels, in 1e-8."""
-    at = _frame(buf, pos, np.int64(35), ord("V"), np.int64(0), tracking, when)
+    at = _frame(buf, pos, ord("V"), np.int64(0), tracking, when)
     put_be64(buf, at, first)
     put_be64(buf, at + 8, second)
     put_be64(buf, at + 16, third)
@@ -99,7 +100,7 @@ def put_auction_collar(
     buf: Any, pos: Any, locate: Any, tracking: Any, when: Any, stock: Any, reference: Any, upper: Any, lower: Any
 ) -> Any:
     """J: the collar of a reopening auction, not extended."""
-    at = _frame(buf, pos, np.int64(35), ord("J"), locate, tracking, when)
+    at = _frame(buf, pos, ord("J"), locate, tracking, when)
     put_le64(buf, at, stock)
     put_be32(buf, at + 8, reference)
     put_be32(buf, at + 12, upper)
@@ -121,7 +122,7 @@ def _put_order(buf: Any, at: Any, ref: Any, side: Any, shares: Any, stock: Any, 
 @outlined
 def put_add(buf: Any, pos: Any, locate: Any, tracking: Any, when: Any, ref: Any, side: Any, shares: Any, stock: Any, price: Any) -> Any:
     """A: a new displayed order without attribution."""
-    at = _frame(buf, pos, np.int64(36), ord("A"), locate, tracking, when)
+    at = _frame(buf, pos, ord("A"), locate, tracking, when)
     return _put_order(buf, at, ref, side, shares, stock, price)
 
 
@@ -130,20 +131,31 @@ def put_add_attributed(
     buf: Any, pos: Any, locate: Any, tracking: Any, when: Any, ref: Any, side: Any, shares: Any, stock: Any, price: Any, mpid: Any
 ) -> Any:
     """F: a new displayed order of participant `mpid` (four ASCII bytes as a little-endian u32)."""
-    at = _frame(buf, pos, np.int64(40), ord("F"), locate, tracking, when)
+    at = _frame(buf, pos, ord("F"), locate, tracking, when)
     at = _put_order(buf, at, ref, side, shares, stock, price)
     put_le32(buf, at, mpid)
     return at + 4
 
 
+@inlined
+def _put_reduction(buf: Any, at: Any, ref: Any, shares: Any) -> Any:
+    put_be64(buf, at, ref)
+    put_be32(buf, at + 8, shares)
+    return at + 12
+
+
+@inlined
+def _put_execution(buf: Any, at: Any, ref: Any, shares: Any, match: Any) -> Any:
+    at = _put_reduction(buf, at, ref, shares)
+    put_be64(buf, at, match)
+    return at + 8
+
+
 @outlined
 def put_executed(buf: Any, pos: Any, locate: Any, tracking: Any, when: Any, ref: Any, shares: Any, match: Any) -> Any:
     """E: a displayed order traded at its own price."""
-    at = _frame(buf, pos, np.int64(31), ord("E"), locate, tracking, when)
-    put_be64(buf, at, ref)
-    put_be32(buf, at + 8, shares)
-    put_be64(buf, at + 12, match)
-    return at + 20
+    at = _frame(buf, pos, ord("E"), locate, tracking, when)
+    return _put_execution(buf, at, ref, shares, match)
 
 
 @outlined
@@ -151,28 +163,24 @@ def put_executed_priced(
     buf: Any, pos: Any, locate: Any, tracking: Any, when: Any, ref: Any, shares: Any, match: Any, printable: Any, price: Any
 ) -> Any:
     """C: a displayed order traded at `price`; `printable` is Y, or N where a cross message prints the volume."""
-    at = _frame(buf, pos, np.int64(36), ord("C"), locate, tracking, when)
-    put_be64(buf, at, ref)
-    put_be32(buf, at + 8, shares)
-    put_be64(buf, at + 12, match)
-    buf[at + 20] = printable
-    put_be32(buf, at + 21, price)
-    return at + 25
+    at = _frame(buf, pos, ord("C"), locate, tracking, when)
+    at = _put_execution(buf, at, ref, shares, match)
+    buf[at] = printable
+    put_be32(buf, at + 1, price)
+    return at + 5
 
 
 @outlined
 def put_cancelled(buf: Any, pos: Any, locate: Any, tracking: Any, when: Any, ref: Any, shares: Any) -> Any:
     """X: `shares` taken off a displayed order."""
-    at = _frame(buf, pos, np.int64(23), ord("X"), locate, tracking, when)
-    put_be64(buf, at, ref)
-    put_be32(buf, at + 8, shares)
-    return at + 12
+    at = _frame(buf, pos, ord("X"), locate, tracking, when)
+    return _put_reduction(buf, at, ref, shares)
 
 
 @outlined
 def put_deleted(buf: Any, pos: Any, locate: Any, tracking: Any, when: Any, ref: Any) -> Any:
     """D: a displayed order is gone."""
-    at = _frame(buf, pos, np.int64(19), ord("D"), locate, tracking, when)
+    at = _frame(buf, pos, ord("D"), locate, tracking, when)
     put_be64(buf, at, ref)
     return at + 8
 
@@ -180,7 +188,7 @@ def put_deleted(buf: Any, pos: Any, locate: Any, tracking: Any, when: Any, ref: 
 @outlined
 def put_replaced(buf: Any, pos: Any, locate: Any, tracking: Any, when: Any, previous: Any, ref: Any, shares: Any, price: Any) -> Any:
     """U: order `previous` becomes order `ref`."""
-    at = _frame(buf, pos, np.int64(35), ord("U"), locate, tracking, when)
+    at = _frame(buf, pos, ord("U"), locate, tracking, when)
     put_be64(buf, at, previous)
     put_be64(buf, at + 8, ref)
     put_be32(buf, at + 16, shares)
@@ -191,7 +199,7 @@ def put_replaced(buf: Any, pos: Any, locate: Any, tracking: Any, when: Any, prev
 @outlined
 def put_trade(buf: Any, pos: Any, locate: Any, tracking: Any, when: Any, shares: Any, stock: Any, price: Any, match: Any) -> Any:
     """P: a trade against a hidden order; reference 0 and side B, as the venue sends it."""
-    at = _frame(buf, pos, np.int64(44), ord("P"), locate, tracking, when)
+    at = _frame(buf, pos, ord("P"), locate, tracking, when)
     at = _put_order(buf, at, np.int64(0), np.int64(0), shares, stock, price)
     put_be64(buf, at, match)
     return at + 8
@@ -202,7 +210,7 @@ def put_cross(
     buf: Any, pos: Any, locate: Any, tracking: Any, when: Any, shares: Any, stock: Any, price: Any, match: Any, cross: Any
 ) -> Any:
     """Q: the bulk print of an auction; `cross` is O, C or H."""
-    at = _frame(buf, pos, np.int64(40), ord("Q"), locate, tracking, when)
+    at = _frame(buf, pos, ord("Q"), locate, tracking, when)
     put_be64(buf, at, shares)
     put_le64(buf, at + 8, stock)
     put_be32(buf, at + 16, price)
@@ -214,7 +222,7 @@ def put_cross(
 @outlined
 def put_broken(buf: Any, pos: Any, locate: Any, tracking: Any, when: Any, match: Any) -> Any:
     """B: trade `match` never happened."""
-    at = _frame(buf, pos, np.int64(19), ord("B"), locate, tracking, when)
+    at = _frame(buf, pos, ord("B"), locate, tracking, when)
     put_be64(buf, at, match)
     return at + 8
 
@@ -225,7 +233,7 @@ def put_imbalance(
     far: Any, near: Any, reference: Any, cross: Any,
 ) -> Any:  # fmt: skip
     """I: net order imbalance before an auction; `direction` is B, S or N; the near price is within 1 % of the reference."""
-    at = _frame(buf, pos, np.int64(50), ord("I"), locate, tracking, when)
+    at = _frame(buf, pos, ord("I"), locate, tracking, when)
     put_be64(buf, at, paired)
     put_be64(buf, at + 8, imbalance)
     buf[at + 16] = direction
@@ -240,7 +248,7 @@ def put_imbalance(
 @outlined
 def put_retail_interest(buf: Any, pos: Any, locate: Any, tracking: Any, when: Any, stock: Any, flag: Any) -> Any:
     """N: retail price improvement interest on side B, S, A (both) or N (none)."""
-    at = _frame(buf, pos, np.int64(20), ord("N"), locate, tracking, when)
+    at = _frame(buf, pos, ord("N"), locate, tracking, when)
     put_le64(buf, at, stock)
     buf[at + 8] = flag
     return at + 9

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bounds import with_bounds_checks
 from replays import BINANCE, BYBIT, DATA, ES, LOBSTER, LOBSTER_BOOKS, OKX, config_of, config_text, recording
 from test_decoder import ADD, directory, framed, head
 
@@ -408,6 +409,5 @@ def fuzz_all(seed: int, folder: Path) -> None:
 def test_damaged_recordings_with_bounds_checks(tmp_path: Path) -> None:
     recording(ES)
     script = _FUZZ.format(tests=str(Path(__file__).parent), seed=SEED, folder=str(tmp_path))
-    environment = {**os.environ, "TICKMESH_BOUNDSCHECK": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    done = with_bounds_checks("-c", script)
     assert done.stdout.strip() == "fine", f"TICKMESH_SEED={SEED}\n{done.stderr[-3000:]}"

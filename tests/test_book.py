@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
 from typing import Any
 
 import numpy as np
 import pytest
+from bounds import check_again
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -511,8 +511,4 @@ def test_a_million_orders_stay_below_100_mb_resident(instruments: int, limit_mb:
 
 @pytest.mark.slow
 def test_no_index_is_ever_out_of_bounds() -> None:
-    chosen = "agree_with_the_dict_book or spill or far_store or refines"
-    environment = {**os.environ, "TICKMESH_BOUNDSCHECK": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", chosen, "-p", "no:cacheprovider"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stdout[-3000:]
+    check_again(__file__, "agree_with_the_dict_book or spill or far_store or refines")

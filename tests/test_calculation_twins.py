@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
+from bounds import check_again
 from calculation_twins import Run, bits, raw, records
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -82,9 +80,7 @@ def same_state(a: Any, b: Any) -> bool:
 @pytest.mark.slow
 def test_no_calculation_reaches_outside_its_state() -> None:
     """The same examples once more, compiled with bounds checks."""
-    chosen = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "compiled_and_interpreted"]
-    done = subprocess.run(chosen, env={**os.environ, "TICKMESH_BOUNDSCHECK": "1"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    check_again(__file__, "compiled_and_interpreted")
 
 
 def test_the_table_above_is_complete() -> None:

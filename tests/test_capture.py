@@ -7,8 +7,6 @@ import ipaddress
 import os
 import random
 import struct
-import subprocess
-import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bounds import with_bounds_checks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -641,8 +640,5 @@ def test_damaged_files_are_never_read_out_of_bounds() -> None:
     for order in "<>":
         blocks = b"".join(enhanced(order, 0, T0, link_frame(1, p)) + block(order, 3, struct.pack(order + "I", 60) + p) for p in udp + tcp)
         seeds.append(section(order) + interface(order, 1, 9, 5) + blocks)
-    environment = {**os.environ, "TICKMESH_BOUNDSCHECK": "1"}
-    feed = " ".join(data.hex() for data in seeds)
-    command = [sys.executable, "-c", _FUZZ, "1500", "20240817"]
-    done = subprocess.run(command, input=feed, text=True, capture_output=True, env=environment, check=False, timeout=280)
+    done = with_bounds_checks("-c", _FUZZ, "1500", "20240817", stdin=" ".join(data.hex() for data in seeds))
     assert done.stdout.strip() == "survived 1500", f"exit {done.returncode}: {done.stderr[-2000:]}"

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import struct
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from bounds import with_bounds_checks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -478,9 +477,7 @@ print("fine")
 def test_damaged_input_with_bounds_checks() -> None:
     seed = int(os.environ.get("TICKMESH_SEED", "20240508"))
     script = _FUZZ.format(tests=str(Path(__file__).parent), seed=seed)
-    done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "TICKMESH_BOUNDSCHECK": "1"}, capture_output=True, text=True, check=False
-    )
+    done = with_bounds_checks("-c", script)
     assert done.stdout.strip() == "fine", f"TICKMESH_SEED={seed}\n{done.stderr[-3000:]}"
 
 

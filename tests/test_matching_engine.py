@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from bounds import with_bounds_checks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -237,7 +235,5 @@ def test_sizes_out_of_range_are_refused(wrong: dict[str, int]) -> None:
 def test_no_index_leaves_its_array() -> None:
     """The twin test again with bounds checks compiled in."""
     program = "import test_matching_engine as t; t.test_engine_equals_its_twin()"
-    environment = os.environ | {"TICKMESH_BOUNDSCHECK": "1"}
-    command, folder = [sys.executable, "-c", program], Path(__file__).parent
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = with_bounds_checks("-c", program, folder=Path(__file__).parent)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from bounds import check_again
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shard_twin import PLAN, ShardTwin
@@ -187,6 +185,4 @@ def test_the_twins_book_is_the_books_twin() -> None:
 @pytest.mark.timeout(1200)
 def test_no_index_leaves_its_array() -> None:
     """The same once more, compiled with bounds checks."""
-    chosen = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "outputs"]
-    done = subprocess.run(chosen, env={**os.environ, "TICKMESH_BOUNDSCHECK": "1"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
+    check_again(__file__, "outputs")

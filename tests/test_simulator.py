@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from bounds import with_bounds_checks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from itch_reader import LENGTHS, ItchReader, frames, read_image
@@ -203,7 +201,5 @@ def test_bad_symbol_is_refused(symbol: str) -> None:
 def test_no_index_leaves_its_array() -> None:
     """A day with bounds checks compiled in gives the same bytes."""
     program = "import test_simulator as t, hashlib; print(hashlib.sha256(t.generate(t.SMALL)).hexdigest())"
-    environment = os.environ | {"TICKMESH_BOUNDSCHECK": "1"}
-    command, folder = [sys.executable, "-c", program], Path(__file__).parent
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = with_bounds_checks("-c", program, folder=Path(__file__).parent)
     assert done.stdout.strip() == hashlib.sha256(generate(SMALL)).hexdigest(), done.stderr[-2000:]

@@ -68,6 +68,33 @@ class NatsRefused(LinkError):
         self.url, self.reason = url, reason
 
 
+class NatsInsecure(LinkError):
+    """There is no connection by TLS that can be trusted; no secret was sent.
+
+    Attributes:
+        url: the address, without secrets.
+        reason: what is wrong.
+    """
+
+    def __init__(self, url: str, reason: str) -> None:
+        what = "name the authority of its certificate (TICKMESH_NATS_CA), and your own certificate and key if it asks for them"
+        super().__init__(f"no trusted TLS connection to the NATS server at {url} ({reason}): {what}")
+        self.url, self.reason = url, reason
+
+
+class LoginFileUnusable(LinkError):
+    """A file to log in with cannot be used.
+
+    Attributes:
+        path: the file.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"cannot log in to NATS with the file {path}: {reason}")
+        self.path, self.reason = path, reason
+
+
 class StreamMissing(LinkError):
     """There is no such stream.
 
@@ -144,7 +171,7 @@ class Login:
         token, user, password: as the server knows them.
         credentials: path of a ``.creds`` file.
         nkey: path of a file with an nkey seed.
-        ca, certificate, key: paths of PEM files for TLS.
+        ca, certificate, key: paths of PEM files for TLS; with any of them, and with a ``tls://`` address, nothing is said without TLS.
     """
 
     token: str | None = field(default=None, repr=False)
@@ -159,7 +186,11 @@ class Login:
     @classmethod
     def from_environment(cls) -> Login:
         """``TICKMESH_NATS_TOKEN``, ``_USER``, ``_PASSWORD`` (each also as ``…_FILE``: read from there), and the paths
-        ``TICKMESH_NATS_CREDS``, ``_NKEY``, ``_CA``, ``_CERT``, ``_KEY``."""
+        ``TICKMESH_NATS_CREDS``, ``_NKEY``, ``_CA``, ``_CERT``, ``_KEY``.
+
+        Raises:
+            LoginFileUnusable: a secret's file cannot be read.
+        """
 
         def path(name: str) -> Path | None:
             value = os.environ.get(f"TICKMESH_NATS_{name}")
@@ -169,30 +200,76 @@ class Login:
             _secret("TOKEN"), _secret("USER"), _secret("PASSWORD"), path("CREDS"), path("NKEY"), path("CA"), path("CERT"), path("KEY")
         )
 
+    def secure(self, url: str) -> bool:
+        """Whether TLS is a must."""
+        return any((self.ca, self.certificate, self.key)) or any(one.startswith(("tls://", "wss://")) for one in url.split(","))
+
     def options(self, url: str) -> dict[str, Any]:
-        """Keyword arguments for nats-py."""
+        """Keyword arguments for nats-py.
+
+        Raises:
+            LoginFileUnusable: a file is missing or holds something else.
+        """
         found: dict[str, Any] = {}
         if self.token is not None and "@" not in url:
             found["token"] = self.token
         if self.user is not None and "@" not in url:
             found.update(user=self.user, password=self.password or "")
         if self.credentials is not None:
+            _check_credentials(self.credentials)
             found["user_credentials"] = str(self.credentials)
         if self.nkey is not None:
+            _check_seed(self.nkey, _read_login_file(self.nkey).strip())
             found["nkeys_seed"] = str(self.nkey)
-        if self.ca is not None or url.startswith("tls://"):
-            context = ssl.create_default_context(cafile=str(self.ca) if self.ca else None)
-            if self.certificate is not None:
-                context.load_cert_chain(str(self.certificate), str(self.key) if self.key else None)
-            found["tls"] = context
+        if self.secure(url):
+            found["tls"] = self._tls()
         return found
+
+    def _tls(self) -> ssl.SSLContext:
+        try:
+            context = ssl.create_default_context(cafile=str(self.ca) if self.ca else None)
+        except (OSError, ssl.SSLError) as error:
+            assert self.ca is not None
+            raise LoginFileUnusable(self.ca, f"no PEM file of an authority's certificate ({error})") from error
+        own = self.certificate or self.key
+        if own is not None:
+            try:
+                context.load_cert_chain(str(own), str(self.key) if self.key else None)
+            except (OSError, ssl.SSLError) as error:
+                raise LoginFileUnusable(own, f"no PEM certificate with its key {self.key or 'in the same file'} ({error})") from error
+        return context
+
+
+def _read_login_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise LoginFileUnusable(path, error.strerror or str(error)) from error
+
+
+def _check_credentials(path: Path) -> None:
+    """nats-py looks for the two parts without end; so they must be there."""
+    lines = _read_login_file(path).splitlines()
+    found = [k for name in (b"BEGIN NATS USER JWT", b"BEGIN USER NKEY SEED") for k, line in enumerate(lines[:-1]) if name in line]
+    if len(found) != 2:
+        raise LoginFileUnusable(path, "it is no .creds file: those hold one user JWT and one nkey seed")
+    _check_seed(path, lines[found[1] + 1].strip())
+
+
+def _check_seed(path: Path, seed: bytes) -> None:
+    import nkeys  # brings libsodium, which other logins do not need
+
+    try:
+        nkeys.from_seed(bytearray(seed)).wipe()
+    except (nkeys.NkeysError, ValueError) as error:
+        raise LoginFileUnusable(path, f"it holds no nkey seed ({type(error).__name__})") from error
 
 
 def _secret(name: str) -> str | None:
     """A secret from the environment, or from the file that the environment names."""
     file = os.environ.get(f"TICKMESH_NATS_{name}_FILE")
     if file:
-        return Path(file).read_text().strip()
+        return _read_login_file(Path(file)).decode(errors="replace").strip()
     return os.environ.get(f"TICKMESH_NATS_{name}") or None
 
 
@@ -215,6 +292,25 @@ def _next_server(servers: list[Any], _info: dict[str, Any]) -> tuple[Any, float]
     return best, backoff_s(best.reconnects)
 
 
+class _Client(Client):  # type: ignore[misc]
+    """nats-py's client, which sends its login in the clear to a server that offers no TLS, whatever it was told.
+
+    Attributes:
+        secure: send nothing without TLS.
+    """
+
+    secure = False
+
+    def _connect_command(self) -> Any:
+        if self.secure and not self._server_info.get("tls_required") and self._current_server.uri.scheme != "wss":
+            raise _NotEncrypted("the server does not ask for TLS")
+        return super()._connect_command()
+
+
+class _NotEncrypted(nats.errors.Error):  # type: ignore[misc]
+    pass
+
+
 class NatsLink:
     """A connection to NATS that reconnects for ever, with backoff. Make one with :func:`connect`.
 
@@ -227,11 +323,11 @@ class NatsLink:
 
     def __init__(self, url: str) -> None:
         self.url = redacted(url)
-        self.client = Client()
+        self.client = _Client()
         self.disconnects = self.reconnects = 0
         self.last_error = ""
         self._up = asyncio.Event()
-        self._refused: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._refused: asyncio.Future[LinkError] = asyncio.get_running_loop().create_future()
         self._listeners: list[Callable[[], None]] = []
 
     @property
@@ -274,9 +370,10 @@ class NatsLink:
             await asyncio.wait_for(self.client.flush(1), 1.5) if self.connected else None
         await self.client.close()
 
-    async def _open(self, url: str, login: Login, name: str) -> None:
+    async def _open(self, servers: list[str], name: str, login: dict[str, Any], each_s: float) -> None:
+        self.client.secure = "tls" in login
         await self.client.connect(
-            url.split(","),
+            servers,
             name=name,
             error_cb=self._on_error,
             disconnected_cb=self._on_down,
@@ -284,20 +381,23 @@ class NatsLink:
             reconnect_to_server_handler=_next_server,
             reconnect_time_wait=0.1,
             max_reconnect_attempts=-1,
-            connect_timeout=2,
+            connect_timeout=each_s,
             ping_interval=2,
             max_outstanding_pings=2,
             pending_size=0,
             skip_subject_validation=True,
-            **login.options(url),
+            **login,
         )
         self._up.set()
 
     async def _on_error(self, error: Exception) -> None:
         self.last_error = str(error) or type(error).__name__
-        refused = any(word in self.last_error.lower() for word in ("authorization", "authentication", "nkey", "certificate"))
-        if refused and not self._refused.done():
-            self._refused.set_result(self.last_error)
+        if self._refused.done():
+            return
+        if isinstance(error, (ssl.SSLError, _NotEncrypted)):
+            self._refused.set_result(NatsInsecure(self.url, self.last_error))
+        elif any(word in self.last_error.lower() for word in ("authorization", "authentication", "nkey")):
+            self._refused.set_result(NatsRefused(self.url, self.last_error))
 
     async def _on_down(self) -> None:
         self.disconnects += 1
@@ -322,17 +422,21 @@ async def connect(url: str, *, name: str = "tickmesh", login: Login | None = Non
     Raises:
         NatsUnreachable: nobody answered in time, or the address is no address.
         NatsRefused: the server does not let us in.
+        NatsInsecure: TLS is a must, and there is none that can be trusted.
+        LoginFileUnusable: a file of the login cannot be used.
     """
     _check_url(url)
-    link = NatsLink(url)
-    opening = asyncio.ensure_future(link._open(url, login or Login.from_environment(), name))
+    options = (login or Login.from_environment()).options(url)
+    link, servers = NatsLink(url), url.split(",")
+    each_s = min(2.0, wait_s / len(servers))  # one that is silent must leave time for the others
+    opening = asyncio.ensure_future(link._open(servers, name, options, each_s))
     try:
         either: set[asyncio.Future[Any]] = {opening, link._refused}
         await asyncio.wait(either, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
         if opening.done() and opening.exception() is None:
             return link
         if link._refused.done():
-            raise NatsRefused(link.url, link._refused.result())
+            raise link._refused.result()
         failure = opening.exception() if opening.done() else None
         raise NatsUnreachable(link.url, str(failure or link.last_error) or f"no answer within {wait_s} s")
     finally:

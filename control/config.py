@@ -467,6 +467,19 @@ def _check_endpoint(name: str, endpoint: str | None, required: bool) -> list[Ref
     return []
 
 
+def _check_nats_address(address: str) -> list[Refusal]:
+    try:
+        parts = urlsplit(address)
+        port = parts.port
+    except ValueError:
+        return [Refusal("target", "has an impossible port")]
+    if parts.password or parts.username:
+        return [Refusal("target", "holds a secret", "use token_env or credentials_file")]
+    if parts.scheme not in ("nats", "tls") or not parts.hostname:
+        return [Refusal("target", "must be nats://HOST:PORT or tls://HOST:PORT", "e.g. nats://127.0.0.1:4222")]
+    return [] if port != 0 else [Refusal("target", "has an impossible port")]
+
+
 class Calculation(BaseModel):
     """``[processing.calculations.NAME]``: a calculation; keys other than these are its parameters."""
 
@@ -556,7 +569,9 @@ class Delivery(Table):
     """``[delivery.NAME]``: where outputs go."""
 
     method: DeliveryMethod = key(..., "How: a NATS JetStream stream per shard, or a shared-memory ring.")
-    target: str = key("nats://127.0.0.1:4222", "Address of the NATS server.", only=("nats",))
+    target: str = key(
+        "nats://127.0.0.1:4222", "Address of the NATS server; servers of one cluster: several, separated by commas.", only=("nats",)
+    )
     embedded: bool = key(False, "Start a nats-server on this host, bound to loopback, in place of `target`.", only=("nats",))
     port: int = key(4222, "Port of the embedded server; 0: any free one.", ge=0, le=65535, only=("nats",))
     batch_max_events: int = key(512, "Most events of one frame.", unit="events", live=True, ge=1, le=8192, only=("nats",))
@@ -565,6 +580,7 @@ class Delivery(Table):
     per_event: PerEvent = key([], "Kinds also sent as one message per event (true: all), for clients in any language.", only=("nats",))
     stream_max_mb: int = key(1024, "Most data that a stream keeps; the oldest goes first.", unit="MiB", ge=1, le=1 << 24, only=("nats",))
     stream_max_age_s: int = key(86400, "Longest time that a stream keeps data; 0: no limit.", unit="s", ge=0, only=("nats",))
+    replicas: int = key(1, "Servers of a NATS cluster that keep each stream made from now on; 3: one may fail.", ge=1, le=5, only=("nats",))
     token_env: str | None = key(
         None, "Environment variable that holds the server's token.", only=("nats",), pattern=r"^[A-Za-z_][A-Za-z0-9_]*$"
     )
@@ -582,25 +598,15 @@ class Delivery(Table):
     def _check(self) -> Delivery:
         bad = self._not_for(self.method)
         if self.method == "nats":
-            bad += self._check_target()
+            bad += [problem for address in self.target.split(",") for problem in _check_nats_address(address)]
         if "port" in self.model_fields_set and not self.embedded:
             bad.append(Refusal("port", "is the embedded server's", "set embedded = true, or put the port into target", ("embedded",)))
         if self.embedded and "target" in self.model_fields_set:
             bad.append(Refusal("target", "excludes embedded", "remove one of them"))
+        if self.embedded and self.replicas > 1:
+            bad.append(Refusal("replicas", "is more than the one embedded server", "name a NATS cluster in target"))
         _refused(bad)
         return self
-
-    def _check_target(self) -> list[Refusal]:
-        try:
-            parts = urlsplit(self.target)
-            port = parts.port
-        except ValueError:
-            return [Refusal("target", "has an impossible port")]
-        if parts.password or parts.username:
-            return [Refusal("target", "holds a secret", "use token_env or credentials_file")]
-        if parts.scheme not in ("nats", "tls") or not parts.hostname:
-            return [Refusal("target", "must be nats://HOST:PORT or tls://HOST:PORT", "e.g. nats://127.0.0.1:4222")]
-        return [] if port != 0 else [Refusal("target", "has an impossible port")]
 
 
 class Logging(Table):

@@ -502,7 +502,11 @@ class Gateway:
         while not self._stopping.is_set():
             try:
                 link = await connect(self.options.target, name=f"tickmesh {self.options.cluster}", login=self._login, wait_s=2.0)
-                await _make_reference_stream(link, self.options)
+                try:
+                    await _make_reference_stream(link, self.options)
+                except BaseException:
+                    await link.close()
+                    raise
                 self.error = ""
                 return link
             except (LinkError, nats.errors.Error, js_errors.Error, OSError) as error:

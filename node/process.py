@@ -186,6 +186,7 @@ class Node:
         self.gateways: dict[str, Gateway] = {}
         self.journals: list[Journal] = []
         self._replays = False
+        self._stopped = False
         try:
             with watched_compiles(lambda: self._compiles(stop)):
                 self._build(dict(generators or {}))
@@ -438,11 +439,14 @@ class Node:
         self.telemetry.beat()
 
     def stop(self) -> None:
-        """Stop sources, let the shards finish what has come in, deliver it, close everything. Can be called at any stage.
+        """Stop sources, let the shards finish what has come in, deliver it, close everything. Can be called at any stage, and again.
 
         Raises:
             The first error of closing; everything else has been closed nevertheless.
         """
+        if self._stopped:
+            return
+        self._stopped = True
         with ExitStack() as closing:  # runs backwards
             closing.callback(self.telemetry.close)
             closing.callback(self.telemetry.set_state, NodeState.STOPPED)
@@ -524,6 +528,7 @@ def delivery_options(config: Config, delivery: Delivery, target: str) -> Deliver
         window=min(256, delivery.window),
         stream_max_bytes=delivery.stream_max_mb << 20,
         stream_max_age_s=delivery.stream_max_age_s,
+        replicas=delivery.replicas,
         per_event=kinds,
         poll_min_ms=2.0 if config.cluster.idle == "sleep" else 0.2,
     )

@@ -195,6 +195,8 @@ def test_deliveries_to_come_are_refused_with_the_reason(method: str) -> None:
         ("[delivery.d]\nmethod = 'nats'\nport = 1\n", "delivery.d.port", "embedded"),
         ("[delivery.d]\nmethod = 'nats'\ntarget = 'http://x'\n", "delivery.d.target", "nats://HOST:PORT"),
         ("[delivery.d]\nmethod = 'nats'\ntarget = 'nats://x:99999'\n", "delivery.d.target", "impossible port"),
+        ("[delivery.d]\nmethod = 'nats'\ntarget = 'nats://x:1,y:2'\n", "delivery.d.target", "nats://HOST:PORT"),
+        ("[delivery.d]\nmethod = 'nats'\nembedded = true\nreplicas = 3\n", "delivery.d.replicas", "name a NATS cluster"),
         ("[delivery.a]\nmethod = 'shm'\nring = 'r'\n[delivery.b]\nmethod = 'shm'\nring = 'r'\n", "delivery.b.ring", "is the ring of"),
         ("[data_sources]\nx = 3\n", "data_sources.x", "must be a valid dictionary or instance"),
         ("[data_sources.'bad name']\ntype = 'file'\npath='x'\ndata_format='y'\n", "data_sources.bad name", "must match"),
@@ -219,6 +221,7 @@ def test_one_wrong_key_hides_no_other_check_and_invents_none() -> None:
 def test_secrets_are_refused_and_not_repeated() -> None:
     for text in (
         "[delivery.d]\nmethod = 'nats'\ntarget = 'nats://me:hunter2@host:4222'\n",
+        "[delivery.d]\nmethod = 'nats'\ntarget = 'nats://host:4222,nats://me:hunter2@host:4223'\n",
         "[delivery.d]\nmethod = 'nats'\npassword = 'hunter2'\n",
         "[delivery.d]\nmethod = 'nats'\ntoken = 'hunter2'\n",
     ):

@@ -143,7 +143,7 @@ class StreamReader:
         if attempt:
             await asyncio.sleep(backoff_s(attempt))
         await self._link.wait_connected()
-        self._lost = False
+        self._lost, self._consumer = False, ""
         await self._forget()
         try:
             jetstream = self._link.client.jetstream(timeout=2)
@@ -159,9 +159,10 @@ class StreamReader:
                 mem_storage=True,
                 num_replicas=1,
             )
-            self._consumer = (await jetstream.add_consumer(self._stream, config)).name
+            made = await jetstream.add_consumer(self._stream, config)
             self._inbox = f"_INBOX.{os.urandom(9).hex()}"
             self._subscription = await self._link.client.subscribe(self._inbox, pending_msgs_limit=0, pending_bytes_limit=0)
+            self._consumer = made.name
         except js_errors.NotFoundError:
             if not self._created_once:
                 raise StreamMissing(self._stream) from None

@@ -196,7 +196,7 @@ def test_deliveries_to_come_are_refused_with_the_reason(method: str) -> None:
         ("[delivery.d]\nmethod = 'nats'\ntarget = 'http://x'\n", "delivery.d.target", "nats://HOST:PORT"),
         ("[delivery.d]\nmethod = 'nats'\ntarget = 'nats://x:99999'\n", "delivery.d.target", "impossible port"),
         ("[delivery.d]\nmethod = 'nats'\ntarget = 'nats://x:1,y:2'\n", "delivery.d.target", "nats://HOST:PORT"),
-        ("[delivery.d]\nmethod = 'nats'\nembedded = true\nreplicas = 3\n", "delivery.d.replicas", "name a NATS cluster"),
+        ("[delivery.d]\nmethod = 'nats'\nembedded = true\nreplicas = 3\n", "delivery.d.replicas", "more than the one embedded server"),
         ("[delivery.a]\nmethod = 'shm'\nring = 'r'\n[delivery.b]\nmethod = 'shm'\nring = 'r'\n", "delivery.b.ring", "is the ring of"),
         ("[data_sources]\nx = 3\n", "data_sources.x", "must be a valid dictionary or instance"),
         ("[data_sources.'bad name']\ntype = 'file'\npath='x'\ndata_format='y'\n", "data_sources.bad name", "must match"),

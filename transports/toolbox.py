@@ -59,7 +59,10 @@ class _PartCompiler(Compiler):  # type: ignore[misc]
 
 
 class _LoopLibrary(JITCodeLibrary):  # type: ignore[misc]
-    """A complete loop: what it is made of serves nobody else, which lets LLVM drop unused arguments, and code once it is inlined."""
+    """A complete loop: what it is made of serves nobody else, which lets LLVM drop unused arguments, and code once it is inlined.
+
+    Nor does it call parts of another loop: the linker would take the first of a name, which goes when its own loop goes.
+    """
 
     def _optimize_final_module(self) -> None:
         for function in self._final_module.functions:
@@ -91,7 +94,7 @@ def _part(function: Any, attribute: str | None = None, **options: Any) -> Any:
 
     def compile_for_python(*args: Any, **kwargs: Any) -> Any:
         if not complete:
-            complete.append(njit(function, **options))
+            complete.append(njit(function, pipeline_class=_LoopCompiler, **options))
         return complete[0]
 
     part.add_overload = add_overload

@@ -191,8 +191,10 @@ def _compilers() -> tuple[dict[str, list[str]], dict[str, str]]:
     return {compiler: [str(path)] for compiler, path in built.items()}, skipped
 
 
-def bench_ring(repeats: int = 7, records: int = 2_000_000, trips: int = 50_000) -> Result:
+def bench_ring(repeats: int = 21, records: int = 500_000, trips: int = 20_000) -> Result:
     """Measure and compare; medians over `repeats`. Ratios are tickmesh / C++: below 1 means that tickmesh is faster.
+
+    Many short repeats rather than few long ones: a host that moves our processors from core to core changes everything threefold meanwhile.
 
     Returns:
         ``{"machine", "cores", "repeats", "skipped": {compiler: reason}, "throughput_ns": {...}, "round_trip_p50_ns": {...},

@@ -22,7 +22,7 @@
 namespace {
 
 constexpr size_t HEADER_BYTES = 8192;
-constexpr size_t CAPACITY = 2, MODE = 4, PUBLISHED = 16, CLAIMED = 32, GATE = 48, WRITER_HEARTBEAT_NS = 65, READERS_USED = 80;
+constexpr size_t CAPACITY = 2, MODE = 4, PUBLISHED = 16, CLAIMED = 32, GATE = 48, JOINS_SEEN = 51, WRITER_HEARTBEAT_NS = 65, READERS_USED = 80, JOINS = 81;
 constexpr size_t READERS_AT = 128, READER_WORDS = 32;
 constexpr size_t CURSOR = 0, STATE = 16, HEARTBEAT_NS = 17, CHECK_UNTIL = 20, POLLS = 21;
 constexpr uint64_t ACTIVE = 2;
@@ -75,8 +75,11 @@ uint64_t slowest_reader(Ring& ring) {
 
 int64_t free_slots(Ring& ring, int64_t wanted) {
     if (ring.plain(MODE) != 0) return ring.capacity >> 2;
-    uint64_t held = ring.plain(PUBLISHED) - ring.plain(GATE);
-    if (held + wanted > ring.capacity) held = ring.plain(PUBLISHED) - slowest_reader(ring);
+    uint64_t held = ring.plain(PUBLISHED) - ring.plain(GATE), joins = ring.acquire(JOINS);
+    if (held + wanted > ring.capacity || joins != ring.plain(JOINS_SEEN)) {
+        ring.put(JOINS_SEEN, joins);
+        held = ring.plain(PUBLISHED) - slowest_reader(ring);
+    }
     return held < ring.capacity ? ring.capacity - held : 0;
 }
 

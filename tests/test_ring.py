@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 from bounds import check_again
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tickmesh.ops import bench_ring
@@ -95,6 +95,7 @@ steps = st.lists(
 
 @settings(deadline=None, max_examples=150)
 @given(lossy=st.booleans(), actions=steps)
+@example(lossy=False, actions=[("write", 2, 0), ("write", 15, 0), ("join", 0, 1), ("write", 1, 0)])  # joined behind the gate
 def test_same_as_the_model(lossy: bool, actions: list[tuple[str, int, int]]) -> None:
     model = ModelRing(16, lossy)
     readers: dict[int, rings.Reader] = {}

@@ -154,7 +154,7 @@ def test_a_replay_closes_the_bar_of_a_quiet_instrument_for_any_batches(day: Path
     assert [(int(b["ts_event"]), int(b["instrument"])) for b in bars] == [(MORNING, 0)]
     assert found[0].tobytes() == found[1].tobytes() == found[2].tobytes()
     summary = replays.replay(config, [day])
-    assert (summary["events"]["timer"], summary["outputs"]["bar"]) == (5, 1), "compiled end to end, the same"
+    assert (summary["events"]["timer"], summary["events"]["bar"]) == (5, 1), "compiled end to end, the same"
     summary.pop("source")
     three = replays.replay(config_of("itch50", more=BARS + "[cluster]\nshards = 3\n"), [day])
     three.pop("source")
@@ -164,7 +164,7 @@ def test_a_replay_closes_the_bar_of_a_quiet_instrument_for_any_batches(day: Path
 def test_without_timers_it_waits_for_the_next_trade(day: Path) -> None:
     summary = replays.replay(config_of("itch50", more="[processing]\ntimer_interval_ms = 0\n" + BARS), [day])
     assert "timer" not in summary["events"]
-    assert "bar" not in summary["outputs"]
+    assert "bar" not in summary["events"]
 
 
 def test_a_recording_in_a_node_is_its_replay(nats_server: NatsServer, cluster: str, tmp_path: Path, day: Path) -> None:  # noqa: F811

@@ -35,6 +35,7 @@ import numpy.typing as npt
 from tickmesh.transports.toolbox import (
     compare_and_swap,
     copy_record,
+    fetch_add,
     full_fence,
     idle,
     inlined,
@@ -60,9 +61,9 @@ MAGIC = int.from_bytes(b"tmring\0\1", "little")
 VERSION = 1
 W_MAGIC, W_VERSION, W_CAPACITY, W_RECORD_BYTES, W_MODE, W_READER_TIMEOUT_NS, W_CREATED_NS = range(7)
 W_PUBLISHED, W_CLAIMED = 16, 32
-W_GATE, W_BLOCKED, W_RELEASED = 48, 49, 50
-"""Writer's own: the slowest reader it knows of, times it had to wait, readers it released."""
-W_WRITER_PID, W_WRITER_HEARTBEAT_NS, W_WRITERS, W_READERS_USED = 64, 65, 66, 80
+W_GATE, W_BLOCKED, W_RELEASED, W_JOINS_SEEN = 48, 49, 50, 51
+"""Writer's own: the slowest reader it knows of, times it had to wait, readers it released, the joins it knows of."""
+W_WRITER_PID, W_WRITER_HEARTBEAT_NS, W_WRITERS, W_READERS_USED, W_JOINS = 64, 65, 66, 80, 81
 _READERS_AT, _READER_WORDS = 128, 32
 R_CURSOR, R_STATE, R_HEARTBEAT_NS, R_MISSED, R_RELEASES, R_CHECK_UNTIL, R_POLLS, R_PID, R_NAME = 0, 16, 17, 18, 19, 20, 21, 22, 24
 _NAME_BYTES = (_READER_WORDS - R_NAME) * 8
@@ -120,7 +121,9 @@ def ring_free(ring: Any, wanted: Any) -> Any:
     if words[W_MODE] != _ZERO:
         return np.int64(capacity >> _TWO)
     held = words[W_PUBLISHED] - words[W_GATE]
-    if held + np.uint64(wanted) > capacity:
+    joins = load_acquire(words, W_JOINS)
+    if held + np.uint64(wanted) > capacity or joins != words[W_JOINS_SEEN]:  # a reader may have joined behind the gate
+        words[W_JOINS_SEEN] = joins
         held = words[W_PUBLISHED] - _slowest_reader(words)
     return np.int64(capacity) - np.int64(held) if held < capacity else np.int64(0)
 
@@ -284,6 +287,7 @@ def _rejoin(ring: Any, base: Any) -> Any:
     words[base + R_HEARTBEAT_NS] = np.uint64(monotonic_ns())
     store_release(words, base + R_STATE, _ACTIVE)
     full_fence()
+    fetch_add(words, W_JOINS, _ONE)
     words[base + R_CHECK_UNTIL] = load_acquire(words, W_PUBLISHED)
 
 
@@ -406,6 +410,7 @@ def _join(ring: Any, reader: Any, from_oldest: Any) -> Any:
         claimed, capacity = load_acquire(words, W_CLAIMED), words[W_CAPACITY]
         start = claimed - capacity if claimed > capacity else _ZERO
     store_release(words, base + R_CURSOR, start)
+    fetch_add(words, W_JOINS, _ONE)  # once more: the writer may have looked before the cursor was there
 
 
 # ---------------------------------------------------------------- errors

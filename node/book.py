@@ -56,6 +56,8 @@ PLAN = np.dtype([("word", "<u8"), ("slot", "<u4"), ("key", "<i4"), ("level", "<u
 assert (ORDER.itemsize, SIDE.itemsize, FAR.itemsize, PLAN.itemsize) == (16, 64, 32, 24)
 PLANS = 64
 """Events that may be planned ahead; one more place serves :func:`book_apply`, which plans and applies at once."""
+FAR_AHEAD, NEAR_AHEAD = 24, 8
+"""Events ahead at which a loop calls :func:`book_prefetch` and :func:`book_plan`."""
 
 
 class Refusal(IntEnum):
@@ -106,7 +108,7 @@ class Books(NamedTuple):
 
 _SEQUENTIAL, _RANDOM, _PER_INSTRUMENT = 0, 1, 2
 _ID_MODES = {"sequential": _SEQUENTIAL, "random": _RANDOM, "per_instrument": _PER_INSTRUMENT}
-_DISPLACED, _SPILLED, _FAR_FREE, _FAR_FRESH, _FAR_USED, _STATES = 0, 1, 2, 3, 4, 8
+_DISPLACED, _SPILLED, _FAR_FREE, _FAR_FRESH, _FAR_USED, _ORDERS, _STATES = 0, 1, 2, 3, 4, 5, 8
 _BS_BITS = 18
 _SLOT_BITS_MIN = 21
 _QTY_BITS = 40
@@ -815,6 +817,7 @@ def _new_order(books: Any, event: Any, bs: Any) -> Any:
         order.word = (_tag(books, hashed) << _TAG_SHIFT) | (order.word & _MARK) | _U(bs)
         order.key = _key_of_ticks(bs, _ticks_of(books.sides[bs], event.price))
         order.qty = event.qty
+        books.state[_ORDERS] += 1
         if _U(index) != _preferred(books, hashed):
             _note_displaced(books, index, hashed)
     return refusal
@@ -835,6 +838,7 @@ def _old_order(books: Any, event: Any, kind: Any, hash: Any, index: Any) -> Any:
         if (event.flags & _PRICED) == 0:
             event.price = _price_of(books.sides[bs], bs, key)
     order.qty = resting - qty
+    books.state[_ORDERS] -= qty == resting
     if qty == resting and _U(index) != _preferred(books, hash):
         _erase_displaced(books, index)
     _level_take(books, bs, key, _U(qty) + (_ONE_ORDER if qty == resting else _ZERO))
@@ -940,6 +944,7 @@ def _clear_orders(books: Any, first: Any, end: Any, side: Any) -> Any:
         # a spilled order that is erased may be replaced by a later one: look at the place again
         while order.qty != 0 and first <= bs < end and (side == NO_SIDE or bs & 1 == side):
             order.qty = 0
+            books.state[_ORDERS] -= 1
             if _U(at) >= slots or ((order.word >> _TAG_SHIFT) ^ _U(at)) & _THREE != _ZERO:
                 _erase_displaced(books, at)
             bs = _I(order.word & _BS_MASK)
@@ -1025,7 +1030,7 @@ def _side_named(books: Any, event: Any) -> Any:
 
 @inlined
 def book_prefetch(books: Any, event: Any) -> Any:
-    """Hint, to be given some 16 to 32 events ahead: the order and the side that an event names will be looked up."""
+    """Hint, to be given `FAR_AHEAD` events ahead: the order and the side that an event names will be looked up."""
     prefetch(books.orders, _I(_preferred(books, _order_named(books, event))))
     prefetch(books.sides, _I(_side_named(books, event)))
 
@@ -1051,7 +1056,7 @@ def _plan(books: Any, event: Any, plan: Any) -> Any:
 
 @inlined
 def book_plan(books: Any, event: Any, at: Any) -> Any:
-    """Look up some 4 to 12 events ahead what event number `at` is about, for :func:`book_apply_planned`, and ask for its level.
+    """Look up `NEAR_AHEAD` events ahead what event number `at` is about, for :func:`book_apply_planned`, and ask for its level.
 
     To be called after :func:`book_prefetch`. What happens in between does no harm: a plan that no longer holds is dropped.
     """
@@ -1088,7 +1093,9 @@ def _apply_usual(books: Any, event: Any, kind: Any, plan: Any) -> Any:
         return _I(-1)
     signed = (qty ^ ~adds) - ~adds
     left = resting + signed
-    after = before + signed + ((adds & _ONE_ORDER) - (_U(left == _ZERO) << _QTY_SHIFT))
+    more = (adds & _ONE) - _U(left == _ZERO)
+    after = before + signed + (more << _QTY_SHIFT)
+    books.state[_ORDERS] += _I(more)
     order.word = planned | (word & _MARK)
     order.key = key
     order.qty = left
@@ -1323,16 +1330,13 @@ def levels_count(books: Books, instrument: int) -> tuple[int, int]:
 def resting_orders(books: Books, instrument: int | None = None) -> int:
     """Number of resting orders of an instrument, or of all."""
     if instrument is None:
-        return int(np.count_nonzero(books.orders["qty"]))
+        return int(books.state[_ORDERS])
     return sum(level[2] for bs in (2 * instrument, 2 * instrument + 1) for level in _side_levels(books, bs))
 
 
 def counts(books: Books) -> dict[str, int]:
     """The counters by name: refusals by reason, window moves, tick refinements, crossed BBOs."""
     return {name: int(value) for name, value in zip(COUNTER_NAMES[1:], books.counters[1:], strict=True)}
-
-
-_AHEAD = 8
 
 
 @loop
@@ -1348,11 +1352,11 @@ def apply_events(books: Any, events: Any, results: Any, quotes: Any) -> Any:
         Number of quotes written.
     """
     written = _I(0)
-    for i in range(min(events.size, _AHEAD)):
+    for i in range(min(events.size, NEAR_AHEAD)):
         book_plan(books, events[_U(i)], i)
     for i in range(events.size):
-        if i + _AHEAD < events.size:
-            book_plan(books, events[_U(i + _AHEAD)], i + _AHEAD)
+        if i + NEAR_AHEAD < events.size:
+            book_plan(books, events[_U(i + NEAR_AHEAD)], i + NEAR_AHEAD)
         event = events[_U(i)]
         result = book_apply_planned(books, event, i)
         results[_U(i)] = min(result, _I(0))

@@ -44,8 +44,6 @@ from tickmesh.transports.toolbox import IDLE_MODES, zeros_aligned
 Progress = Callable[[str], None] | None
 _MIRROR_S = 0.1
 _TRIM_S = 1.0
-_COUNT_ORDERS_S = 2.0
-"""The table of orders is looked through this often, or less often if that takes more than a 200th of the time."""
 _STOP_S = 5.0
 _WAIT_S = 0.001
 _RECORD_BYTES = 72
@@ -77,7 +75,6 @@ class ShardThread:
         self._idle = idle
         self.retention: Retention | None = None
         self._latency, self._batch_events = telemetry.shard(number)[2:]
-        self._orders, self._orders_due = 0, 0.0
         self._module = live_loop(shard.module, len(inputs), BATCH_EVENTS, progress)
         self._thread = threading.Thread(target=self._run, name=f"shard-{number}", daemon=True)
         self.writer = output.writer
@@ -95,15 +92,6 @@ class ShardThread:
     def running(self) -> bool:
         """Whether the loop runs."""
         return self._thread.is_alive()
-
-    def orders(self) -> int:
-        """Resting orders, counted now and then."""
-        begun = time.monotonic()
-        if begun >= self._orders_due:
-            self._orders = resting_orders(self.shard.arrays.books)
-            ended = time.monotonic()
-            self._orders_due = ended + max(_COUNT_ORDERS_S, 200 * (ended - begun))
-        return self._orders
 
     def idle_rounds(self) -> int:
         """Rounds without input so far."""
@@ -555,7 +543,7 @@ def shard_numbers(shard: ShardThread) -> dict[str, int]:
         ShardCounter.JOURNAL_RECORDS: shard.journal.next_sequence if shard.journal else 0,
         ShardCounter.JOURNAL_DROPPED: shard.retention.dropped if shard.retention else 0,
         ShardCounter.CROSSED: np.count_nonzero(both & (bids >= asks)),
-        ShardCounter.ORDERS: shard.orders(),
+        ShardCounter.ORDERS: resting_orders(arrays.books),
         ShardCounter.OUTPUT_LAG: shard.output.lag,
     }
     return {counter.name.lower(): int(value) for counter, value in numbers.items()}

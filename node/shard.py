@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from tickmesh.node.book import FAR_AHEAD, NEAR_AHEAD
 from tickmesh.node.calculation import SERIES, Instance
 from tickmesh.node.event import Kind
 from tickmesh.node.loops import step_loop
@@ -27,8 +28,6 @@ from tickmesh.transports.ring import RingArrays
 
 BATCH_EVENTS = 128
 """Events handed from the decoder to the loop at once: 8 KiB, a quarter of a first-level cache."""
-_FAR, _NEAR = 24, 8
-"""Events of look-ahead at which the loop asks for an order's and a level's cache line."""
 
 _IMPORTS = """\
 # Shard loop, generated from the configuration. Calculations: {names}
@@ -336,7 +335,7 @@ class _Generator:
         for trigger in ("trade", "bbo", "order", "timer"):
             self._listeners(trigger)
         self._event()
-        self.out.lines.append(_LOOPS.format(room=self.room, claim=64 * self.room, far=_FAR, near=_NEAR))
+        self.out.lines.append(_LOOPS.format(room=self.room, claim=64 * self.room, far=FAR_AHEAD, near=NEAR_AHEAD))
         return self.out.text()
 
     def _imports(self) -> None:

@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tickmesh.node.book import Books, counts, make_books, top
+from tickmesh.node.book import FAR_AHEAD, NEAR_AHEAD, Books, counts, make_books, top
 from tickmesh.node.decoder import load_decoder, make_feed
 from tickmesh.node.event import EVENT
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.protocol import Framing, Spec, load_framing, load_spec
+from tickmesh.node.shard import BATCH_EVENTS
 from tickmesh.ops.cpp_peer import built_peers
 from tickmesh.ops.itch_writer import (
     FRAME_BYTES_MAX,
@@ -42,9 +43,7 @@ from tickmesh.transports.toolbox import inlined, loop, zeros_aligned
 
 Result = dict[str, Any]
 Image = npt.NDArray[np.uint8]
-BATCH = 128
-FAR_AHEAD = 24
-NEAR_AHEAD = 8
+BATCH = BATCH_EVENTS
 _PREFIX = 20_000
 _TARGET = 1.9
 _ORDERS_PER_SYMBOL = 128

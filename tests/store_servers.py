@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from tickmesh.control.consul_store import ConsulOptions, ConsulStore
 from tickmesh.control.kv_store import KvStore
 from tickmesh.control.store import Snapshot, Store, Watch
-from tickmesh.ops.servers import NatsServer, NatsServerOptions
+from tickmesh.ops.servers import ConsulServer, ConsulServerOptions, NatsServer, NatsServerOptions, ServerBinaryMissing
 from tickmesh.transports.nats import Login, connect
 
 CONFIRM_S = 0.5
@@ -72,21 +73,53 @@ class KvServer(StoreServer):
             await link.close()
 
 
-KINDS: dict[str, Callable[[Path], StoreServer]] = {"kv": KvServer}
+class ConsulDevServer(StoreServer):
+    """A Consul agent that forgets everything at a restart, and then counts from the beginning."""
+
+    keeps_data = False
+
+    def __init__(self, folder: Path) -> None:
+        self.process = ConsulServer(ConsulServerOptions(folder, keep_data=self.keeps_data)).start()
+
+    @asynccontextmanager
+    async def store(self) -> AsyncIterator[Store]:
+        store = ConsulStore(ConsulOptions(port=self.process.port, confirm_s=CONFIRM_S, timeout_s=1.0))
+        try:
+            yield store
+        finally:
+            await store.close()
+
+
+class ConsulKeepingServer(ConsulDevServer):
+    """A Consul agent that keeps its data."""
+
+    keeps_data = True
+
+
+KINDS: dict[str, Callable[[Path], StoreServer]] = {"kv": KvServer, "consul": ConsulDevServer}
+OWN_KINDS = KINDS | {"consul-on-disk": ConsulKeepingServer}
+
+
+def start(kind: str, folder: Path) -> StoreServer:
+    """A running server; skips the test if this host has no such program."""
+    try:
+        return OWN_KINDS[kind](folder)
+    except ServerBinaryMissing as missing:
+        pytest.skip(str(missing))
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
     """One server for a module's tests; each test uses keys of its own."""
-    made = KINDS[request.param](tmp_path_factory.mktemp("store"))
+    made = start(request.param, tmp_path_factory.mktemp("store"))
     yield made
     made.close()
 
 
-@pytest.fixture(params=list(KINDS))
+@pytest.fixture(params=list(OWN_KINDS))
 def own_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StoreServer]:
     """A server of the test's own, to kill and pause."""
-    made = KINDS[request.param](tmp_path / "store")
+    made = start(request.param, tmp_path / "store")
     yield made
     made.close()
 

@@ -120,8 +120,11 @@ class KvStore(Store):
             rng: for jitter.
 
         Raises:
+            ValueError: the client buffers what is written while it is disconnected.
             StoreUnavailable: nobody answers, or the server cannot make such a bucket.
         """
+        if client._max_pending_size > 0:
+            raise ValueError("this NATS client would send writes late, after a lost connection: make it with pending_size=0")
         store = cls(client, bucket, confirm_s=confirm_s, timeout_s=timeout_s, rng=rng)
         config = StreamConfig(
             name=store._stream,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import nats
 import pytest
 from nats_fixtures import ConfiguredServer, cluster, nats_cluster, nats_server
 from store_servers import contract, until
@@ -42,6 +43,16 @@ async def test_a_bucket_made_anew_does_not_take_the_last_good_keys_away(nats_ser
     finally:
         await store.close()
         await link.close()
+
+
+@contract
+async def test_a_client_that_writes_late_is_not_taken(nats_server: NatsServer, cluster: str) -> None:
+    client = await nats.connect(nats_server.url)
+    try:
+        with pytest.raises(ValueError, match="pending_size"):
+            await KvStore.open(client, cluster)
+    finally:
+        await client.close()
 
 
 @contract

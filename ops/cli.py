@@ -107,9 +107,11 @@ app = typer.Typer(
 node_app = typer.Typer(help="Run a node.", no_args_is_help=True, rich_markup_mode=None)
 config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True, rich_markup_mode=None)
 journal_app = typer.Typer(help="Look into journals.", no_args_is_help=True, rich_markup_mode=None)
+servers_app = typer.Typer(help="Programs of the servers that tickmesh starts itself.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(node_app, name="node")
 app.add_typer(config_app, name="config")
 app.add_typer(journal_app, name="journal")
+app.add_typer(servers_app, name="servers")
 
 
 def _shown_version(asked: bool) -> None:
@@ -458,6 +460,29 @@ def journal_verify(folder: JournalFolder, as_json: AsJson = False) -> None:
 
 
 # ---------------------------------------------------------------- the reference page
+
+
+@servers_app.command("install", cls=_Command)
+def servers_install(
+    programs: Annotated[list[str] | None, typer.Argument(metavar="[PROGRAM]...", help="consul, toxiproxy; none: both.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Get Consul and Toxiproxy, if this host lacks them.
+
+    They go into the user's cache folder. Consul is Debian's package, Toxiproxy is built by Go; nothing else on the host changes.
+    """
+    from tickmesh.ops.servers_install import PROGRAMS, install
+
+    unknown = [name for name in programs or [] if name not in PROGRAMS]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(PROGRAMS)}", param_hint="PROGRAM")
+    found = install(programs or [], _progress(quiet))
+    if as_json:
+        _print_json([{"name": one.name, "path": str(one.path), "installed": not one.before} for one in found])
+    else:
+        for one in found:
+            print(f"{one.name}  {one.path}{'' if one.before else '  (installed)'}")
 
 
 @app.command(hidden=True)

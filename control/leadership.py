@@ -1,0 +1,558 @@
+"""Leadership: which node leads a shard, under which epoch, and who takes over.
+
+Each shard has a lease in the store; who holds it leads, and the lease's epoch is the fencing token that every output carries. A node tends
+all shards that it has a replica of (:mod:`tickmesh.control.placement`). It campaigns for one whose lease is free, and for one whose leader
+is suspected (:mod:`tickmesh.control.heartbeats`): it deposes the suspect, takes the lease, and tells the node to lead. The candidate whose
+journal is longest goes first, the others wait, so that what was released on a standby's word is not lost.
+
+Suspicion may be wrong: a deposed leader that still runs cannot write, since the output stream and the store refuse its epoch.
+
+When the store cannot be asked, leaders go on for `grace_s` (the output stream still fences them) and nobody new is elected.
+
+Keys, below the cluster's root:
+
+    shards/<n>/lease    who leads: :class:`Holder`, as JSON
+    shards/<n>/move     an operator's, or a leaving leader's wish: :class:`Move`, as JSON
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
+
+from tickmesh.control.heartbeats import Heartbeats
+from tickmesh.control.placement import replicas_of
+from tickmesh.control.store import Backoff, Delete, Lease, LeaseHeld, Put, Snapshot, Store, StoreError, Watch, end_task
+
+LeaderState = Literal["standby", "campaigning", "leading", "leading_without_store", "draining"]
+
+
+# ---------------------------------------------------------------- what is in the store
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The value of a lease: the leader.
+
+    Attributes:
+        node, incarnation: the process.
+        address: where it offers its journals, ``host:port``.
+    """
+
+    node: str
+    incarnation: str
+    address: str = ""
+
+    def encode(self) -> bytes:
+        """As JSON."""
+        return json.dumps(asdict(self)).encode()
+
+
+@dataclass(frozen=True)
+class Move:
+    """A wish that another node leads a shard.
+
+    Attributes:
+        to: the node; as long as the wish stands it is also the first that takes the shard when its lease is free.
+        by: who wishes it.
+    """
+
+    to: str
+    by: str = ""
+
+    def encode(self) -> bytes:
+        """As JSON."""
+        return json.dumps(asdict(self)).encode()
+
+
+def lease_key(root: str, shard: int) -> str:
+    """Key of a shard's lease; `root` ends with ``/``."""
+    return f"{root}shards/{shard}/lease"
+
+
+def move_key(root: str, shard: int) -> str:
+    """Key of the wish to move a shard's leadership."""
+    return f"{root}shards/{shard}/move"
+
+
+def _read(kind: type[Any], value: bytes) -> Any:
+    """A Holder or Move from JSON; None if it is none (a person may have written it)."""
+    try:
+        found = json.loads(value)
+        return kind(**{name: str(found[name]) for name in kind.__dataclass_fields__ if name in found})
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+# ---------------------------------------------------------------- what the node does
+
+
+class TakeoverRefused(Exception):
+    """A node cannot lead a shard now.
+
+    Attributes:
+        shard: the shard.
+        reason: why, e.g. its journal ends before what the output stream holds.
+    """
+
+    def __init__(self, shard: int, reason: str) -> None:
+        super().__init__(f"shard {shard} cannot be led here: {reason}")
+        self.shard, self.reason = shard, reason
+
+
+class Replicas(Protocol):
+    """The node's side: what leadership tells it. All calls of one shard come one after the other."""
+
+    async def host(self, shards: frozenset[int]) -> None:
+        """These are the shards that the node has replicas of from now on. It may keep what it has of others until they are elsewhere."""
+
+    async def follow(self, shard: int, leader: Holder | None, epoch: int) -> None:
+        """Be a standby of this leader (None: there is none yet). Called again when the leader changes."""
+
+    async def lead(self, shard: int, epoch: int) -> None:
+        """Take over: fence the output stream, go on with the feed. Called again with a higher epoch while leading: fence anew.
+
+        Raises:
+            TakeoverRefused: it cannot.
+        """
+
+    async def stop_leading(self, shard: int, reason: str) -> None:
+        """Stop at once; somebody else may lead already."""
+
+    async def hand_over(self, shard: int, to: str) -> bool:
+        """Take no more input, let the standby `to` have everything, store all outputs. False, and lead on, if that did not work out."""
+
+
+@dataclass(frozen=True)
+class LeadershipOptions:
+    """How to lead.
+
+    Attributes:
+        root: prefix of the cluster's keys, ending with ``/``.
+        shards: how many there are.
+        replicas: wanted per shard.
+        lease_ttl_s: of a lease; Consul takes 10 s and more. Not what failover waits for, but what ends a leader that nobody watches.
+        stagger_ms: how long each further candidate waits for those before it.
+        settle_ms: how long the first campaign after the start waits for others to be heard.
+        grace_s: how long leaders go on without the store.
+        pick_timeout_s: how long the named successor of a move has, before others may take the shard.
+    """
+
+    root: str
+    shards: int
+    replicas: int = 2
+    lease_ttl_s: float = 10.0
+    stagger_ms: float = 60.0
+    settle_ms: float = 500.0
+    grace_s: float = 60.0
+    pick_timeout_s: float = 2.0
+
+
+@dataclass
+class ShardLeadership:
+    """How a shard stands on this node.
+
+    Attributes:
+        state: see :data:`LeaderState`.
+        epoch: of the leadership that it leads or follows; 0: none yet.
+        leader: as the store says.
+        reason: what happened last, for people.
+        takeovers: times that this node took the shard over.
+    """
+
+    state: LeaderState = "standby"
+    epoch: int = 0
+    leader: Holder | None = None
+    reason: str = ""
+    takeovers: int = 0
+
+
+@dataclass
+class _Tended:
+    """A shard that we tend."""
+
+    number: int
+    status: ShardLeadership = field(default_factory=ShardLeadership)
+    lease: Lease | None = None
+    storeless_s: float | None = None
+    ended_epoch: int = 0
+    fenced: bool = False
+    free_since_s: float | None = None
+    suspect_since_s: float | None = None
+    followed: tuple[Holder | None, int] | None = None
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    backoff: Backoff = field(default_factory=lambda: Backoff(first_s=0.02, last_s=1.0))
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def leading(self) -> bool:
+        return self.status.state in ("leading", "leading_without_store", "draining")
+
+
+class Leadership:
+    """Tends this node's shards. :meth:`start`, then :meth:`changed` whenever heartbeats or members change, then :meth:`close`.
+
+    Args:
+        store: the cluster's; this object's own watches are made on it.
+        heartbeats: started, of the same node.
+        replicas: the node.
+        members: gives the names of the nodes that may hold replicas, with their weights.
+        address: where this node offers its journals.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        heartbeats: Heartbeats,
+        replicas: Replicas,
+        members: Callable[[], Awaitable[Mapping[str, float]]],
+        options: LeadershipOptions,
+        address: str = "",
+    ) -> None:
+        self.options, self._store, self._beats, self._replicas, self._members = options, store, heartbeats, replicas, members
+        self._holder = Holder(heartbeats.node, heartbeats.incarnation, address)
+        self._tended: dict[int, _Tended] = {}
+        self._placed: dict[int, tuple[str, ...]] = {}
+        self._watch: Watch | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._started_s = 0.0
+        self._closing = False
+
+    async def start(self) -> None:
+        """Begin: everything else happens by itself."""
+        self._started_s = time.monotonic()
+        self._watch = self._store.watch(f"{self.options.root}shards/")
+        self._tasks = [
+            asyncio.create_task(self._follow_store(), name="leadership store"),
+            asyncio.create_task(self._follow_members(), name="leadership members"),
+        ]
+
+    async def close(self, *, hand_over: bool = True) -> None:
+        """Stop. Shards that are led are handed over to a standby first, if one is ready; leases are released."""
+        self._closing = True
+        for task in self._tasks:
+            await end_task(task)
+        for one in self._tended.values():
+            if one.task is not None:
+                await end_task(one.task)
+        leaving = [self._leave(one, hand_over) for one in self._tended.values() if one.leading]
+        await asyncio.gather(*leaving, return_exceptions=True)
+        if self._watch is not None:
+            await self._watch.close()
+
+    def changed(self) -> None:
+        """Heartbeats or members have changed: look at every shard now."""
+        for one in self._tended.values():
+            one.wake.set()
+
+    def status(self, shard: int) -> ShardLeadership | None:
+        """How a shard stands here; None if this node has no replica of it."""
+        one = self._tended.get(shard)
+        return one.status if one else None
+
+    @property
+    def hosted(self) -> frozenset[int]:
+        """The shards that this node has replicas of."""
+        return frozenset(self._tended)
+
+    def fenced(self, shard: int) -> None:
+        """The output stream has refused this node's epoch: somebody else leads, whatever the store says so far."""
+        one = self._tended.get(shard)
+        if one is not None and one.leading:
+            one.status.reason = "the output stream has been fenced by another leader"
+            one.fenced = True
+            one.wake.set()
+
+    # -- what is read
+
+    async def _follow_store(self) -> None:
+        assert self._watch is not None
+        async for _ in self._watch:
+            self.changed()
+
+    @property
+    def _snapshot(self) -> Snapshot | None:
+        return self._watch.snapshot if self._watch else None
+
+    async def _follow_members(self) -> None:
+        """Place the shards again whenever the members change."""
+        pause = Backoff(first_s=0.1, last_s=1.0)
+        while True:
+            with contextlib.suppress(StoreError):  # then as before
+                await self._place(await self._members())
+            await pause.wait()
+
+    async def _place(self, members: Mapping[str, float]) -> None:
+        if not members:
+            return
+        wished = {shard: move.to for shard in range(self.options.shards) if (move := self._move(shard)) is not None}
+        placed = {s: replicas_of(s, members, self.options.replicas, wished.get(s)) for s in range(self.options.shards)}
+        if placed == self._placed:
+            return
+        self._placed = placed
+        mine = {shard for shard, nodes in placed.items() if self._beats.node in nodes}
+        keep = {one.number for one in self._tended.values() if one.leading}  # a leader leaves by handing over, not by arithmetic
+        await self._replicas.host(frozenset(mine | keep))
+        for shard in mine - set(self._tended):
+            one = self._tended[shard] = _Tended(shard)
+            one.task = asyncio.create_task(self._tend(one), name=f"leadership of shard {shard}")
+        for shard in set(self._tended) - mine - keep:
+            one = self._tended.pop(shard)
+            if one.task is not None:
+                await end_task(one.task)
+        self.changed()
+
+    def _entry(self, shard: int) -> tuple[Holder | None, int]:
+        """Leader and epoch as the store says; (None, 0) if the lease is free."""
+        found = self._snapshot.entries.get(lease_key(self.options.root, shard)) if self._snapshot else None
+        if found is None:
+            return None, 0
+        return _read(Holder, found.value) or Holder("?", ""), found.epoch or found.version
+
+    def _move(self, shard: int) -> Move | None:
+        found = self._snapshot.entries.get(move_key(self.options.root, shard)) if self._snapshot else None
+        return _read(Move, found.value) if found is not None else None
+
+    # -- one shard
+
+    async def _tend(self, one: _Tended) -> None:
+        while True:
+            one.wake.clear()
+            wait_s: float | None = 1.0
+            try:
+                wait_s = await (self._lead_on(one) if one.leading else self._stand_by(one))
+                if wait_s is None:
+                    one.backoff.reset()
+            except Exception as error:  # of the store or of the node: whatever it is, a shard stays tended
+                one.status.reason = str(error) or type(error).__name__
+                await one.backoff.wait()
+                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.5 if wait_s is None else wait_s):
+                    await one.wake.wait()
+
+    async def _stand_by(self, one: _Tended) -> float | None:
+        """Follow the leader, or campaign if it is our turn; returns how long to wait for our turn."""
+        snapshot = self._snapshot
+        if snapshot is None or snapshot.stale:
+            return None  # nobody is elected without the store
+        leader, epoch = self._entry(one.number)
+        if epoch and epoch <= one.ended_epoch:
+            return None  # our own lease, given up; the store's news of that are under way
+        one.status.leader, one.status.epoch = leader, epoch
+        if leader is not None and leader.node == self._holder.node:
+            return await self._campaign(one, "it was led by this node before", epoch)
+        if leader is not None:
+            one.free_since_s = None
+            if one.followed != (leader, epoch):
+                await self._replicas.follow(one.number, leader, epoch)
+                one.followed = (leader, epoch)
+            reason = self._dead(leader)
+            if not reason:
+                one.suspect_since_s = None
+                return None
+            one.suspect_since_s = one.suspect_since_s or time.monotonic()
+            return await self._in_turn(one, one.suspect_since_s, f"{leader.node}: {reason}", epoch)
+        one.suspect_since_s = None
+        one.free_since_s = one.free_since_s or time.monotonic()
+        return await self._in_turn(one, one.free_since_s, "nobody led it", 0)
+
+    def _dead(self, leader: Holder) -> str:
+        """Why the leader is thought dead; empty if it is not."""
+        if self._beats.cut_off:
+            return ""
+        beat = self._beats.beat(leader.node)
+        if beat is not None and beat.incarnation != leader.incarnation:
+            return "its process has been restarted"
+        if beat is None and time.monotonic() - self._started_s < self.options.settle_ms / 1000:
+            return ""
+        return self._beats.suspected(leader.node)
+
+    async def _in_turn(self, one: _Tended, since_s: float, reason: str, epoch: int) -> float | None:
+        """Campaign if the candidates before us have had their time."""
+        if self._beats.cut_off:
+            return None
+        beat = self._beats.beat(self._holder.node)
+        mine = beat.shards.get(one.number) if beat else None
+        if mine is None or not mine.ready:
+            return 0.02
+        now = time.monotonic()
+        move = self._move(one.number)
+        delay_s = self._rank(one.number) * self.options.stagger_ms / 1000
+        if move is not None and epoch == 0:
+            delay_s = 0.0 if move.to == self._holder.node else delay_s + self.options.pick_timeout_s
+        elif epoch == 0:
+            settled_s = self._started_s + self.options.settle_ms / 1000
+            delay_s = max(delay_s, settled_s - since_s if len(self._placed[one.number]) > 1 else 0.0)
+        if now < since_s + delay_s:
+            return since_s + delay_s - now
+        return await self._campaign(one, reason, epoch)
+
+    def _ready(self, shard: int, node: str) -> bool:
+        """Whether a node says that it could lead the shard."""
+        beat = self._beats.beat(node)
+        known = beat.shards.get(shard) if beat and not self._beats.suspected(node) else None
+        return known is not None and known.ready
+
+    def _position(self, shard: int, node: str) -> int:
+        beat = self._beats.beat(node)
+        return beat.shards[shard].position if beat and shard in beat.shards else 0
+
+    def _rank(self, shard: int) -> int:
+        """How many living candidates go before us: those with longer journals, then by placement."""
+        places = self._placed.get(shard, ())
+        ranked = []
+        for place, node in enumerate(places):
+            if self._ready(shard, node):
+                ranked.append((-self._position(shard, node), place, node))
+        order = [node for _, _, node in sorted(ranked)]
+        return order.index(self._holder.node) if self._holder.node in order else len(places)
+
+    async def _campaign(self, one: _Tended, reason: str, epoch: int) -> float | None:
+        """Take the lease, deposing who has it, and lead."""
+        key = lease_key(self.options.root, one.number)
+        one.status.state = "campaigning"
+        lease: Lease | None = None
+        try:
+            if epoch:
+                await self._store.depose(key, epoch)
+            lease = await self._store.acquire(key, self._holder.encode(), self.options.lease_ttl_s)
+            await self._begin(one, lease, reason)
+        except LeaseHeld as held:
+            one.status.state, one.status.reason = "standby", str(held)
+            return 0.05
+        except TakeoverRefused as refused:
+            one.status.state, one.status.reason = "standby", refused.reason
+            one.free_since_s = time.monotonic() + self.options.pick_timeout_s  # others first
+            if lease is not None:
+                one.ended_epoch = lease.epoch
+                await lease.release()
+            return 0.2
+        except BaseException:
+            if not one.leading:
+                one.status.state = "standby"
+            if lease is not None and one.lease is not lease:
+                one.ended_epoch = lease.epoch
+                with contextlib.suppress(StoreError):
+                    await lease.release()
+            raise
+        return None
+
+    async def _begin(self, one: _Tended, lease: Lease, reason: str) -> None:
+        await self._replicas.lead(one.number, lease.epoch)
+        one.lease, one.followed, one.free_since_s, one.suspect_since_s, one.storeless_s, one.fenced = lease, None, None, None, None, False
+        one.status = ShardLeadership("leading", lease.epoch, self._holder, reason, one.status.takeovers + 1)
+        move = self._move(one.number)
+        if move is not None and move.to == self._holder.node:
+            with contextlib.suppress(StoreError):
+                await self._store.delete(move_key(self.options.root, one.number))
+
+    async def _lead_on(self, one: _Tended) -> float | None:
+        """Look whether we still lead; hand over if somebody wishes that."""
+        assert one.lease is not None
+        leader, epoch = self._entry(one.number)
+        snapshot = self._snapshot
+        fresh = snapshot is not None and not snapshot.stale
+        if fresh and leader is not None and epoch > one.lease.epoch:
+            return await self._step_down(one, f"{leader.node} leads under epoch {epoch}")
+        if one.fenced:
+            return await self._step_down(one, one.status.reason)
+        if not one.lease.held:
+            return await self._without_lease(one)
+        one.storeless_s = None
+        one.status.state = "leading"
+        move = self._move(one.number)
+        if fresh and move is not None and move.to != self._holder.node:
+            if not self._ready(one.number, move.to):
+                one.status.reason = f"is to be handed over to {move.to}, which is not ready"
+                return 0.05
+            await self._hand_over(one, move.to)
+            return 0.0
+        return None
+
+    async def _without_lease(self, one: _Tended) -> float | None:
+        """The lease has run out. Take it again if it is free; go on for the grace if the store cannot be asked; else step down."""
+        now = time.monotonic()
+        if one.storeless_s is None:
+            one.storeless_s = now
+            one.status.state, one.status.reason = "leading_without_store", "the lease has run out; looking whether the store can be asked"
+        try:
+            lease = await self._store.acquire(lease_key(self.options.root, one.number), self._holder.encode(), self.options.lease_ttl_s)
+        except LeaseHeld as held:
+            if held.epoch != (one.lease.epoch if one.lease else 0):
+                return await self._step_down(one, str(held))
+            return 0.2  # our own, that the store has not ended yet
+        except StoreError as error:
+            one.status.reason = f"goes on without the store: {error}"
+            if now - one.storeless_s > self.options.grace_s:
+                return await self._step_down(one, f"the store has been away for more than {self.options.grace_s} s")
+            return 0.2
+        try:
+            await self._begin(one, lease, "took the lease again after the store was away")
+        except TakeoverRefused as refused:
+            one.ended_epoch = lease.epoch
+            await lease.release()
+            return await self._step_down(one, refused.reason)
+        return None
+
+    async def _step_down(self, one: _Tended, reason: str) -> float | None:
+        await self._replicas.stop_leading(one.number, reason)
+        await self._give_up_lease(one)
+        one.status.state, one.status.reason = "standby", reason
+        return 0.0
+
+    async def _give_up_lease(self, one: _Tended) -> None:
+        if one.lease is not None:
+            one.ended_epoch = max(one.ended_epoch, one.lease.epoch)
+            with contextlib.suppress(StoreError):
+                await one.lease.release()
+        one.lease, one.followed, one.storeless_s, one.fenced = None, None, None, False
+
+    # -- handing over
+
+    def _successor(self, shard: int) -> str | None:
+        """The readiest standby."""
+        standbys = [node for node in self._placed.get(shard, ()) if node != self._holder.node and self._ready(shard, node)]
+        return max(standbys, key=lambda node: self._position(shard, node), default=None)
+
+    async def _hand_over(self, one: _Tended, to: str) -> bool:
+        """Planned: the successor has everything before the lease is free, and the wish names it, so that nobody else takes it."""
+        one.status.state = "draining"
+        done = await self._replicas.hand_over(one.number, to)
+        if not done or one.lease is None:
+            one.status.state, one.status.reason = "leading", f"{to} could not take over: it is not a standby that has everything"
+            with contextlib.suppress(StoreError):
+                await self._store.delete(move_key(self.options.root, one.number))
+            return False
+        await self._replicas.stop_leading(one.number, f"handed over to {to}")
+        await self._give_up_lease(one)
+        one.free_since_s = time.monotonic()
+        one.status.state, one.status.reason = "standby", f"handed over to {to}"
+        return True
+
+    async def _leave(self, one: _Tended, hand_over: bool) -> None:
+        """Before the node stops."""
+        to = self._successor(one.number) if hand_over else None
+        if to is not None and one.lease is not None and one.lease.held:
+            with contextlib.suppress(StoreError):
+                wish = Put(move_key(self.options.root, one.number), Move(to, self._holder.node).encode())
+                await self._store.transaction([wish], lease=one.lease)
+                if await self._hand_over(one, to):
+                    return
+        await self._replicas.stop_leading(one.number, "the node stops")
+        await self._give_up_lease(one)
+
+
+async def request_move(store: Store, root: str, shard: int, to: str, by: str) -> None:
+    """Ask that a shard's leadership moves to a node. Raises as :meth:`Store.put`."""
+    await store.put(move_key(root, shard), Move(to, by).encode())
+
+
+async def withdraw_move(store: Store, root: str, shard: int) -> None:
+    """Take the wish back."""
+    await store.transaction([Delete(move_key(root, shard))])

@@ -12,10 +12,10 @@ run: $(STAMP)
 	@$(BIN)/tickmesh up $(if $(CAPTURE),--capture $(CAPTURE)) $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(STAMP)
-	@$(BIN)/python -m pytest -m "not slow" -x
+	@$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" -x
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

@@ -280,11 +280,11 @@ def emit_gap(arb: Any, out: Any, n: Any) -> Any:
 
 @outlined
 def emit_clear(arb: Any, out: Any, n: Any) -> Any:
-    """Write the CLEAR event (all instruments, both sides) of a new session; returns the new `n`."""
+    """Write the CLEAR event (all instruments, both sides) of a new session, which its `id` tells; returns the new `n`."""
     s = arb.state
     s[CLEAR_DUE] = 0
     e = out[n]
     e.seq, e.ts_event, e.ts_recv = np.uint64(0), s[NOW], s[NOW]
     e.instrument, e.kind, e.side, e.flags = _ALL, _CLEAR, _NO_SIDE, np.uint16(0)
-    e.price, e.qty, e.id, e.aux = 0, 0, np.uint64(0), 0
+    e.price, e.qty, e.id, e.aux = 0, 0, np.uint64(s[SESSION]), 0
     return n + 1

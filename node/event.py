@@ -87,7 +87,7 @@ class Kind(IntEnum):
     MODIFY = 6
     """Order `id` keeps its id; `price` and `qty` are new (side too, if it is 0 or 1)."""
     CLEAR = 7
-    """Empty one side (side 0/1) or both (side 2); the book is no longer stale."""
+    """Empty one side (side 0/1) or both (side 2); the book is no longer stale. Of a whole source: a new session of the venue, `id`."""
     LEVEL = 8
     """Set the quantity at `price` to `qty` (0 removes the level): books by level."""
     TRADE = 9

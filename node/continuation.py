@@ -1,0 +1,195 @@
+"""How a shard goes on with its sources on another node: ids that do not depend on the node, and where in each source the journal ends.
+
+Every node numbers instruments as they appear to it. A shard numbers its own, in the order in which its journal meets them, so that a
+journal means the same everywhere: :func:`localize` turns the one into the other before an event is journalled.
+
+A standby receives the same feeds as its leader, and throws away what the leader's journal has already (:func:`trim`). When it takes over,
+it goes on after the last event that the journal has (:func:`resume`): by the source's own sequence, and among events of one message by
+count. Timers are judged by their time, since silence is not measured alike on two hosts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tickmesh.node.event import ALL_INSTRUMENTS, NO_INSTRUMENT, Kind
+from tickmesh.transports.ring import ring_available, ring_read_slot, ring_release
+from tickmesh.transports.toolbox import copy_record, inlined, outlined
+
+POSITION = np.dtype(
+    [
+        ("sequence", "<u8"),
+        ("same", "<i8"),
+        ("session", "<u8"),
+        ("timer_ns", "<i8"),
+        ("own_session", "<u8"),
+        ("resuming", "<i8"),
+        ("left", "<i8"),
+    ]
+)
+"""Where a journal stands in a source: the last sequence and how many events with it, the venue's session (the `id` of the last CLEAR of the
+whole source, 0 before the first), the time of the last timer (ns, the source's clock). And of this node's own receiver: the session that
+its ring begins in; while a new leader looks for its place, `resuming` is not 0, `left` events of the last sequence are to be skipped."""
+
+_CLEAR, _REFERENCE, _GAP, _TIMER, _CONFIG, _CODE = (
+    np.uint8(kind) for kind in (Kind.CLEAR, Kind.REFERENCE, Kind.GAP, Kind.TIMER, Kind.CONFIG, Kind.CODE)
+)
+_ALL, _NONE = np.uint32(ALL_INSTRUMENTS), np.uint32(NO_INSTRUMENT)
+_U = np.uint64
+UNSEEN = np.uint32(NO_INSTRUMENT)
+"""In a table of ids: the shard has not met the instrument."""
+
+
+def make_ids(instruments_max: int) -> tuple[Any, Any]:
+    """A shard's table of ids (u32 by the node's id), and i64[1], how many it has given."""
+    return np.full(instruments_max, UNSEEN, np.uint32), np.zeros(1, np.int64)
+
+
+def make_positions(sources: int) -> Any:
+    """POSITION[sources], at the beginning of every source."""
+    return np.zeros(sources, POSITION)
+
+
+@inlined
+def localize(ids: Any, given: Any, batch: Any, count: Any) -> None:
+    """Give the events of ``batch[:count]`` the shard's ids in place of the node's; an instrument that is new gets the next one."""
+    for i in range(count):
+        event = batch[i]
+        if event.instrument < np.uint32(ids.size):
+            known = ids[event.instrument]
+            if known == UNSEEN:
+                known = np.uint32(given[0])
+                ids[event.instrument] = known
+                given[0] += 1
+            event.instrument = known
+
+
+@inlined
+def _is_whole(event: Any) -> Any:
+    return event.instrument == _ALL
+
+
+@inlined
+def advance(position: Any, event: Any) -> None:
+    """Take note of an event of a source that the journal has now."""
+    if event.kind == _TIMER:
+        position.timer_ns = max(position.timer_ns, event.ts_event)
+        return
+    if event.kind == _CLEAR and _is_whole(event):  # a new session counts from the beginning
+        position.sequence = _U(0)
+        position.same = np.int64(0)
+        position.session = event.id
+    elif event.kind == _GAP and _is_whole(event):
+        if _U(event.aux) > position.sequence:
+            position.sequence = _U(event.aux)
+            position.same = np.int64(0)
+    elif event.seq > position.sequence:
+        position.sequence = event.seq
+        position.same = np.int64(1)
+    elif event.seq == position.sequence:
+        position.same += 1
+
+
+@inlined
+def source_of(info: Any, event: Any) -> Any:
+    """Number of the source of an event that a shard has taken; -1 if it has none, or it cannot be known."""
+    if event.kind == _CONFIG:
+        return np.int64(-1)
+    if _is_whole(event):
+        return event.price
+    if event.kind == _REFERENCE or event.kind == _CODE:
+        return np.int64(event.flags)
+    if event.instrument < np.uint32(info.size) and info[event.instrument].tick_size != 0:
+        return np.int64(info[event.instrument].source)
+    return np.int64(-1)
+
+
+@inlined
+def follow_positions(positions: Any, info: Any, batch: Any, count: Any) -> None:
+    """After the step over ``batch[:count]`` of a leader's journal: where each source stands."""
+    for i in range(count):
+        source = source_of(info, batch[i])
+        if 0 <= source < positions.size:
+            advance(positions[source], batch[i])
+
+
+@outlined
+def resume(position: Any, batch: Any, count: Any) -> Any:
+    """Take out of ``batch[:count]``, events of one source as its receiver gave them, what the journal has already; returns how many stay.
+
+    `position` is POSITION[1]. A gap that begins before the place and ends after it is cut; a session that is newer than the place is
+    taken from its beginning. From the first event that stays, everything stays.
+    """
+    at = position[0]
+    kept = np.int64(0)
+    for i in range(count):
+        event = batch[i]
+        if at.resuming != 0:
+            if event.kind == _TIMER:
+                if event.ts_event <= at.timer_ns:
+                    continue
+            elif at.own_session != at.session:
+                if event.kind == _CLEAR and _is_whole(event):
+                    at.own_session = event.id
+                continue
+            elif event.kind == _CLEAR and _is_whole(event):
+                at.resuming = 0
+            elif event.kind == _GAP and _is_whole(event):
+                if _U(event.aux) <= at.sequence:
+                    continue
+                event.id = max(event.id, at.sequence + _U(1))
+                at.resuming = 0
+            elif event.seq < at.sequence:
+                continue
+            elif event.seq == at.sequence and at.left > 0:
+                at.left -= 1
+                continue
+            else:
+                at.resuming = 0
+        if kept != i:
+            copy_record(batch, kept, batch, i)
+        kept += 1
+    return kept
+
+
+def begin_following(positions: Any, sessions: Any) -> None:
+    """Before a standby trims its rings: the sessions (u64 per source) in which its receivers began; 0 where that is not known."""
+    positions["own_session"] = np.where(sessions != 0, sessions, positions["session"])
+
+
+def begin_resuming(positions: Any) -> None:
+    """Before a new leader reads its sources: look for the place in each that the journal has anything of."""
+    positions["resuming"] = (positions["sequence"] > 0) | (positions["timer_ns"] != 0) | (positions["session"] != 0)
+    positions["left"] = positions["same"]
+
+
+@outlined
+def trim(position: Any, ring: Any, reader: Any, most: Any) -> Any:
+    """A standby: let go of up to `most` events at the front of a source's ring that the leader's journal has; returns how many.
+
+    What has the journal's last sequence stays: only a takeover knows how many of those it has.
+    """
+    at = position[0]
+    gone = np.int64(0)
+    available = min(ring_available(ring, reader), np.int64(most))
+    while gone < available:
+        event = ring.slots[ring_read_slot(ring, reader, gone)]
+        if event.kind == _TIMER:
+            if event.ts_event > at.timer_ns:
+                break
+        elif at.own_session != at.session:
+            if event.kind == _CLEAR and _is_whole(event):
+                at.own_session = event.id
+        elif event.kind == _CLEAR and _is_whole(event):
+            break
+        elif event.kind == _GAP and _is_whole(event):
+            if _U(event.aux) > at.sequence:
+                break
+        elif event.seq >= at.sequence:
+            break
+        gone += 1
+    if gone > 0:
+        ring_release(ring, reader, gone)
+    return gone

@@ -1,0 +1,229 @@
+"""A shard's ids do not depend on the node, and a new leader goes on after the last event of the journal, whatever its own receiver did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tickmesh.node.continuation import (
+    UNSEEN,
+    advance,
+    begin_following,
+    begin_resuming,
+    follow_positions,
+    localize,
+    make_ids,
+    make_positions,
+    resume,
+    trim,
+)  # fmt: skip
+from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_INSTRUMENT, EventArray, Kind
+from tickmesh.node.shard_state import INSTRUMENT_INFO
+from tickmesh.transports.ring import Ring
+from tickmesh.transports.toolbox import loop
+
+
+@loop
+def _localize_now(ids: Any, given: Any, batch: Any, count: Any) -> None:
+    localize(ids, given, batch, count)
+
+
+@loop
+def _follow_now(positions: Any, info: Any, batch: Any, count: Any) -> None:
+    follow_positions(positions, info, batch, count)
+
+
+@loop
+def _advance_all(position: Any, batch: Any, count: Any) -> None:
+    for i in range(count):
+        advance(position[0], batch[i])
+
+
+@loop
+def _resume_now(position: Any, batch: Any, count: Any) -> Any:
+    return resume(position, batch, count)
+
+
+@loop
+def _trim_now(position: Any, ring: Any, reader: Any, most: Any) -> Any:
+    return trim(position, ring, reader, most)
+
+
+def events(rows: list[dict[str, Any]]) -> EventArray:
+    out = np.zeros(len(rows), EVENT)
+    for one, row in zip(out, rows):
+        for name, value in row.items():
+            one[name] = value
+    return out
+
+
+@st.composite
+def feeds(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """A source as its decoder gives it: messages of one to three events, gaps, a new session now and then; no timers."""
+    out: list[dict[str, Any]] = []
+    sequence, session, now = 1, 0, 1000
+    for _ in range(draw(st.integers(1, 40))):
+        now += draw(st.integers(1, 50))
+        what = draw(st.integers(0, 19))
+        if what == 0 and out:
+            session += 1
+            out.append({"kind": Kind.CLEAR, "instrument": ALL_INSTRUMENTS, "ts_event": now, "id": session})
+            sequence = 1
+        elif what == 1:
+            last = sequence + draw(st.integers(0, 5))
+            out.append({"kind": Kind.GAP, "instrument": ALL_INSTRUMENTS, "id": sequence, "aux": last, "seq": sequence, "ts_event": now})
+            sequence = last + 1
+        else:
+            for part in range(draw(st.integers(1, 3))):
+                instrument = draw(st.sampled_from([3, 9, 4]))
+                out.append({"kind": Kind.ADD, "seq": sequence, "id": 100 * len(out) + part, "ts_event": now, "instrument": instrument})
+            sequence += 1
+    return out
+
+
+def with_timers(feed: list[dict[str, Any]], every: int, phase: int) -> list[dict[str, Any]]:
+    """The same with timers; more of them where a receiver has counted silence."""
+    out: list[dict[str, Any]] = []
+    due = every
+    for row in feed:
+        if row["ts_event"] >= due:
+            boundary = row["ts_event"] // every * every
+            if phase and boundary - every >= due:
+                out.append({"kind": Kind.TIMER, "instrument": ALL_INSTRUMENTS, "ts_event": boundary - every, "price": 0})
+            out.append({"kind": Kind.TIMER, "instrument": ALL_INSTRUMENTS, "ts_event": boundary, "price": 0})
+            due = boundary + every
+        out.append(row)
+    return out
+
+
+def market(batch: EventArray) -> list[tuple[int, ...]]:
+    """What a batch says beside timers; a gap that was cut counts for what it leaves."""
+    rows: list[tuple[int, ...]] = []
+    for one in batch:
+        if one["kind"] == Kind.GAP:
+            rows.extend((15, number) for number in range(int(one["id"]), int(one["aux"]) + 1))
+        elif one["kind"] != Kind.TIMER:
+            rows.append((int(one["kind"]), int(one["seq"]), int(one["id"]), int(one["ts_event"])))
+    return rows
+
+
+@settings(deadline=None)
+@given(feeds(), st.data())
+def test_a_new_leader_goes_on_after_the_last_event_of_the_journal(feed: list[dict[str, Any]], data: st.DataObject) -> None:
+    leader = events(with_timers(feed, 100, 0))
+    standby = events(with_timers(feed, 100, data.draw(st.integers(0, 1))))
+    cut = data.draw(st.integers(0, len(leader)))
+    position = make_positions(1)
+    _advance_all(position, leader[:cut], cut)
+    begin_resuming(position)
+    kept, at = [], 0
+    while at < len(standby):
+        size = data.draw(st.integers(1, 8))
+        batch = standby[at : at + size].copy()
+        kept.append(batch[: int(_resume_now(position, batch, len(batch)))])
+        at += size
+    assert market(np.concatenate([leader[:cut], *kept])) == market(leader)
+    taken = np.concatenate([leader[:cut], *kept])
+    timers = taken["ts_event"][taken["kind"] == Kind.TIMER]
+    assert (np.diff(timers) > 0).all()
+
+
+@settings(deadline=None)
+@given(feeds(), st.data())
+def test_a_standby_keeps_everything_that_a_takeover_may_need(feed: list[dict[str, Any]], data: st.DataObject) -> None:
+    leader, standby = events(with_timers(feed, 100, 0)), events(with_timers(feed, 100, 1))
+    cut = data.draw(st.integers(0, len(leader)))
+    position = make_positions(1)
+    with Ring.create(None, 512, EVENT) as ring:
+        reader = ring.reader("standby")
+        for first in range(0, max(1, cut), 7):
+            part = leader[first : min(first + 7, cut)]
+            _advance_all(position, part, len(part))
+            mine = standby[first : first + 7]
+            ring.writer.write(mine)
+            _trim_now(position, ring.arrays, reader.slot, 64)
+        ring.writer.write(standby[len(range(0, max(1, cut), 7)) * 7 :])
+        while _trim_now(position, ring.arrays, reader.slot, 3):
+            pass
+        begin_resuming(position)
+        left = reader.read(512).view(EVENT).copy()
+        left = left[: int(_resume_now(position, left, len(left)))]
+    assert market(np.concatenate([leader[:cut], left])) == market(leader)
+
+
+def test_a_gap_that_the_journal_had_in_part_is_cut() -> None:
+    position = make_positions(1)
+    seen = events([{"kind": Kind.ADD, "seq": number, "instrument": 1, "ts_event": number} for number in range(1, 12)])
+    _advance_all(position, seen, len(seen))
+    begin_resuming(position)
+    mine = events([{"kind": Kind.GAP, "instrument": ALL_INSTRUMENTS, "id": 9, "aux": 14, "seq": 9, "ts_event": 20}])
+    assert _resume_now(position, mine, 1) == 1
+    assert (int(mine["id"][0]), int(mine["aux"][0])) == (12, 14)
+
+
+def test_a_source_that_the_journal_has_nothing_of_is_taken_from_its_beginning() -> None:
+    position = make_positions(1)
+    begin_resuming(position)
+    mine = events([{"kind": Kind.ADD, "seq": 5, "instrument": 1}] * 2)
+    assert _resume_now(position, mine, 2) == 2
+
+
+@given(st.lists(st.integers(0, 31), max_size=200))
+def test_instruments_are_numbered_as_the_journal_meets_them(numbers: list[int]) -> None:
+    ids, given_out = make_ids(32)
+    batch = events([{"kind": Kind.ADD, "instrument": number} for number in numbers])
+    _localize_now(ids, given_out, batch, len(batch))
+    order = list(dict.fromkeys(numbers))
+    assert batch["instrument"].tolist() == [order.index(number) for number in numbers]
+    assert given_out[0] == len(order)
+    assert all((ids[number] == UNSEEN) == (number not in order) for number in range(32))
+
+
+def test_what_concerns_no_single_instrument_keeps_its_number() -> None:
+    ids, given_out = make_ids(8)
+    batch = events([{"instrument": ALL_INSTRUMENTS}, {"instrument": NO_INSTRUMENT}])
+    _localize_now(ids, given_out, batch, 2)
+    assert batch["instrument"].tolist() == [ALL_INSTRUMENTS, NO_INSTRUMENT]
+    assert given_out[0] == 0
+
+
+def test_a_standby_knows_of_each_event_which_source_it_is_of() -> None:
+    info = np.zeros(4, INSTRUMENT_INFO)
+    info["tick_size"][1:3] = 1
+    info["source"][1:3] = (0, 2)
+    positions = make_positions(3)
+    batch = events([
+        {"kind": Kind.ADD, "instrument": 1, "seq": 7},
+        {"kind": Kind.ADD, "instrument": 2, "seq": 40},
+        {"kind": Kind.ADD, "instrument": 2, "seq": 40},
+        {"kind": Kind.REFERENCE, "instrument": 3, "seq": 9, "flags": 1},
+        {"kind": Kind.CONFIG, "instrument": ALL_INSTRUMENTS, "price": 0, "seq": 99},
+        {"kind": Kind.TIMER, "instrument": ALL_INSTRUMENTS, "price": 2, "ts_event": 5000},
+        {"kind": Kind.ADD, "instrument": 0, "seq": 77},
+    ])  # fmt: skip
+    _follow_now(positions, info, batch, len(batch))
+    assert positions["sequence"].tolist() == [7, 9, 40]
+    assert positions["same"].tolist() == [1, 1, 2]
+    assert positions["timer_ns"].tolist() == [0, 0, 5000]
+
+
+@settings(deadline=None)
+@given(feeds(), st.data())
+def test_a_receiver_that_started_in_a_later_session_finds_its_place(feed: list[dict[str, Any]], data: st.DataObject) -> None:
+    leader = events(feed)
+    cut = data.draw(st.integers(0, len(leader)))
+    position = make_positions(1)
+    _advance_all(position, leader[:cut], cut)
+    begun = data.draw(st.integers(0, cut))
+    while 0 < begun < len(leader) and leader[begun]["seq"] == leader[begun - 1]["seq"]:
+        begun -= 1  # a receiver begins with a whole message
+    session = max([int(one["id"]) for one in leader[:begun] if one["kind"] == Kind.CLEAR], default=0)
+    begin_following(position, np.array([session], np.uint64))
+    begin_resuming(position)
+    mine = leader[begun:].copy()
+    mine = mine[: int(_resume_now(position, mine, len(mine)))]
+    if session or not position["session"][0]:
+        assert market(np.concatenate([leader[:cut], mine])) == market(leader)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from tickmesh.control.config import Config
+from tickmesh.node.errors import NodeError
 from tickmesh.node.frames import CalculationNames
 from tickmesh.node.gateways import signal_names
 from tickmesh.node.journal import Journal, JournalReader
@@ -24,9 +25,10 @@ from tickmesh.transports.ring import Ring
 Progress = Callable[[str], None] | None
 _RECORD_BYTES = 72
 _WAIT_S = 0.001
+_PAGE_BYTES = 4096
 
 
-class BeginningError(Exception):
+class BeginningError(NodeError):
     """The journals and the configuration do not fit; the message says what to do."""
 
 
@@ -119,6 +121,7 @@ def begin_shard(config: Config, document: Document, output: Ring, progress: Prog
     shard = make_shard(config, document.plan(), output, ORDER_IDS, progress)
     shard.arrays.limits[:] = np.repeat(risk_limits(document.config), 2)
     begin_version(shard, document.version, document.outputs)
+    shard.arrays.books.orders.view(np.uint8)[::_PAGE_BYTES] = 0  # spread all over: not a page fault for each of the first orders
     return shard
 
 

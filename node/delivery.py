@@ -281,12 +281,13 @@ class ShardDelivery:
         await self._finish()
 
     async def _finish(self) -> None:
-        """Deliver what is left, within the limit."""
+        """Deliver what has been put out so far, within the limit; a shard may go on."""
         assert self.publisher is not None
+        last = self._reader.ring.published
         end = time.monotonic() + self.options.drain_timeout_s
         try:
             async with asyncio.timeout(self.options.drain_timeout_s):
-                while self._reader.lag:
+                while self._reader.lag and self._reader.position < last:
                     await self._deliver(self._read())
         except TimeoutError:
             pass

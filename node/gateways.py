@@ -14,6 +14,7 @@ import nats.js.errors as js_errors
 
 from tickmesh.control.config import Config, Delivery
 from tickmesh.node.delivery import Changes, DeliveryOptions, Gateway
+from tickmesh.node.errors import NodeError
 from tickmesh.node.event import Kind
 from tickmesh.node.frames import CalculationNames, stream_name, stream_subject
 from tickmesh.node.shard import ShardPlan
@@ -23,7 +24,7 @@ from tickmesh.transports.nats import LinkError, Login, connect
 from tickmesh.transports.ring import Ring
 
 
-class StreamUnknown(Exception):
+class StreamUnknown(NodeError):
     """Where an output stream ends cannot be seen; the message says what to do."""
 
 

@@ -32,7 +32,7 @@ LATENCY_MAX_NS = 60_000_000_000  # older stamps are recorded ones, not ours
 @loop
 def run(again, stop, baton, turn, carry, inputs, readers, journal, journalled, batch, batch_any, shard, latency, batch_events, idle_mode):
     # Until stop[0] is set, then 0; or -1: handed over after a change of the configuration; or the errno for which the journal could not
-    # take events: what is not journalled is not processed. stop[1] counts rounds without input, stop[2] events.
+    # take events: what is not journalled is not processed. stop[1] counts rounds without input, stop[2] events processed.
     # inputs[0] is the control ring, read event by event. With turn > 0 it waits until the loop before hands over.
     # With again = (first, end) only a step over these events of the batch, which the journal has already; returns how many were taken.
     if again[1] != 0:
@@ -70,6 +70,7 @@ def run(again, stop, baton, turn, carry, inputs, readers, journal, journalled, b
             if failure != 0:
                 return failure
             if s == 0 and done == 1 and batch[0].kind == 17 and batch[0].flags & 1:
+                stop[2] += taken
                 pass_on(baton)
                 return np.int64(-1)
         if taken == 0:

@@ -20,6 +20,7 @@ import structlog
 from tickmesh.control.config import Config
 from tickmesh.node.beginning import begin_shard, choose_document, first_documents, goes_on, open_journals, replay
 from tickmesh.node.delivery import Changes, Gateway
+from tickmesh.node.errors import NodeError
 from tickmesh.node.event import EVENT
 from tickmesh.node.frames import CalculationNames
 from tickmesh.node.gateways import delivery_numbers, latencies_of, make_gateway, nats_deliveries, signal_names, stream_ends
@@ -43,10 +44,6 @@ _MIRROR_S = 0.1
 _TRIM_S = 1.0
 _STOP_S = 5.0
 _log = structlog.get_logger("node")
-
-
-class NodeError(Exception):
-    """The node cannot start, or had to stop; the message says what to do."""
 
 
 class Node:
@@ -116,15 +113,18 @@ class Node:
         idle = IDLE_MODES[cluster.idle]
         set_log_level(config.logging.level)
         self.table = make_table(config, self.document.sources)
-        for name in config.data_sources:
-            self.inputs[name] = self.make_inputs()
-            self.receivers.append(self.make_receiver(config, name, self.inputs[name]))
+        with self.table.filters_held_back() as self._filters:
+            for name in config.data_sources:
+                self.inputs[name] = self.make_inputs()
+                self.receivers.append(self.make_receiver(config, name, self.inputs[name]))
         self.telemetry.set_state(NodeState.STARTING)
         self._create_outputs()
         self._replays = goes_on(config)
         if not self._replays:
             ends = stream_ends(config, self.targets)
         beginnings = self._open_journals() if config.journal.enabled else [self.document] * cluster.shards
+        for rules in self._filters:
+            self.table.let_through(*rules)
         if not self._replays:
             beginnings = [replace(one, outputs=last) for one, last in zip(beginnings, ends)]
         for number, (first, output) in enumerate(zip(beginnings, self.outputs)):
@@ -195,6 +195,9 @@ class Node:
         """Give the instruments of the journals the ids they had, and tell the receivers how far their sources had come."""
         restored = read_restored(journal.folder for journal in self.journals)
         restored.intern(self.table)
+        for rules in self._filters:
+            self.table.let_through(*rules)
+            self.table.refilter(rules[0])
         for receiver in self.receivers:
             number = receiver.context.number
             receiver.resume(restored.codes.get(number, {}), restored.sequences.get(number, 0))
@@ -279,7 +282,7 @@ class Node:
 
     def drained(self) -> bool:
         """Whether the shards have taken everything from their input rings."""
-        return all(reader.lag == 0 for shard in self.shards for reader in shard.readers)
+        return all(shard.drained for shard in self.shards)
 
     def check(self) -> None:
         """Raise what has ended a source or a shard.
@@ -310,12 +313,14 @@ class Node:
         for ring in self.outputs:
             ring.release_dead_readers()
         with self.swap:
+            known = self.telemetry  # while the configuration changes, not everything that runs has counters
             for receiver in self.receivers:
-                self.telemetry.update(f"source.{receiver.name}", receiver.counters())
+                if known.has(f"source.{receiver.name}"):
+                    known.update(f"source.{receiver.name}", receiver.counters())
             for shard in self.shards:
                 self.telemetry.update(f"shard.{shard.number}", shard_numbers(shard))
             for name, gateway in self.gateways.items():
-                for number, status in enumerate(gateway.status()):
+                for number, status in enumerate(gateway.status() if known.has(f"delivery.{name}.0") else []):
                     self.telemetry.update(f"delivery.{name}.{number}", delivery_numbers(status))
             self.telemetry.beat()
 

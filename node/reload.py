@@ -32,7 +32,7 @@ from tickmesh.node.shard_state import CHANGES_KEPT
 from tickmesh.node.shard_thread import Leg, ShardThread, inputs_room
 from tickmesh.node.succession import same_loop, set_parameters, succeed
 from tickmesh.node.versions import Document, DocumentError
-from tickmesh.transports.codecache import CompileError, import_generated, write_generated
+from tickmesh.transports.codecache import CompileError, CompileStopped, import_generated, watched_compiles, write_generated
 from tickmesh.transports.ring import Ring
 from tickmesh.transports.toolbox import zeros_aligned
 
@@ -81,15 +81,16 @@ class Reload:
         self._lock = threading.Lock()
         self._steps: Iterator[None] | None = None
         self._version = 0
+        self._closed = threading.Event()
 
     def try_out(self, config: Config) -> None:
         """See :meth:`Node.try_out`."""
-        with self._lock:
+        with self._lock, watched_compiles(self._closed.is_set):
             self._checked(config, None)
 
     def apply(self, config: Config, version: int) -> None:
         """See :meth:`Node.apply`."""
-        with self._lock:
+        with self._lock, watched_compiles(self._closed.is_set):
             if not self._finish():
                 raise ChangeUnderWay(self._version)
             document, plan = self._checked(config, version)
@@ -109,6 +110,7 @@ class Reload:
 
     def close(self) -> None:
         """The node ends: nothing more is changed."""
+        self._closed.set()
         with self._lock:
             self._steps = None
 
@@ -124,7 +126,7 @@ class Reload:
             except BaseException:
                 self._steps = None
                 raise
-            if time.monotonic() >= end:
+            if time.monotonic() >= end or self._closed.is_set():
                 return False
             time.sleep(_LOOK_S)
         return True
@@ -215,6 +217,7 @@ class _Change:
         self.sources = _Sources()
         self.gateways: dict[str, Gateway] = {}
         self.legs: list[Leg] = []
+        self.relabelled = False
 
     # -- what can be called off
 
@@ -233,6 +236,13 @@ class _Change:
             self._prepare_gateways()
             where = "processing"
             self._prepare_legs()
+            where = "journal"
+            for thread in self.node.shards:
+                if thread.documents is not None:
+                    thread.documents.write(self.document)
+        except CompileStopped:
+            self.call_off()
+            raise
         except Exception as error:  # whatever a source, a server or the compiler says is the reason
             self.call_off()
             reason = Problem(where, self.config.line(*where.split(".")), None, str(error) or type(error).__name__)
@@ -269,20 +279,30 @@ class _Change:
         if not relabelled and same_loop(node.shards[0].shard.plan, self.plan):
             return
         if relabelled:
-            with node.swap:
-                names = list(dict.fromkeys([*self.old.data_sources, *self.config.data_sources]))
-                deliveries = list(dict.fromkeys([*nats_deliveries(self.old), *nats_deliveries(self.config)]))
-                node.telemetry.relabel(names, len(node.shards), deliveries)
-                for name, gateway in node.gateways.items():
-                    gateway.take_latencies(latencies_of(node.telemetry, name, len(node.shards)))
+            self._relabel(self.config)
+            self.relabelled = True
         inputs = {**node.inputs, **self.sources.rings}
         for thread in node.shards:
             shard, carry = succeed(thread.shard, self.plan, self.limits)
             mine = [inputs[name][thread.number] for name in self.config.data_sources]
             self.legs.append(thread.park(shard, mine, carry, node.telemetry))
 
+    def _relabel(self, config: Config) -> None:
+        """Counters of the sources and deliveries of a configuration, in place of what there are."""
+        node = self.node
+        with node.swap:
+            node.telemetry.relabel(list(config.data_sources), len(node.shards), list(nats_deliveries(config)))
+            for name, gateway in node.gateways.items():
+                if name in config.delivery:
+                    gateway.take_latencies(latencies_of(node.telemetry, name, len(node.shards)))
+
     def call_off(self) -> None:
         """Let go of everything that was prepared."""
+        if self.relabelled:
+            self._relabel(self.old)
+        for thread in self.node.shards:
+            if thread.documents is not None:
+                thread.documents.remove(self.document.version)
         for thread, leg in zip(self.node.shards, self.legs):
             thread.call_off(leg)
         for receiver in self.sources.made.values():
@@ -293,21 +313,9 @@ class _Change:
     # -- what happens
 
     def carry_out(self) -> Iterator[None]:
-        """Do it; yields where it has to wait for the shards.
-
-        Raises:
-            ChangeRefused: the documents cannot be written; the sources go on as before.
-        """
+        """Do it; yields where it has to wait for the shards."""
         node = self.node
         yield from self._end_receivers()
-        try:
-            for thread in node.shards:
-                if thread.documents is not None:
-                    thread.documents.write(self.document)
-        except DocumentError as error:
-            yield from self._begin_old_receivers()
-            self.call_off()
-            raise ChangeRefused(self.document.version, [Problem("journal", None, None, str(error))]) from error
         for k, thread in enumerate(node.shards):
             yield from self._turn(thread, self.legs[k] if self.legs else None)
         self._begin_receivers()
@@ -379,17 +387,6 @@ class _Change:
             receiver.start()
             if name in before:
                 receiver.pin_if_allowed(before[name].cpu)
-
-    def _begin_old_receivers(self) -> Iterator[None]:
-        """After all: the sources go on as they were, with new threads."""
-        for old in self.sources.ending:
-            again = self.node.make_receiver(self.old, old.name, self.node.inputs[old.name])
-            again.take_over(old)
-            old.close()
-            with self.node.swap:
-                self.node.receivers = [again if receiver is old else receiver for receiver in self.node.receivers]
-            again.start()
-            yield
 
     def _empty_source(self, number: int) -> None:
         """Empty the books of a whole source."""

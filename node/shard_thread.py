@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tickmesh.node.book import resting_orders
+from tickmesh.node.errors import NodeError
 from tickmesh.node.event import ANY_VIEW, EVENT, NO_PRICE, EventArray, Kind
 from tickmesh.node.handover import AWAKE, CANCELLED, NEAR, PARKED, PASSED_NS, TAKEN_NS, TURN, Carry, make_baton, no_carry
 from tickmesh.node.journal import Journal, JournalArrays
@@ -31,7 +32,7 @@ _AWAKE_S = 0.1
 _READER_MS = 60_000
 
 
-class ShardError(Exception):
+class ShardError(NodeError):
     """A shard had to stop; the message says what to do."""
 
 
@@ -90,6 +91,7 @@ class ShardThread:
         self.documents = Documents(journal.folder) if journal else None
         self.pause_ns = 0
         self._cpu: int | None = None
+        self._taken_before = 0
         self._idle, self._progress = idle, progress
         self._baton = make_baton()
         self._control = Ring.create(None, CONTROL_EVENTS, EVENT, reader_timeout_ms=_READER_MS)
@@ -126,6 +128,12 @@ class ShardThread:
     def running(self) -> bool:
         """Whether the loop runs."""
         return self.error is None and not self.stop[0] and self._leg.thread is not None and self._leg.thread.ident is not None
+
+    @property
+    def drained(self) -> bool:
+        """Whether everything in the input rings has been processed."""
+        readers = self._leg.readers
+        return all(reader.lag == 0 for reader in readers) and int(self.stop[2]) == self._taken_before + sum(r.position for r in readers)
 
     def idle_rounds(self) -> int:
         """Rounds without input so far."""
@@ -240,6 +248,7 @@ class ShardThread:
         before.thread.join(_STOP_S)
         for reader in before.readers:
             if not any(reader is kept for kept in leg.readers):
+                self._taken_before += reader.position
                 reader.close()
         self.pin(self._cpu)
 

@@ -360,6 +360,10 @@ class Telemetry:
         """
         self.file.values[self.file.about.index[name]] = value
 
+    def has(self, prefix: str) -> bool:
+        """Whether there are counters of this set."""
+        return any(name.startswith(f"{prefix}.") for name in self.file.about.index)
+
     def update(self, prefix: str, numbers: Mapping[str, int]) -> None:
         """Set several counters of one set, e.g. ``update("delivery.events.0", {"frames": 7, "acks": 7})``.
 

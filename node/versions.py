@@ -186,6 +186,10 @@ class Documents:
         except DocumentError as error:
             raise DocumentError(f"{path} {error}") from error
 
+    def remove(self, version: int) -> None:
+        """Forget a version that nothing names."""
+        self._path(version).unlink(missing_ok=True)
+
     def versions(self) -> list[int]:
         """The versions that are here, sorted."""
         return sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdigit())

@@ -309,12 +309,14 @@ class Cluster(Table):
 class FieldOptions(Table):
     """One field of a mapping: where an event field comes from."""
 
-    path: str = key("", 'JSON: a path like "data.p" or "b[].0" ([]: one event per element). CSV: column name or index from 0.')
-    constant: str | None = key(None, "In place of a path: the same text for every record.")
-    scale: PreciseNumber = key(Decimal(1), "The number is multiplied by this, exactly.", gt=0)
-    unit: Literal["ns", "us", "ms", "s", "iso8601"] = key("ns", "ts_event only: what the time counts from 1970 (s: may have decimals).")
-    values: dict[str, str] = key({}, 'side and status only: words of the source, e.g. {B = "bid", S = "ask"}.')
-    default: str | None = key(None, "Text used if the field is absent; without it an absent field makes the record malformed.")
+    path: str = key("", 'JSON: a path like "data.p" or "b[].0" ([]: one event per element). CSV: column name or index from 0.', live=True)
+    constant: str | None = key(None, "In place of a path: the same text for every record.", live=True)
+    scale: PreciseNumber = key(Decimal(1), "The number is multiplied by this, exactly.", live=True, gt=0)
+    unit: Literal["ns", "us", "ms", "s", "iso8601"] = key(
+        "ns", "ts_event only: what the time counts from 1970 (s: may have decimals).", live=True
+    )
+    values: dict[str, str] = key({}, 'side and status only: words of the source, e.g. {B = "bid", S = "ask"}.', live=True)
+    default: str | None = key(None, "Text used if the field is absent; without it an absent field makes the record malformed.", live=True)
 
     @model_validator(mode="after")
     def _check(self) -> FieldOptions:
@@ -329,68 +331,85 @@ FieldMap = Annotated[dict[EventField, FieldOptions], BeforeValidator(_field_map)
 class MessageOptions(Table):
     """``[[data_sources.NAME.messages]]``: one kind of record of a json or csv source."""
 
-    match: dict[str, MatchedValue] = key({}, 'Only records with these values at these paths, e.g. {e = "trade"}; empty: all.')
-    event: MappedEvent = key(..., "Kind of event that the record becomes.")
-    fields: FieldMap = key(..., "Event field = path in the record.", min_length=1)
-    snapshot: bool = key(False, "The record replaces the book: a clear comes first.")
+    match: dict[str, MatchedValue] = key({}, 'Only records with these values at these paths, e.g. {e = "trade"}; empty: all.', live=True)
+    event: MappedEvent = key(..., "Kind of event that the record becomes.", live=True)
+    fields: FieldMap = key(..., "Event field = path in the record.", live=True, min_length=1)
+    snapshot: bool = key(False, "The record replaces the book: a clear comes first.", live=True)
 
 
 class InstrumentOptions(Table):
     """``[data_sources.NAME.instruments.SYMBOL]``: what differs for one symbol."""
 
-    tick_size: PreciseNumber | None = key(None, "Smallest price step.", unit="price", gt=0)
-    quantity_exponent: int | None = key(None, "Decimals of a quantity: real = integer / 10^exponent.", ge=0, le=18)
+    tick_size: PreciseNumber | None = key(None, "Smallest price step.", live=True, unit="price", gt=0)
+    quantity_exponent: int | None = key(None, "Decimals of a quantity: real = integer / 10^exponent.", live=True, ge=0, le=18)
 
 
 class Source(Table):
     """``[data_sources.NAME]``: a feed: transport, framing, protocol and field mapping."""
 
-    type: SourceType = key(..., "Where the bytes come from.")
-    path: PathList = key([], "File or files, read in this order; a relative path starts at the configuration file.", only=("file", "pcap"))
-    endpoint: str | None = key(None, "Multicast group of line A, udp://GROUP:PORT.", only=("multicast",))
-    endpoint_b: str | None = key(None, "Multicast group of line B; the first of two equal packets is used.", only=("multicast",))
+    type: SourceType = key(..., "Where the bytes come from.", live=True)
+    path: PathList = key(
+        [], "File or files, read in this order; a relative path starts at the configuration file.", live=True, only=("file", "pcap")
+    )
+    endpoint: str | None = key(None, "Multicast group of line A, udp://GROUP:PORT.", live=True, only=("multicast",))
+    endpoint_b: str | None = key(None, "Multicast group of line B; the first of two equal packets is used.", live=True, only=("multicast",))
     interface: str | None = key(
-        None, "Network interface (name or address) that joins the groups; none: the system's choice.", only=("multicast",), min_length=1
+        None,
+        "Network interface (name or address) that joins the groups; none: the system's choice.",
+        live=True,
+        only=("multicast",),
+        min_length=1,
     )
     data_format: str | None = key(
         None,
         'Protocol: a shipped spec ("itch50"), a spec file (.toml), "binance", "okx", "bybit", "lobster", "dbn_mbo", "json" or "csv".',
+        live=True,
     )
     framing: str | None = key(
         None,
         'How messages lie in packets or files, e.g. "moldudp64", "binaryfile"; none: the one usual for the protocol.',
+        live=True,
         pattern=r"^([a-z0-9_]{1,32}|.+\.toml)$",
     )
-    venue: str | None = key(None, "Name of the venue; none: the name of the source.", pattern=r"^[A-Za-z0-9_-]{1,32}$")
-    date: Date | None = key(None, "Day of a feed that counts time from midnight, e.g. 2024-05-08; none: times count from midnight.")
-    timezone: TimeZone = key("UTC", "Time zone of that midnight, e.g. America/New_York.")
-    pace: Pace = key("max", "Speed of a replay: max, realtime, or a multiple of real time.", only=("file", "pcap", "simulator"))
-    symbols: list[Symbol] = key([], "Symbols to take, as globs: * any run of characters, ? one; empty: all. A simulator: names to make.")
-    exclude: list[Symbol] = key([], "Symbols to leave out, as globs.")
-    tick_size: PreciseNumber | None = key(None, "Smallest price step; none: the protocol's own, or inferred.", unit="price", gt=0)
-    quantity_exponent: int | None = key(None, "Decimals of a quantity; none: the protocol's own.", ge=0, le=18)
-    price_scale: PreciseNumber | None = key(None, "Real price = wire price times this; none: the protocol's own.", gt=0)
-    instruments: dict[Symbol, InstrumentOptions] = key({}, "What differs for single symbols.")
-    event: MappedEvent | None = key(None, "json and csv with one kind of record: the kind of event it becomes.")
-    fields: FieldMap = key({}, "Field mapping: a list of fields, or a table event field = source field.")
-    messages: list[MessageOptions] = key([], "json and csv with several kinds of record: every entry that matches makes events.")
-    columns: list[Annotated[str, StringConstraints(min_length=1)]] = key([], "csv: names of the columns, for a file without a header row.")
-    delimiter: str = key(",", "csv: character between columns.", min_length=1, max_length=1)
+    venue: str | None = key(None, "Name of the venue; none: the name of the source.", live=True, pattern=r"^[A-Za-z0-9_-]{1,32}$")
+    date: Date | None = key(
+        None, "Day of a feed that counts time from midnight, e.g. 2024-05-08; none: times count from midnight.", live=True
+    )
+    timezone: TimeZone = key("UTC", "Time zone of that midnight, e.g. America/New_York.", live=True)
+    pace: Pace = key("max", "Speed of a replay: max, realtime, or a multiple of real time.", live=True, only=("file", "pcap", "simulator"))
+    symbols: list[Symbol] = key(
+        [], "Symbols to take, as globs: * any run of characters, ? one; empty: all. A simulator: names to make.", live=True
+    )
+    exclude: list[Symbol] = key([], "Symbols to leave out, as globs.", live=True)
+    tick_size: PreciseNumber | None = key(
+        None, "Smallest price step; none: the protocol's own, or inferred.", live=True, unit="price", gt=0
+    )
+    quantity_exponent: int | None = key(None, "Decimals of a quantity; none: the protocol's own.", live=True, ge=0, le=18)
+    price_scale: PreciseNumber | None = key(None, "Real price = wire price times this; none: the protocol's own.", live=True, gt=0)
+    instruments: dict[Symbol, InstrumentOptions] = key({}, "What differs for single symbols.", live=True)
+    event: MappedEvent | None = key(None, "json and csv with one kind of record: the kind of event it becomes.", live=True)
+    fields: FieldMap = key({}, "Field mapping: a list of fields, or a table event field = source field.", live=True)
+    messages: list[MessageOptions] = key([], "json and csv with several kinds of record: every entry that matches makes events.", live=True)
+    columns: list[Annotated[str, StringConstraints(min_length=1)]] = key(
+        [], "csv: names of the columns, for a file without a header row.", live=True
+    )
+    delimiter: str = key(",", "csv: character between columns.", live=True, min_length=1, max_length=1)
     gap_wait_ms: float = key(
         5.0,
         "How long a missing packet may still come from the other line before a gap is declared.",
+        live=True,
         unit="ms",
         ge=0,
         le=60000,
         only=("multicast", "pcap", "simulator"),
     )
-    recv_buffer_kb: int = key(4096, "Socket receive buffer.", unit="KiB", ge=64, le=1 << 20, only=("multicast",))
-    seed: int = key(1, "Seed: the same seed makes the same market.", ge=0, le=(1 << 63) - 1, only=("simulator",))
-    rate: float = key(10000.0, "Messages per second of market time.", unit="1/s", gt=0, le=1e9, only=("simulator",))
-    messages_max: int = key(0, "Stop after so many messages; 0: never.", ge=0, only=("simulator",))
-    loss: float = key(0.0, "Share of packets lost on each line.", ge=0, lt=1, only=("simulator",))
-    duplicate: float = key(0.0, "Share of packets sent twice.", ge=0, lt=1, only=("simulator",))
-    reorder: float = key(0.0, "Share of packets that change places with the next.", ge=0, lt=1, only=("simulator",))
+    recv_buffer_kb: int = key(4096, "Socket receive buffer.", live=True, unit="KiB", ge=64, le=1 << 20, only=("multicast",))
+    seed: int = key(1, "Seed: the same seed makes the same market.", live=True, ge=0, le=(1 << 63) - 1, only=("simulator",))
+    rate: float = key(10000.0, "Messages per second of market time.", live=True, unit="1/s", gt=0, le=1e9, only=("simulator",))
+    messages_max: int = key(0, "Stop after so many messages; 0: never.", live=True, ge=0, only=("simulator",))
+    loss: float = key(0.0, "Share of packets lost on each line.", live=True, ge=0, lt=1, only=("simulator",))
+    duplicate: float = key(0.0, "Share of packets sent twice.", live=True, ge=0, lt=1, only=("simulator",))
+    reorder: float = key(0.0, "Share of packets that change places with the next.", live=True, ge=0, lt=1, only=("simulator",))
 
     def midnight_ns(self) -> int:
         """Nanoseconds since 1970 of the midnight that `date` and `timezone` name; 0 without a date."""
@@ -485,11 +504,13 @@ class Calculation(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
-    use: str = key(..., 'A built-in calculation ("ema"), an installed package\'s, or "file.py:function".', min_length=1)
-    of: str | None = key(None, f"Series it takes: {', '.join(SERIES)}, a calculation, or bars; none: its own default.", min_length=1)
-    against: str | None = key(None, "Second series, for a calculation of two.", min_length=1)
-    symbols: list[Symbol] = key([], "Symbols it runs for, as globs: * any run of characters, ? one; empty: all.")
-    silent: bool = key(False, "Compute it for others, but put nothing out.")
+    use: str = key(..., 'A built-in calculation ("ema"), an installed package\'s, or "file.py:function".', live=True, min_length=1)
+    of: str | None = key(
+        None, f"Series it takes: {', '.join(SERIES)}, a calculation, or bars; none: its own default.", live=True, min_length=1
+    )
+    against: str | None = key(None, "Second series, for a calculation of two.", live=True, min_length=1)
+    symbols: list[Symbol] = key([], "Symbols it runs for, as globs: * any run of characters, ? one; empty: all.", live=True)
+    silent: bool = key(False, "Compute it for others, but put nothing out.", live=True)
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -504,13 +525,15 @@ class Calculation(BaseModel):
 class Alert(Calculation):
     """``[processing.alerts.NAME]``: an alert; keys other than these are its parameters (threshold: above, below, hysteresis, …)."""
 
-    use: str = key("threshold", 'Kind of alert: "threshold", "zscore_alert", "move", "cross", or "file.py:function".', min_length=1)
+    use: str = key(
+        "threshold", 'Kind of alert: "threshold", "zscore_alert", "move", "cross", or "file.py:function".', live=True, min_length=1
+    )
 
 
 class Bars(Calculation):
     """``[processing.bars.NAME]``: OHLCV bars; keys other than these are its parameters (interval_ms)."""
 
-    use: str = key("bars", 'Kind of bars: "bars" (by time), or "file.py:function".', min_length=1)
+    use: str = key("bars", 'Kind of bars: "bars" (by time), or "file.py:function".', live=True, min_length=1)
 
 
 class Processing(Table):
@@ -519,6 +542,7 @@ class Processing(Table):
     outputs: list[OutputKind] = key(
         ["bbo", "trade", "signal", "alert", "bar", "intent", "risk", "status", "gap", "reference"],
         "Kinds of event that the shard puts out.",
+        live=True,
     )
     timer_interval_ms: int = key(
         1000,
@@ -527,15 +551,15 @@ class Processing(Table):
         ge=0,
         le=3_600_000,
     )
-    calculations: dict[Name, Calculation] = key({}, "Calculations by name.")
-    alerts: dict[Name, Alert] = key({}, "Alerts by name.")
-    bars: dict[Name, Bars] = key({}, "Bars by name.")
+    calculations: dict[Name, Calculation] = key({}, "Calculations by name.", live=True)
+    alerts: dict[Name, Alert] = key({}, "Alerts by name.", live=True)
+    bars: dict[Name, Bars] = key({}, "Bars by name.", live=True)
 
 
 class Risk(Table):
     """``[risk]``: limits that every intent (an order that a calculation would send) must pass."""
 
-    enabled: bool = key(False, "Check intents; without it they go out unchecked.")
+    enabled: bool = key(False, "Check intents; without it they go out unchecked.", live=True)
     kill_switch: bool = key(False, "Refuse every intent.", live=True)
     max_qty: PreciseNumber | None = key(None, "Largest quantity of one intent, in real units.", live=True, gt=0)
     max_notional: PreciseNumber | None = key(None, "Largest price times quantity of one intent.", unit="quote currency", live=True, gt=0)
@@ -558,11 +582,14 @@ class Journal(Table):
     keep_mb: int = key(
         65536,
         "Most of a shard's journal that is kept; the oldest segments go, but none that a restart or an unsent output needs; 0: no limit.",
+        live=True,
         unit="MiB",
         ge=0,
         le=1 << 30,
     )
-    keep_hours: int = key(0, "Longest time that a full segment is kept, under the same condition; 0: no limit.", unit="h", ge=0, le=1 << 20)
+    keep_hours: int = key(
+        0, "Longest time that a full segment is kept, under the same condition; 0: no limit.", live=True, unit="h", ge=0, le=1 << 20
+    )
 
 
 class Delivery(Table):
@@ -570,22 +597,27 @@ class Delivery(Table):
 
     method: DeliveryMethod = key(..., "How: a NATS JetStream stream per shard, or a shared-memory ring.")
     target: str = key(
-        "nats://127.0.0.1:4222", "Address of the NATS server; servers of one cluster: several, separated by commas.", only=("nats",)
+        "nats://127.0.0.1:4222",
+        "Address of the NATS server; servers of one cluster: several, separated by commas.",
+        live=True,
+        only=("nats",),
     )
     embedded: bool = key(False, "Start a nats-server on this host, bound to loopback, in place of `target`.", only=("nats",))
     port: int = key(4222, "Port of the embedded server; 0: any free one.", ge=0, le=65535, only=("nats",))
     batch_max_events: int = key(512, "Most events of one frame.", unit="events", live=True, ge=1, le=8192, only=("nats",))
     batch_max_wait_ms: float = key(1.0, "Longest wait for a frame to fill.", unit="ms", live=True, ge=0, le=1000, only=("nats",))
     window: int = key(64, "Most frames sent and not yet acknowledged.", unit="frames", live=True, ge=1, le=4096, only=("nats",))
-    per_event: PerEvent = key([], "Kinds also sent as one message per event (true: all), for clients in any language.", only=("nats",))
+    per_event: PerEvent = key(
+        [], "Kinds also sent as one message per event (true: all), for clients in any language.", live=True, only=("nats",)
+    )
     stream_max_mb: int = key(1024, "Most data that a stream keeps; the oldest goes first.", unit="MiB", ge=1, le=1 << 24, only=("nats",))
     stream_max_age_s: int = key(86400, "Longest time that a stream keeps data; 0: no limit.", unit="s", ge=0, only=("nats",))
     replicas: int = key(1, "Servers of a NATS cluster that keep each stream made from now on; 3: one may fail.", ge=1, le=5, only=("nats",))
     token_env: str | None = key(
-        None, "Environment variable that holds the server's token.", only=("nats",), pattern=r"^[A-Za-z_][A-Za-z0-9_]*$"
+        None, "Environment variable that holds the server's token.", live=True, only=("nats",), pattern=r"^[A-Za-z_][A-Za-z0-9_]*$"
     )
-    credentials_file: str | None = key(None, "NATS credentials file (.creds).", only=("nats",))
-    tls_ca_file: str | None = key(None, "Certificate authority that the server's certificate must come from.", only=("nats",))
+    credentials_file: str | None = key(None, "NATS credentials file (.creds).", live=True, only=("nats",))
+    tls_ca_file: str | None = key(None, "Certificate authority that the server's certificate must come from.", live=True, only=("nats",))
     ring: str | None = key(
         None,
         "Name of the ring in /dev/shm, the shard's number is appended; none: CLUSTER-NODE-NAME.",

@@ -76,6 +76,7 @@ _ENCODE_CHUNK = 128
 _PENDING_BYTES_MAX = 4 << 20
 """Per-event messages are skipped while the connection has more than this to send."""
 _MESSAGE_OVERHEAD_BYTES = 4096
+_NAMES_KEPT = 1024
 
 
 @dataclass(frozen=True)
@@ -146,19 +147,51 @@ class _TokenBucket:
         return granted
 
 
+class Changes:
+    """Where among a shard's outputs its configuration changed, as its loop notes it."""
+
+    def __init__(self, noted: npt.NDArray[np.uint64]) -> None:
+        """`noted`: the shard's array `changes`, see :func:`tickmesh.node.shard_kernels.record_config`."""
+        self._noted = noted
+
+    @property
+    def count(self) -> int:
+        """Changes so far."""
+        return int(self._noted[0, 0])
+
+    def since(self, seen: int) -> list[tuple[int, int]]:
+        """(first output made under it, version) of the changes from number `seen` on, as far as they are remembered."""
+        count, kept = self.count, len(self._noted) - 1
+        rows = (self._noted[1 + number % kept] for number in range(max(seen, count - kept), count))
+        return [(int(before) + 1, int(version)) for before, version in rows]
+
+
 class ShardDelivery:
     """Carries one shard's output ring to NATS. Part of a :class:`Gateway`.
 
     Attributes:
         state, error: how it stands, and why; see docs/reference/delivery.md.
-        config_version: written into the frames.
+        config_version: written into the frames; where the shard's changes are known, that of each output.
         names: the instruments seen so far.
+        changes: of the shard's configuration.
+        changes_seen: how many of them it has come to.
     """
 
     def __init__(
-        self, shard: int, reader: Reader, options: DeliveryOptions, calculations: CalculationNames | None, latency: Values | None = None
+        self,
+        shard: int,
+        reader: Reader,
+        options: DeliveryOptions,
+        calculations: CalculationNames | None,
+        latency: Values | None = None,
+        changes: Changes | None = None,
+        names_by_version: Mapping[int, CalculationNames] | None = None,
     ) -> None:
         self.shard, self.options = shard, options
+        self.changes, self.changes_seen = changes, 0
+        self._names_by_version = {} if names_by_version is None else names_by_version
+        self._upcoming: deque[tuple[int, int]] = deque()
+        self._versions: deque[tuple[int, int]] = deque(maxlen=2 * WINDOW_MAX)
         self.counters = DeliveryCounters()
         self.state: State = "connecting"
         self.error = ""
@@ -225,7 +258,8 @@ class ShardDelivery:
         return OutputPublisher(link, stream, self._head, epoch=o.epoch, record_bytes=EVENT_SIZE, window=window, acked=self._on_acked)
 
     def _head(self, first: int, count: int, missing: int) -> bytes:
-        return encode_header(FrameHeader(self.shard, self.options.epoch, self.config_version, first, count, missing))
+        version = next((version for since, version in reversed(self._versions) if since <= first), self.config_version)
+        return encode_header(FrameHeader(self.shard, self.options.epoch, version, first, count, missing))
 
     # -- the ring's side
 
@@ -247,12 +281,13 @@ class ShardDelivery:
         await self._finish()
 
     async def _finish(self) -> None:
-        """Deliver what is left, within the limit."""
+        """Deliver what has been put out so far, within the limit; a shard may go on."""
         assert self.publisher is not None
+        last = self._reader.ring.published
         end = time.monotonic() + self.options.drain_timeout_s
         try:
             async with asyncio.timeout(self.options.drain_timeout_s):
-                while self._reader.lag:
+                while self._reader.lag and self._reader.position < last:
                     await self._deliver(self._read())
         except TimeoutError:
             pass
@@ -271,8 +306,30 @@ class ShardDelivery:
         if len(events) == 0:
             return
         self.counters.events_read += len(events)
+        if self.changes is not None and self.changes.count != self.changes_seen:
+            self._upcoming.extend(self.changes.since(self.changes_seen))
+            self.changes_seen = self.changes.count
         for run in sequence_runs(events):
-            await self._deliver_run(run)
+            rest = run
+            while len(rest):
+                first = int(rest["seq"][0])
+                while self._upcoming and self._upcoming[0][0] <= first:
+                    await self._turn_to(*self._upcoming.popleft())
+                end = min(len(rest), self._upcoming[0][0] - first) if self._upcoming else len(rest)
+                await self._deliver_run(rest[:end])
+                rest = rest[end:]
+
+    async def _turn_to(self, first: int, version: int) -> None:
+        """From output `first` on, outputs are made under another version of the configuration."""
+        self._versions.append((first, version))
+        self.config_version = version
+        names = self._names_by_version.get(version)
+        if names is None or names == self._calculations:
+            return
+        self._calculations = names
+        self._encoder = EventEncoder(self.options.cluster, self.names, names)
+        self._history = names_from(self._history, first, names)
+        await self._send_names()
 
     async def _deliver_run(self, events: EventArray) -> None:
         """Publish events whose output sequences follow each other."""
@@ -410,6 +467,7 @@ class Gateway:
         calculations: CalculationNames | None = None,
         login: Login | None = None,
         latencies: Mapping[int, Values] | None = None,
+        changes: Mapping[int, Changes] | None = None,
     ) -> None:
         """Registers a reader at each ring, which from then on holds a lossless ring's writer.
 
@@ -419,14 +477,17 @@ class Gateway:
             calculations: names of signals for the maps.
             login: default: from the environment.
             latencies: by shard number, the histogram of times from receipt to the stream (:meth:`Telemetry.delivery`).
+            changes: by shard number, where its configuration changed; :meth:`know` says how calculations are called then.
         """
         self.options = options
         self.error = ""
         self._login = login
         self._readers = {shard: ring.reader("gateway", start="oldest") for shard, ring in rings.items()}
-        known = latencies or {}
+        known, changed = latencies or {}, changes or {}
+        self._names: dict[int, CalculationNames] = {}
         self.shards = {
-            shard: ShardDelivery(shard, reader, options, calculations, known.get(shard)) for shard, reader in self._readers.items()
+            shard: ShardDelivery(shard, reader, options, calculations, known.get(shard), changed.get(shard), self._names)
+            for shard, reader in self._readers.items()
         }
         for shard, reader in self._readers.items():
             reader.read(0)  # compiles or loads the ring's kernels now: later it could take longer than a lossless ring waits for us
@@ -486,6 +547,32 @@ class Gateway:
         if self._thread is not None:
             self._thread.join(self.options.drain_timeout_s + 10)
             self._thread = None
+
+    def know(self, version: int, calculations: CalculationNames) -> None:
+        """Say how the calculations of a version are called, before a shard turns to it."""
+        self._names[version] = calculations
+        while len(self._names) > _NAMES_KEPT:
+            del self._names[min(self._names)]
+
+    @property
+    def changes_behind(self) -> int:
+        """Changes of the configuration that a shard has made and its delivery has not come to."""
+        return max((s.changes.count - s.changes_seen for s in self.shards.values() if s.changes is not None), default=0)
+
+    def take_latencies(self, latencies: Mapping[int, Values]) -> None:
+        """Count into other histograms from now on, by shard number."""
+        for shard, histogram in latencies.items():
+            self.shards[shard]._latency = histogram
+
+    def release(self) -> None:
+        """Let go of the rings of a gateway that has not been started."""
+        for reader in self._readers.values():
+            reader.close()
+
+    def show_alive(self) -> None:
+        """Keep lossless rings waiting for a gateway that does not run yet."""
+        for shard in self.shards.values():
+            shard.show_alive()
 
     def set_config_version(self, version: int) -> None:
         """Frames made from now on say that their events were made under this configuration."""

@@ -104,6 +104,7 @@ class Kind(IntEnum):
     TIMER = 16
     """`ts_event` of source `price` has come: ends a bar that no trade ends."""
     CONFIG = 17
+    """Configuration `id` takes effect; bit 0 of `aux` is the slot of its parameters, and with NEW_CODE another loop goes on."""
     BREAK = 18
     """Trade `id` is cancelled by the venue."""
     CODE = 19
@@ -135,6 +136,8 @@ class Flag(IntFlag):
     PRICED = 512
     """EXECUTE: `price` is given and may differ from the order's."""
     REFUSED = 1024
+    NEW_CODE = 1
+    """CONFIG: other code, or other arrays, from the next event on."""
     ROUNDED = 2048
     """BAR: a price was no multiple of the tick, or too far from the open; it is rounded to what fits."""
 

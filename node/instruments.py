@@ -9,8 +9,9 @@ A symbol in compiled code is three little-endian u64 words: its bytes, zero padd
 
 from __future__ import annotations
 
+import contextlib
 from collections import namedtuple
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ emitted its REFERENCE event (set it to 0 to have that repeated); `code` is the v
 RULE = np.dtype([("source", "<u4"), ("include", "<u4"), ("pattern", "u1", GLOB_BYTES)])
 """One line of a source's symbol filter: a glob (:mod:`tickmesh.node.symbol_filter`) to include or, with 0, to exclude."""
 RULES_MAX = 4096
+_NOBODY = 0xFFFFFFFF
+"""Source of a rule that holds no more."""
 
 COUNT, REFUSED_FULL, SHARDS, RULES, SEEN_FILTERED = range(5)
 """Indices of ``Instruments.state``."""
@@ -46,11 +49,14 @@ known to be filtered; `rules` RULE; `state` u64 (see the indices above)."""
 
 PUBLISHED = 1
 """Flag of a record that is complete."""
+EXCLUDED = 2
+"""Flag of a record whose source does not let it through any more: a filter that changed while the node ran."""
 
 _M1, _M2, _GOLDEN = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53), np.uint64(0x9E3779B97F4A7C15)
 _S32, _S29, _ONE, _ZERO = np.uint64(32), np.uint64(29), np.uint64(1), np.uint64(0)
 _MASK64 = (1 << 64) - 1
 _NONE, _FILTERED = np.uint32(NO_INSTRUMENT), np.uint32(FILTERED)
+_EXCLUDED = np.uint8(EXCLUDED)
 _SPACES, _ALL_ONES = np.uint64(0x2020202020202020), np.uint64(_MASK64)
 
 
@@ -255,7 +261,7 @@ def intern(table: Any, source: Any, w0: Any, w1: Any, w2: Any, tick_size: Any, e
     """
     found = find_instrument(table, source, w0, w1, w2)
     if found != _NONE:
-        return found
+        return _FILTERED if table.records[found].flags & _EXCLUDED else found
     return intern_unseen(table, source, w0, w1, w2, tick_size, exponent)
 
 
@@ -268,7 +274,7 @@ def _find(table: Any, source: Any, w0: Any, w1: Any, w2: Any) -> Any:
 def _intern(table: Any, source: Any, w0: Any, w1: Any, w2: Any, tick_size: Any, exponent: Any, shard: Any) -> Any:
     found = find_instrument(table, source, w0, w1, w2)
     if found != _NONE:
-        return found
+        return _FILTERED if table.records[found].flags & _EXCLUDED else found
     if shard >= np.int64(0):
         return intern_new(table, source, w0, w1, w2, tick_size, exponent, shard)
     return intern_unseen(table, source, w0, w1, w2, tick_size, exponent)
@@ -315,6 +321,7 @@ class InstrumentTable:
         records, rules, state = np.zeros(capacity, INSTRUMENT), np.zeros(RULES_MAX, RULE), np.zeros(8, np.uint64)
         self.arrays = Instruments(records, np.zeros(slots, np.uint32), np.zeros(slots, np.uint64), rules, state)
         self.arrays.state[SHARDS] = shards
+        self._held_back: list[tuple[int, tuple[str, ...], tuple[str, ...]]] | None = None
 
     def __len__(self) -> int:
         return min(int(self.arrays.state[COUNT]), self.capacity)
@@ -371,18 +378,51 @@ class InstrumentTable:
         return self.arrays.records[instrument]
 
     def let_through(self, source: int, include: Iterable[str] = (), exclude: Iterable[str] = ()) -> None:
-        """Filter a source's symbols by globs, before its receiver starts: any include (none = all), no exclude.
+        """Filter a source's symbols by globs, in place of what held before: any include (none = all), no exclude.
+
+        Its receiver must not run meanwhile. Inside :meth:`filters_held_back` nothing happens yet.
 
         Raises:
             ValueError: a pattern is no glob (:func:`tickmesh.node.symbol_filter.encode_glob`), or there are more than 4096 rules.
         """
-        for patterns, included in ((include, 1), (exclude, 0)):
-            for pattern in patterns:
-                encoded, count = encode_glob(pattern), int(self.arrays.state[RULES])
-                if count == RULES_MAX:
-                    raise ValueError(f"more than {RULES_MAX} symbol patterns")
-                self.arrays.rules[count] = (source, included, encoded)
-                self.arrays.state[RULES] = count + 1
+        rules = [(encode_glob(pattern), included) for patterns, included in ((include, 1), (exclude, 0)) for pattern in patterns]
+        arrays, count = self.arrays, int(self.arrays.state[RULES])
+        mine = [k for k in range(count) if arrays.rules[k]["source"] in (source, _NOBODY)]
+        if len(rules) > RULES_MAX - count + len(mine):
+            raise ValueError(f"more than {RULES_MAX} symbol patterns")
+        if self._held_back is not None:
+            self._held_back.append((source, tuple(include), tuple(exclude)))
+            return
+        for k in mine:  # other sources' receivers read the rules meanwhile
+            arrays.rules["source"][k] = _NOBODY
+        for (encoded, included), k in zip(rules, [*mine, *range(count, RULES_MAX)]):
+            arrays.rules["pattern"][k], arrays.rules["include"][k] = encoded, included
+            arrays.rules["source"][k] = source
+            arrays.state[RULES] = max(int(arrays.state[RULES]), k + 1)
+        arrays.filtered[:] = 0  # verdicts only: they are found again
+        arrays.state[SEEN_FILTERED] = 0
+
+    @contextlib.contextmanager
+    def filters_held_back(self) -> Iterator[list[tuple[int, tuple[str, ...], tuple[str, ...]]]]:
+        """Collect what :meth:`let_through` is asked for, to be done later: receivers are being made while others run."""
+        self._held_back = []
+        try:
+            yield self._held_back
+        finally:
+            self._held_back = None
+
+    def refilter(self, source: int) -> list[int]:
+        """After another :meth:`let_through`: mark the source's instruments by it; returns those that are newly left out."""
+        left_out = []
+        for number in range(len(self)):
+            record = self.arrays.records[number]
+            if not record["flags"] & PUBLISHED or record["source"] != source:
+                continue
+            excluded = not self.lets_through(self.symbol(number), source)
+            if excluded and not record["flags"] & EXCLUDED:
+                left_out.append(number)
+            self.arrays.records["flags"][number] = PUBLISHED | (EXCLUDED if excluded else 0)
+        return left_out
 
     def lets_through(self, symbol: str, source: int = 0) -> bool:
         """Whether the source's filter lets a symbol through.

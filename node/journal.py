@@ -959,6 +959,11 @@ class JournalReader:
         """Sequence of the oldest event kept."""
         return self._first.first_sequence
 
+    @property
+    def config_version(self) -> int:
+        """Configuration under which its first segment was made: the one that a whole journal begins under."""
+        return self._first.config_version
+
     def batches(self, start: int | None = None, size: int = 4096) -> Iterator[EventArray]:
         """Batches of up to `size` events from sequence `start` on (default: the oldest), as read-only arrays that need no copy.
 

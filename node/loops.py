@@ -16,11 +16,12 @@ _LIVE = """\
 import numpy as np
 
 from tickmesh.node.event import ANY_VIEW, EVENT
+from tickmesh.node.handover import TAKEN_NS, begin, carry_over, no_carry, pass_on
 from tickmesh.node.journal import JournalArrays, journal_append_batch, journal_state
 from tickmesh.node.shard_state import warm_arrays
 from tickmesh.transports.counters import histogram_record
 from tickmesh.transports.ring import HEADER_BYTES, RingArrays, ring_read_batch, ring_wait, ring_writer_heartbeat
-from tickmesh.transports.toolbox import IDLE_SLEEP, idle, load_acquire, loop, now_ns
+from tickmesh.transports.toolbox import IDLE_SLEEP, idle, load_acquire, loop, monotonic_ns, now_ns
 import tickmesh_generated.{shard} as shard_module
 from tickmesh_generated.{shard} import step
 
@@ -29,17 +30,23 @@ LATENCY_MAX_NS = 60_000_000_000  # older stamps are recorded ones, not ours
 
 
 @loop
-def run(again, stop, inputs, readers, journal, journalled, batch, batch_any, shard, latency, batch_events, idle_mode):
-    # Until stop[0] is set, then 0; or the errno for which the journal could not take events: what is not journalled is not processed.
-    # stop[1] counts rounds without input, stop[2] events.
+def run(again, stop, baton, turn, carry, inputs, readers, journal, journalled, batch, batch_any, shard, latency, batch_events, idle_mode):
+    # Until stop[0] is set, then 0; or -1: handed over after a change of the configuration; or the errno for which the journal could not
+    # take events: what is not journalled is not processed. stop[1] counts rounds without input, stop[2] events processed.
+    # inputs[0] is the control ring, read event by event. With turn > 0 it waits until the loop before hands over.
     # With again = (first, end) only a step over these events of the batch, which the journal has already; returns how many were taken.
     if again[1] != 0:
         return step(batch_any, again[0], again[1], shard)
+    if turn > 0:
+        if not begin(baton, turn, stop):
+            return np.int64(0)
+        carry_over(carry, shard.core, shard.info, shard.patterns, shard.masks, shard.last)
+        baton[TAKEN_NS] = monotonic_ns()
     rounds = 0
     while load_acquire(stop, 0) == 0:
         taken = 0
-        for s in range({inputs}):
-            count = ring_read_batch(inputs[s], readers[s], batch, {batch})
+        for s in range(readers.size):
+            count = ring_read_batch(inputs[s], readers[s], batch, {batch} if s > 0 else 1)
             if count == 0:
                 continue
             taken += count
@@ -62,6 +69,10 @@ def run(again, stop, inputs, readers, journal, journalled, batch, batch_any, sha
                     histogram_record(latency, age)
             if failure != 0:
                 return failure
+            if s == 0 and done == 1 and batch[0].kind == 17 and batch[0].flags & 1:
+                stop[2] += taken
+                pass_on(baton)
+                return np.int64(-1)
         if taken == 0:
             stop[1] += 1
             if rounds & 255 == 255:
@@ -78,9 +89,9 @@ def warm():
     words = np.zeros(1, np.uint64)
     journal = JournalArrays(words, words, np.zeros(1, EVENT), words)
     batch = np.zeros(1, EVENT)
-    stop = np.ones(3, np.int64)
-    run(np.zeros(2, np.int64), stop, (ring,) * {inputs}, np.zeros({inputs}, np.int64), journal, 0, batch, batch.view(ANY_VIEW),
-        warm_arrays(shard_module), np.zeros(8, np.int64), np.zeros(8, np.int64), 0)
+    stop, baton = np.ones(3, np.int64), np.zeros(8, np.int64)
+    run(np.zeros(2, np.int64), stop, baton, 0, no_carry(), (ring,) * {inputs}, np.zeros({inputs}, np.int64), journal, 0, batch,
+        batch.view(ANY_VIEW), warm_arrays(shard_module), np.zeros(8, np.int64), np.zeros(8, np.int64), 0)
 """
 
 _STEP = """\
@@ -233,7 +244,7 @@ def warm():
 
 
 def live_loop(shard: ModuleType, inputs: int, batch_events: int, progress: Callable[[str], None] | None = None) -> ModuleType:
-    """The module whose ``run`` drives `shard`'s step from `inputs` rings."""
+    """The module whose ``run`` drives `shard`'s step from up to `inputs` rings, the first of them the control ring."""
     return load_generated("shard", _LIVE.format(shard=_stem(shard), inputs=inputs, batch=batch_events), progress)
 
 

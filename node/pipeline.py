@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tickmesh.control.config import Config
+from tickmesh.control.config import Config, Source
 from tickmesh.node.calculation import Instance, plan
 from tickmesh.node.event import Kind
 from tickmesh.node.instruments import InstrumentTable
@@ -19,15 +19,18 @@ from tickmesh.transports.ring import Ring
 _ORDER_KINDS = (Kind.ADD, Kind.EXECUTE, Kind.CANCEL, Kind.DELETE, Kind.REPLACE, Kind.MODIFY)
 
 
-def make_table(config: Config) -> InstrumentTable:
-    """The node's instrument table, with the configured placements registered."""
+def make_table(config: Config, numbers: Mapping[str, int] | None = None) -> InstrumentTable:
+    """The node's instrument table, with the configured placements registered; `numbers` of the sources: default in their order."""
     table = InstrumentTable(config.cluster.instruments_max, config.cluster.shards)
-    for number, options in enumerate(config.data_sources.values()):
-        for symbol, shard in config.cluster.shard_overrides.items():
-            table.intern(
-                symbol, number, options.tick_size_of(symbol) or 10_000_000, options.quantity_exponent_of(symbol) or 0, shard=shard
-            )
+    for place, (name, options) in enumerate(config.data_sources.items()):
+        place_symbols(table, config, numbers[name] if numbers else place, options)
     return table
+
+
+def place_symbols(table: InstrumentTable, config: Config, number: int, options: Source) -> None:
+    """Register the configured placements of a source's symbols."""
+    for symbol, shard in config.cluster.shard_overrides.items():
+        table.intern(symbol, number, options.tick_size_of(symbol) or 10_000_000, options.quantity_exponent_of(symbol) or 0, shard=shard)
 
 
 def make_plan(config: Config, folder: Path) -> ShardPlan:
@@ -68,17 +71,14 @@ def make_shards(
 ) -> list[Shard]:
     """One shard per output ring."""
     chosen = make_plan(config, folder)
-    limits = risk_limits(config)
-    shards = []
-    for ring in outputs:
-        shard = Shard(
-            chosen,
-            ring.arrays,
-            instruments_max=config.cluster.instruments_max,
-            orders_max=config.cluster.orders_max,
-            order_ids=order_ids,
-            progress=progress,
-        )
-        shard.arrays.limits[:] = np.repeat(limits, 2)
-        shards.append(shard)
-    return shards
+    return [make_shard(config, chosen, ring, order_ids, progress) for ring in outputs]
+
+
+def make_shard(
+    config: Config, chosen: ShardPlan, output: Ring, order_ids: str, progress: Callable[[str], None] | None = None
+) -> Shard:
+    """A fresh shard of a plan, with the configured sizes and risk limits."""
+    sizes = {"instruments_max": config.cluster.instruments_max, "orders_max": config.cluster.orders_max}
+    shard = Shard(chosen, output.arrays, **sizes, order_ids=order_ids, progress=progress)
+    shard.arrays.limits[:] = np.repeat(risk_limits(config), 2)
+    return shard

@@ -5,6 +5,7 @@ Multicast is compiled end to end. Recordings and in-process generators (the mark
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -18,11 +19,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from tickmesh.control.config import Config, Source
-from tickmesh.node.arbiter import CLEAR_DUE, FIRST_SEQUENCE, START_SEQUENCE
+from tickmesh.node.arbiter import CLEAR_DUE, EXPECTED, FIRST_SEQUENCE, START_SEQUENCE
 from tickmesh.node.decoder import arbitration, decoder_parts, filtered, load_decoder, make_feed, malformed, message_counts
 from tickmesh.node.event import EVENT, EventArray
 from tickmesh.node.feed import RESOLVED_BELOW, SHORT_PACKET, UNBOUND, Feed, bind_unannounced
-from tickmesh.node.instruments import InstrumentTable
+from tickmesh.node.instruments import EXCLUDED, FILTERED, InstrumentTable
 from tickmesh.node.loops import receive_loop
 from tickmesh.node.protocol import Field, load_framing, load_spec
 from tickmesh.node.reader import Reader, open_reader, protocol_fields, spec_and_framing
@@ -104,6 +105,7 @@ class Receiver(ABC):
         )
         self.finished = False
         self.error: BaseException | None = None
+        self.cpu: int | None = None
         self._thread = threading.Thread(target=self._guarded, name=f"receiver-{name}", daemon=True)
 
     def start(self) -> None:
@@ -125,6 +127,16 @@ class Receiver(ABC):
         """The kernel's id of the thread, for pinning."""
         return self._thread.native_id
 
+    def pin(self, cpu: int | None) -> None:
+        """Keep the thread on one processor; None: any.
+
+        Raises:
+            OSError: there is no such processor for us.
+        """
+        self.cpu = cpu
+        if cpu is not None and self.thread_id is not None:
+            os.sched_setaffinity(self.thread_id, {cpu})
+
     def _guarded(self) -> None:
         try:
             self.run()
@@ -142,6 +154,15 @@ class Receiver(ABC):
             codes: the venue's numeric code by instrument.
             last_sequence: the last of the source's sequences that the journal has; 0: none.
         """
+
+    def take_over(self, before: Receiver) -> bool:
+        """Before the start: go on where the source's receiver so far has ended; false if it begins anew (a recording)."""
+        return False
+
+    def pin_if_allowed(self, cpu: int | None) -> None:
+        """:meth:`pin`, where the host lets us."""
+        with contextlib.suppress(OSError):
+            self.pin(cpu)
 
     @abstractmethod
     def counters(self) -> dict[str, int]:
@@ -279,6 +300,17 @@ class MulticastReceiver(Receiver):
         if last_sequence:
             go_on(self.router.clock)
 
+    def take_over(self, before: Receiver) -> bool:
+        if not isinstance(before, MulticastReceiver) or before.spec.name != self.spec.name:
+            return False
+        records, number = self.context.table.arrays.records[: len(self.context.table)], self.context.number
+        mine = np.flatnonzero((records["source"] == number) & (records["code"] != 0))
+        bind_codes(self.feed, self.context.table, {int(i): int(records["code"][i]) for i in mine})
+        self.feed.arbiter.state[START_SEQUENCE] = before.feed.arbiter.state[EXPECTED]
+        if before.feed.arbiter.state[EXPECTED]:
+            go_on(self.router.clock)
+        return True
+
     def run(self) -> None:
         sockets = self.sockets
         if self._expected and not self._find_place():
@@ -349,13 +381,17 @@ class MulticastReceiver(Receiver):
 
 def bind_codes(feed: Feed, table: InstrumentTable, codes: Mapping[int, int]) -> None:
     """Tell a feed the numeric codes of instruments (code by instrument) that have been announced already."""
-    known = []
+    known, left_out = [], []
     for instrument, code in codes.items():
         bind_unannounced(feed, np.uint64(code), np.uint32(instrument))
-        if not table.symbol(instrument).startswith("#"):  # known by its code only: text may still name it
+        if table.arrays.records["flags"][instrument] & EXCLUDED:
+            left_out.append(instrument)
+        elif not table.symbol(instrument).startswith("#"):  # known by its code only: text may still name it
             known.append(instrument)
     resolved = feed.codes & ~RESOLVED_BELOW
-    feed.codes[:] = np.where((feed.codes != UNBOUND) & np.isin(resolved, known), resolved, feed.codes)
+    bound = feed.codes != UNBOUND
+    feed.codes[:] = np.where(bound & np.isin(resolved, known), resolved, feed.codes)
+    feed.codes[:] = np.where(bound & np.isin(resolved, left_out), FILTERED, feed.codes)
 
 
 def make_receiver(

@@ -38,6 +38,11 @@ class Retention:
         self.dropped = 0
         self.short = False
 
+    def set_limits(self, keep_bytes: int, keep_s: float) -> None:
+        """Other limits from now on."""
+        if (keep_bytes, keep_s) != (self._keep_bytes, self._keep_s):
+            self._keep_bytes, self._keep_s, self.short = keep_bytes, keep_s, False
+
     @property
     def previous(self) -> Path:
         """Where a fresh start puts the journal of the run before."""

@@ -10,7 +10,7 @@ listen, check order intents against the risk limits. Nothing in here reads a clo
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -40,13 +40,14 @@ from tickmesh.node.book import (
 )
 from tickmesh.node.risk import risk_check, risk_fill
 from tickmesh.node.shard_kernels import (
-    bbo_microprice, bbo_mid, bbo_spread, begin_output, begin_record, fill_signal, fill_trade, pass_through, reaches, record_bbo, record_gap,
-    record_trade, register_instrument, trade_price, trade_qty,
+    bbo_microprice, bbo_mid, bbo_spread, begin_output, begin_record, fill_signal, fill_trade, pass_through, reaches, record_bbo,
+    record_config, record_gap, record_trade, register_instrument, trade_price, trade_qty,
 )
 from tickmesh.transports.ring import ring_claim, ring_free, ring_publish
 from tickmesh.transports.toolbox import inlined, outlined
 
-Shard = namedtuple("Shard", "books core info statistics counts gaps source_stale patterns masks last scratch out limits risk {fields}")
+FIELDS = "books core info statistics counts gaps source_stale patterns masks last scratch out limits risk changes"
+Shard = namedtuple("Shard", FIELDS + " {fields}")
 BID, ASK = np.int64(0), np.int64(1)
 TRADE, BBO, SIGNAL, ALERT, INTENT, RISK, BAR = (np.uint8(kind) for kind in (9, 64, 65, 66, 67, 68, 69))
 FOR_BOOK, FOR_SOURCE, FOR_ALERT, FOR_BAR, FOR_INTENT, FOR_RISK = (np.uint64(place) for place in range(6))  # in shard.scratch
@@ -129,8 +130,7 @@ def on_rare(shard, event, w):
         if is_new and shard.source_stale[event.flags] != 0:
             w = apply_to_one(shard, event, 15, 2, i, w)  # its first orders may have been in the gap
     elif kind == 17:
-        shard.core[0].parameters = event.aux & 1
-        shard.core[0].config_version = event.id
+        record_config(shard.core, shard.changes, event, w)
     elif kind == 11:
         if rare_apply(shard, event) < 0:
             shard.core[0].refused += 1
@@ -312,15 +312,7 @@ class _Generator:
     def __init__(self, plan: ShardPlan) -> None:
         self.plan = plan
         self.out = _Source()
-        self.slots: dict[str, int] = {}
-        for instance in plan.instances:
-            if instance.emits == "signal":
-                for output in instance.outputs:
-                    self.slots[f"{instance.name}.{output}"] = len(self.slots)
-        self.signals = len(self.slots)
-        for instance in plan.instances:  # a second series is read at its last value, which needs a place too
-            if instance.against in SERIES:
-                self.slots.setdefault(str(instance.against), len(self.slots))
+        self.slots = series_slots(plan)
 
     @property
     def room(self) -> int:
@@ -457,12 +449,28 @@ def _select(template: str, flags: dict[str, bool]) -> str:
     return "\n".join(kept)
 
 
+def series_slots(plan: ShardPlan) -> dict[str, int]:
+    """Place of every series in the table of last values: ``calculation.output`` of all signals, then series that others read second."""
+    slots: dict[str, int] = {}
+    for instance in plan.instances:
+        if instance.emits == "signal":
+            for output in instance.outputs:
+                slots[f"{instance.name}.{output}"] = len(slots)
+    for instance in plan.instances:  # a second series is read at its last value, which needs a place too
+        if instance.against in SERIES:
+            slots.setdefault(str(instance.against), len(slots))
+    return slots
+
+
 def generate(plan: ShardPlan) -> str:
     """The source of the loop of one plan: a readable module that defines ``Shard`` and ``step``, a part of the loops that drive it."""
     return _Generator(plan).generate()
 
 
 # ---------------------------------------------------------------- the object around the loop
+
+_KEPT_ARRAYS = ("books", "core", "info", "statistics", "counts", "gaps", "source_stale", "scratch", "out", "risk", "changes")
+"""What a shard keeps, as the very same arrays, under any plan."""
 
 
 class Shard:
@@ -491,16 +499,47 @@ class Shard:
         order_ids: str = "sequential",
         progress: Callable[[str], None] | None = None,
     ) -> None:
+        self._take(plan, progress)
+        self.arrays = make_arrays(self.module, output, self._patterns(), instruments_max, orders_max, order_ids)
+        for k, instance in enumerate(plan.instances):
+            getattr(self.arrays, f"p{k}")[:] = instance.params
+
+    def _take(self, plan: ShardPlan, progress: Callable[[str], None] | None) -> None:
         self.plan = plan
         self.module: ModuleType = import_generated(write_generated("shard_parts", generate(plan)))
         self._progress = progress
         self.signal_names = [
             i.name if len(i.outputs) == 1 else f"{i.name}.{output}" for i in plan.instances if i.emits == "signal" for output in i.outputs
         ]
-        patterns = pattern_table([instance.symbols for instance in plan.instances])
-        self.arrays = make_arrays(self.module, output, patterns, instruments_max, orders_max, order_ids)
-        for k, instance in enumerate(plan.instances):
-            getattr(self.arrays, f"p{k}")[:] = instance.params
+
+    def _patterns(self) -> Any:
+        return pattern_table([instance.symbols for instance in self.plan.instances])
+
+    @classmethod
+    def following(cls, before: Shard, plan: ShardPlan, limits: Any, states: Mapping[int, Any]) -> Shard:
+        """A shard that goes on with another's books and instruments under another plan; what it listens to is for a hand-over to fill in.
+
+        Args:
+            before: the other one.
+            plan: of the new one.
+            limits: LIMITS record array of one.
+            states: arrays of the calculations that go on where they are, by place in the plan.
+        """
+        shard = cls.__new__(cls)
+        shard._take(plan, before._progress)
+        instruments = len(before.arrays.info)
+        calculations: list[Any] = []
+        for k, ((state, parameters), instance) in enumerate(zip(shard.module.DTYPES, plan.instances)):
+            values = np.zeros(2, parameters)
+            values[:] = instance.params
+            calculations += [states[k] if k in states else np.zeros(instruments, state), values]
+        masks, last = np.zeros((max(1, len(plan.instances)), instruments), np.uint8), np.full((shard.module.SLOTS, instruments), np.nan)
+        masks.fill(0)  # its pages are there before the hand-over
+        same = {name: getattr(before.arrays, name) for name in _KEPT_ARRAYS}
+        own = dict(zip(shard.module.Shard._fields[-len(calculations) :] if calculations else (), calculations))
+        tables = {"patterns": shard._patterns(), "masks": masks, "last": last, "limits": np.repeat(limits, 2)}
+        shard.arrays = shard.module.Shard(**same, **tables, **own)
+        return shard
 
     @functools.cached_property
     def _step_loop(self) -> ModuleType:

@@ -105,6 +105,21 @@ def record_gap(gaps: Any, counts: Any, event: Any) -> None:
         gaps[n, 1] = event.aux
 
 
+@outlined
+def record_config(core: Any, changes: Any, event: Any, w: Any) -> None:
+    """Take in a CONFIG event: the version, the slot of its parameters, and that outputs after number `w` are made under it.
+
+    Row 0 of `changes` counts; the others are a ring of (outputs before the change, version).
+    """
+    core[0].parameters = event.aux & 1
+    core[0].config_version = event.id
+    count = changes[0, 0]
+    row = _U(1) + count % _U(changes.shape[0] - 1)
+    changes[row, 0] = w
+    changes[row, 1] = event.id
+    changes[0, 0] = count + _U(1)
+
+
 @inlined
 def record_bbo(statistics: Any, bbo: Any) -> None:
     """Keep the first and the last BBO of an instrument."""

@@ -19,6 +19,8 @@ SOURCES = 1 << 16
 """Numbers that a source can have: a REFERENCE event has it in its `flags`."""
 SCRATCH = 8
 """Places for records that calculations read but that do not leave the shard, a power of two; the loop's FOR_… say which is whose."""
+CHANGES_KEPT = 256
+"""Changes of the configuration whose place among the outputs a shard remembers."""
 KINDS = 128
 """Size of the table of event counts: kinds are below it."""
 
@@ -86,6 +88,7 @@ def make_arrays(
         RingArrays(output.words, output.slots.view(ANY_VIEW)),
         np.repeat(no_limits(), 2),
         make_risk_state(instruments_max),
+        np.zeros((CHANGES_KEPT + 1, 2), np.uint64),
         *calculations,
     )
 

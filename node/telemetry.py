@@ -321,6 +321,25 @@ class Telemetry:
         telemetry.update("node", {"pid": os.getpid(), "started_ns": time.time_ns(), "heartbeat_ns": time.time_ns()})
         return telemetry
 
+    def relabel(self, sources: Sequence[str], shards: int, deliveries: Sequence[str]) -> None:
+        """Make another file in place of this one, for other sources and deliveries; numbers of what stays go along.
+
+        Arrays taken before still lie in the old file: take them anew.
+        """
+        old, lock = self.file, self._lock
+        file = CounterFile.create(old.path, *_layout(sources, shards, deliveries))
+        fd = os.open(old.path, os.O_RDWR | os.O_CLOEXEC)
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 1, 0))
+        for name, index in file.about.index.items():
+            if name in old.about.index:
+                file.values[index] = old.values[old.about.index[name]]
+        for name in file.about.histograms:
+            if name in old.about.histograms:
+                file.histogram(name)[:] = old.histogram(name)
+        self.file, self._lock, self._sets = file, fd, _sets(file.about.index)
+        if lock is not None:
+            os.close(lock)
+
     @classmethod
     def attach(cls, cluster: str, node: str) -> Telemetry:
         """Read a node's counters.
@@ -340,6 +359,10 @@ class Telemetry:
             KeyError: there is no such counter.
         """
         self.file.values[self.file.about.index[name]] = value
+
+    def has(self, prefix: str) -> bool:
+        """Whether there are counters of this set."""
+        return any(name.startswith(f"{prefix}.") for name in self.file.about.index)
 
     def update(self, prefix: str, numbers: Mapping[str, int]) -> None:
         """Set several counters of one set, e.g. ``update("delivery.events.0", {"frames": 7, "acks": 7})``.

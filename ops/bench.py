@@ -94,6 +94,15 @@ def _delivery_rows(result: Result) -> Iterator[Row]:
         yield Row(title, unit, speeds["frames"], speeds[f"{way}_per_event"], peer, result[f"ratio_to_{way}"], 20)
 
 
+def _config_rows(result: Result) -> Iterator[Row]:
+    wanted = "what we want of it (no rival does it)"
+    for title, unit, ours, bar in (
+        ("new parameters, applied on a node, p99", "ms", result["parameters_ms"]["p99"], 50.0),
+        ("new code, compile included", "s", result["new_code_s"], 10.0),
+    ):
+        yield Row(title, unit, ours, bar, wanted, bar / ours, 1.0)
+
+
 def _given_rows(result: Result) -> Iterator[Row]:
     """A benchmark that says itself what its rows are: ``{"rows": [{name, unit, ours, theirs, peer, ratio, target}, …]}``."""
     for row in result["rows"]:
@@ -120,6 +129,10 @@ BENCHES = (
     Bench(
         "delivery", "events over NATS JetStream, against nats-py", "tickmesh.ops.bench_delivery", "bench_delivery", _delivery_rows,
         {"events": 100_000, "per_event_events": 8_192, "rounds": 1},
+    ),
+    Bench(
+        "config", "changes of a running node's configuration: parameters, new code, the hand-over", "tickmesh.ops.bench_config",
+        "bench_config", _config_rows, {"parameters": 30, "filters": 10},
     ),
 )  # fmt: skip
 

@@ -197,36 +197,57 @@ def node_run(config: ConfigFile, quiet: Quiet = False) -> None:
 
 @app.command(cls=_Command)
 def replay(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recordings, read in this order.")],
-    config: ConfigFile,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Recordings, read in this order; or the folder of one journal.")],
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", metavar="FILE", help="The configuration; a journal has its own beside it.")
+    ] = None,
     source: Annotated[str | None, typer.Option(metavar="NAME", help="The source whose settings apply; none: the only one.")] = None,
     summary: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the summary as JSON here; -: to standard output.")] = None,
     depth: Annotated[int, typer.Option(min=0, max=1000, help="Levels of each book in the summary.")] = 10,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run recordings through a configuration.
+    """Run recordings through a configuration, or a journal through the configurations that it names.
 
-    At full speed and without NATS. The same inputs give the same outputs, to the bit.
+    At full speed and without NATS. The same inputs give the same outputs, to the bit; of a journal's, a digest is printed.
     """
     to_stdout = as_json or summary == Path("-")
     target = None if summary is None or summary == Path("-") else summary
     if target is not None:
         _check_writable(target)
-    _check_files(files)
-    from tickmesh.node.replay import replay as run
-
-    loaded = _load(config)
     started = time.perf_counter()
-    result = run(loaded, files, source, depth, _progress(quiet), folder=loaded.folder)
+    result, text = _replayed_journal(files, config, depth, quiet) if files[0].is_dir() else _replayed(files, config, source, depth, quiet)
     if target is not None:
         _write_json(target, result)
     if to_stdout:
         _print_json(result)
     else:
-        print(_replay_text(result))
+        print(text)
     if not quiet:
         _say(f"done in {time.perf_counter() - started:.1f} s" + (f", summary in {target}" if target else ""))
+
+
+def _replayed(files: list[Path], config: Path | None, source: str | None, depth: int, quiet: bool) -> tuple[dict[str, Any], str]:
+    if config is None:
+        raise typer.BadParameter("recordings need a configuration", param_hint="--config")
+    _check_files(files)
+    from tickmesh.node.replay import replay as run
+
+    loaded = _load(config)
+    result = run(loaded, files, source, depth, _progress(quiet), folder=loaded.folder)
+    return result, _replay_text(result)
+
+
+def _replayed_journal(folders: list[Path], config: Path | None, depth: int, quiet: bool) -> tuple[dict[str, Any], str]:
+    if len(folders) > 1 or config is not None:
+        raise typer.BadParameter("a journal is replayed by itself: one folder, and no --config", param_hint="FILE")
+    from tickmesh.node.journal_replay import replay_journal
+
+    result = replay_journal(folders[0], depth, _progress(quiet))
+    rows = [f"shard {result['shard']}: {result['events_total']:,} events, {result['outputs_total']:,} outputs"]
+    rows += [f"configuration {v['version']} from output {v['outputs_before'] + 1:,}" for v in result["versions"]]
+    rows += ["events    " + _counts_text(result["events"]), f"sha-256 of the outputs  {result['digest']}"]
+    return result, "\n".join(rows)
 
 
 def _check_files(files: list[Path]) -> None:

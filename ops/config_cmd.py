@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from rich.table import Table as RichTable
 
+from tickmesh.control.changes import changed_keys
 from tickmesh.control.config import (
     NOT_BUILT_YET,
     Alert,
@@ -337,11 +338,13 @@ def changes(old: Config, new: Config) -> list[Change]:
     """What differs, key by key, and whether a running node can take it (`live`) or has to restart."""
     before = {row.path: row for row in effective(old)}
     after = {row.path: row for row in effective(new)}
+    restart = [change.path for change in changed_keys(old, new) if not change.live]
     found = []
     for path in [*before, *(p for p in after if p not in before)]:
         a, b = before.get(path), after.get(path)
-        if a is None or b is None:
-            found.append(Change(path, a and a.value, b and b.value, "restart"))
+        if a is None or b is None:  # with its table, as the table does
+            needs = any(path == table or path.startswith(f"{table}.") for table in restart)
+            found.append(Change(path, a and a.value, b and b.value, "restart" if needs else "live"))
         elif a.value != b.value:
             found.append(Change(path, a.value, b.value, a.change))
     return found

@@ -21,8 +21,9 @@ from rich.table import Table
 from tickmesh.control.config import Config, Source, parse_config
 from tickmesh.control.config import load_config as load
 from tickmesh.node.config_checks import config_checks
+from tickmesh.node.errors import NodeError
 from tickmesh.node.event import NO_PRICE, price_text
-from tickmesh.node.process import Node, NodeError
+from tickmesh.node.process import Node
 from tickmesh.node.receivers import BlockSourceMaker
 from tickmesh.node.summary import quantity_text
 from tickmesh.ops.capture_kind import capture_settings

@@ -109,7 +109,29 @@ def test_include_and_exclude() -> None:
     with pytest.raises(ValueError, match="25 characters"):
         table.let_through(0, include=["x" * 25])
     with pytest.raises(ValueError, match="more than 4096"):
-        table.let_through(0, exclude=["X"] * I.RULES_MAX)
+        table.let_through(0, exclude=["X"] * (I.RULES_MAX + 1))
+
+
+def test_another_filter_takes_the_place_of_the_one_before() -> None:
+    table = I.InstrumentTable(8)
+    table.let_through(0, include=["A*"])
+    table.let_through(1, include=["Z"])
+    first = table.intern("AAPL")
+    with pytest.raises(I.SymbolFiltered):
+        table.intern("MSFT")
+    with table.filters_held_back() as later:
+        table.let_through(0, include=["M*"])
+    assert table.lets_through("AAPL")
+    for rules in later:
+        table.let_through(*rules)
+    assert table.refilter(0) == [first]
+    with pytest.raises(I.SymbolFiltered):
+        table.intern("AAPL")
+    assert table.symbol(table.intern("MSFT")) == "MSFT"
+    assert [table.lets_through(symbol, 1) for symbol in "AZ"] == [False, True]
+    table.let_through(0)
+    assert table.refilter(0) == []
+    assert table.intern("AAPL") == first
 
 
 def test_a_filter_reaches_the_last_character_of_the_longest_symbol() -> None:

@@ -36,9 +36,10 @@ from test_decoder import directory, framed
 from test_replay import execute, order
 
 from tickmesh.control.config import parse_config
+from tickmesh.node.errors import NodeError
 from tickmesh.node.event import EventArray, Kind
 from tickmesh.node.journal import JournalReadOnly
-from tickmesh.node.process import Node, NodeError
+from tickmesh.node.process import Node
 from tickmesh.node.telemetry import NodeRunning, read_telemetry, telemetry_path
 from tickmesh.ops.servers import NatsServer
 from tickmesh.ops.simulated_lines import LineConfig, SimulatedLines, send_lines

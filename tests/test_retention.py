@@ -11,8 +11,9 @@ from nats_fixtures import nats_server  # noqa: F401
 from nodes import cluster, finish, multicast_source, node_config, outputs_made, running, simulator_source, stream, until  # noqa: F401
 from test_journal import SEGMENT, events, make, sequences
 
+from tickmesh.node.errors import NodeError
 from tickmesh.node.journal import Journal, JournalReader, verify
-from tickmesh.node.process import Node, NodeError
+from tickmesh.node.process import Node
 from tickmesh.node.retention import Retention
 from tickmesh.node.telemetry import read_telemetry, telemetry_path
 from tickmesh.ops.servers import NatsServer

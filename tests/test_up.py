@@ -20,8 +20,8 @@ from nodes import node_text, simulator_source, until
 from replays import ES, recording
 
 from tickmesh.node import subscribe
+from tickmesh.node.errors import NodeError
 from tickmesh.node.event import EventArray, Kind
-from tickmesh.node.process import NodeError
 from tickmesh.node.telemetry import read_telemetry, telemetry_path
 from tickmesh.ops.up import demo_config, up
 

@@ -843,6 +843,11 @@ class Reader:
         return self._word(R_MISSED)
 
     @property
+    def position(self) -> int:
+        """Records of the ring that lie behind this reader."""
+        return self._word(R_CURSOR)
+
+    @property
     def lag(self) -> int:
         """Published records not read yet."""
         return self.ring.published - self._word(R_CURSOR)

@@ -1,0 +1,182 @@
+"""How a node's shards begin: afresh, or where their journals end, through the configurations that those name."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from tickmesh.control.config import Config
+from tickmesh.node.errors import NodeError
+from tickmesh.node.frames import CalculationNames
+from tickmesh.node.gateways import signal_names
+from tickmesh.node.journal import Journal, JournalReader
+from tickmesh.node.journal_replay import ORDER_IDS, Follower, begin_version
+from tickmesh.node.pipeline import make_shard, risk_limits
+from tickmesh.node.shard import Shard
+from tickmesh.node.shard_thread import ShardThread
+from tickmesh.node.versions import Document, Documents
+from tickmesh.transports.ring import Ring
+
+Progress = Callable[[str], None] | None
+_RECORD_BYTES = 72
+_WAIT_S = 0.001
+_PAGE_BYTES = 4096
+
+
+class BeginningError(NodeError):
+    """The journals and the configuration do not fit; the message says what to do."""
+
+
+def goes_on(config: Config) -> bool:
+    """Whether a node of this configuration goes on from its journals; a recording or a simulation starts anew."""
+    settings = config.journal
+    return settings.enabled and settings.restore and all(options.type == "multicast" for options in config.data_sources.values())
+
+
+def journal_folders(config: Config) -> list[Path]:
+    """The folder of each shard's journal."""
+    base = config.cluster.data_path / "journal" / config.cluster.node
+    return [base / f"shard-{number}" for number in range(config.cluster.shards)]
+
+
+def choose_document(config: Config, version: int | None) -> Document:
+    """The document that the node is to run, with its version and the numbers of its sources.
+
+    Args:
+        version: of the configuration; None: the journals' last one, or the next after it if it is another configuration.
+
+    Raises:
+        BeginningError: the journals say otherwise of this version.
+        DocumentError: a file of it cannot be read.
+    """
+    newest = _newest(config) if goes_on(config) else None
+    if newest is None:
+        return Document.of(config, version or 0, {})
+    document = Document.of(config, newest.version, newest.sources)
+    same = document.same_market(newest)
+    if version is None:
+        version = newest.version if same else newest.version + 1
+    elif version < newest.version or (version == newest.version and not same):
+        reason = "is older than" if version < newest.version else "is another one than the configuration of that number in"
+        raise BeginningError(f"configuration {version} {reason} the journal ({newest.version}): apply it anew, or move the journal away")
+    return Document.of(config, version, newest.sources)
+
+
+def _newest(config: Config) -> Document | None:
+    found = [Documents(folder) for folder in journal_folders(config)]
+    versions = [(max(documents.versions()), documents) for documents in found if documents.versions()]
+    if not versions:
+        return None
+    version, documents = max(versions, key=lambda pair: pair[0])
+    return documents.read(version)
+
+
+def open_journals(config: Config, document: Document, journals: list[Journal]) -> None:
+    """Open or make each shard's journal, into `journals`; one of a run that does not go on is put aside."""
+    settings = config.journal
+    records = 1 << max(9, (settings.segment_mb * (1 << 20) // _RECORD_BYTES).bit_length() - 1)
+    for number, folder in enumerate(journal_folders(config)):
+        if folder.exists() and any(folder.iterdir()):
+            if goes_on(config):
+                _check_whole(folder)
+                journals.append(Journal.open(folder, number, config_version=document.version, sync=settings.sync))
+                continue
+            previous = folder.with_name(folder.name + ".previous")
+            shutil.rmtree(previous, ignore_errors=True)
+            folder.rename(previous)
+        version = document.version
+        journals.append(Journal.create(folder, number, segment_records=records, config_version=version, sync=settings.sync))
+
+
+def _check_whole(folder: Path) -> None:
+    """Raise unless a journal has its beginning, which a restart needs."""
+    first = JournalReader(folder).first_sequence
+    if first > 0:
+        advice = "move it away, or set journal.restore = false"
+        raise BeginningError(f"the journal in {folder} begins at sequence {first}, its older segments were deleted: {advice}")
+
+
+def first_documents(document: Document, journals: list[Journal]) -> list[Document]:
+    """What each shard begins under: the first configuration of its journal, or `document`, which is then written beside it."""
+    found = []
+    for journal in journals:
+        documents = Documents(journal.folder)
+        version = JournalReader(journal.folder).config_version if journal.next_sequence else document.version
+        if journal.next_sequence and version in documents.versions():
+            found.append(documents.read(version))
+        else:
+            begun = Document(version, document.config, document.code, document.sources, document.outputs)
+            documents.write(begun)
+            found.append(begun)
+    return found
+
+
+def begin_shard(config: Config, document: Document, output: Ring, progress: Progress) -> Shard:
+    """A fresh shard under its first configuration, of the sizes that are configured now."""
+    shard = make_shard(config, document.plan(), output, ORDER_IDS, progress)
+    shard.arrays.limits[:] = np.repeat(risk_limits(document.config), 2)
+    begin_version(shard, document.version, document.outputs)
+    shard.arrays.books.orders.view(np.uint8)[::_PAGE_BYTES] = 0  # spread all over: not a page fault for each of the first orders
+    return shard
+
+
+def replay(
+    thread: ShardThread, first: Document, target: Document, know: Callable[[Mapping[int, CalculationNames]], None],
+    stop: threading.Event, progress: Progress,
+) -> None:  # fmt: skip
+    """Bring a shard that does not run yet to where its journal ends, and then to the configuration that the node is to run.
+
+    Args:
+        first: what its journal begins under.
+        target: what the node is to run.
+        know: told how the calculations of a version are called.
+        stop: ends it early.
+    """
+    journal, documents = thread.journal, thread.documents
+    assert journal is not None
+    assert documents is not None
+    follower = Follower(thread.shard, first, documents)
+    documents.switched(0, first.version)
+    if journal.next_sequence and progress:
+        progress(f"shard {thread.number}: replaying {journal.next_sequence:,} events of the journal")
+    for batch in JournalReader(journal.folder).batches() if journal.next_sequence else ():
+        mine = batch.copy()  # a shard completes events in place
+        for begin, end in follower.pieces(mine):
+            _adopt(thread, follower, know)
+            if not _step(thread, mine, begin, end, stop, progress):
+                return
+        _adopt(thread, follower, know)
+    if thread.version == target.version:
+        return
+    documents.write(target)
+    event, then = follower.change_to(target, time.time_ns())
+    journal.append(event)
+    documents.switched(journal.next_sequence, target.version)
+    if _step(thread, event, 0, 1, stop, progress):
+        then()
+        _adopt(thread, follower, know)
+
+
+def _adopt(thread: ShardThread, follower: Follower, know: Callable[[Mapping[int, CalculationNames]], None]) -> None:
+    know({follower.document.version: signal_names(follower.shard.plan)})
+    if thread.shard is not follower.shard:
+        thread.adopt(follower.shard)
+
+
+def _step(thread: ShardThread, batch: np.ndarray, first: int, end: int, stop: threading.Event, progress: Progress) -> bool:
+    """Step over events of the journal; where the output ring is full, the gateway has to deliver first. False if it was stopped."""
+    told = False
+    while first < end and not stop.is_set():
+        done = thread.step_again(batch, first, end)
+        first += done
+        if done == 0:
+            if not told and progress:
+                progress("more outputs than the ring holds are undelivered: waiting for NATS to take them")
+            told = True
+            stop.wait(_WAIT_S)
+    return first >= end

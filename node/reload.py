@@ -1,0 +1,438 @@
+"""A running node takes another configuration: checked as a whole, prepared beside what runs, in force at one event of each shard.
+
+What is prepared: the code (compiled in a helper process), the next loops, waiting for their turn inside compiled code, the receivers of
+new and changed sources with their sockets open, the gateways of new and changed deliveries, holding the output rings. Until then
+everything can be called off. Then, in this order: receivers of sources that change or go end, and the shards take what those have
+brought; the documents are written; each shard gets its CONFIG event; books of what is no longer taken are emptied; new receivers
+begin; old gateways deliver what they have and end, new ones begin.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from tickmesh.control.changes import restart_needed
+from tickmesh.control.config import Checks, Config, Problem
+from tickmesh.node.calculation import PlanError, compile_problems
+from tickmesh.node.config_checks import config_checks
+from tickmesh.node.delivery import Gateway
+from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_SIDE, EventArray, Kind
+from tickmesh.node.gateways import latencies_of, nats_deliveries, signal_names
+from tickmesh.node.journal_replay import config_event
+from tickmesh.node.logs import set_log_level
+from tickmesh.node.loops import live_loop
+from tickmesh.node.pipeline import place_symbols, risk_limits
+from tickmesh.node.receivers import Receiver
+from tickmesh.node.shard import BATCH_EVENTS, ShardPlan, generate
+from tickmesh.node.shard_state import CHANGES_KEPT
+from tickmesh.node.shard_thread import Leg, ShardThread, inputs_room
+from tickmesh.node.succession import same_loop, set_parameters, succeed
+from tickmesh.node.versions import Document, DocumentError
+from tickmesh.transports.codecache import CompileError, CompileStopped, import_generated, watched_compiles, write_generated
+from tickmesh.transports.ring import Ring
+from tickmesh.transports.toolbox import zeros_aligned
+
+if TYPE_CHECKING:
+    from tickmesh.node.process import Node
+
+_TAKE_S = 30.0
+_LOOK_S = 0.0002
+_STOP_S = 5.0
+_REASON_LINES = 3
+
+
+class ChangeRefused(Exception):
+    """A running node does not take a configuration, and nothing has changed.
+
+    Attributes:
+        version: of the configuration; None for a trial.
+        reasons: every one.
+    """
+
+    def __init__(self, version: int | None, reasons: list[Problem]) -> None:
+        self.version, self.reasons = version, reasons
+        what = "the configuration" if version is None else f"configuration {version}"
+        super().__init__(f"{what} is refused:\n" + "\n".join(str(reason) for reason in reasons))
+
+
+class ChangeUnderWay(Exception):
+    """A change is accepted and not in force yet; it takes effect by itself.
+
+    Attributes:
+        version: of the configuration.
+    """
+
+    def __init__(self, version: int) -> None:
+        super().__init__(
+            f"configuration {version} is accepted and takes effect when the shards get on: look at their output rings and deliveries"
+        )
+        self.version = version
+
+
+class Reload:
+    """Changes the configuration of one node; the face is :meth:`Node.apply` and :meth:`Node.try_out`."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._lock = threading.Lock()
+        self._steps: Iterator[None] | None = None
+        self._version = 0
+        self._closed = threading.Event()
+
+    def try_out(self, config: Config) -> None:
+        """See :meth:`Node.try_out`."""
+        with self._lock, watched_compiles(self._closed.is_set):
+            self._checked(config, None)
+
+    def apply(self, config: Config, version: int) -> None:
+        """See :meth:`Node.apply`."""
+        with self._lock, watched_compiles(self._closed.is_set):
+            if not self._finish():
+                raise ChangeUnderWay(self._version)
+            document, plan = self._checked(config, version)
+            change = _Change(self._node, document, plan)
+            change.prepare()
+            self._steps, self._version = change.carry_out(), version
+            if not self._finish():
+                raise ChangeUnderWay(version)
+
+    def go_on(self) -> None:
+        """Finish a change that is under way, as far as it goes now."""
+        if self._steps is not None and self._lock.acquire(blocking=False):
+            try:
+                self._finish(0)
+            finally:
+                self._lock.release()
+
+    def close(self) -> None:
+        """The node ends: nothing more is changed."""
+        self._closed.set()
+        with self._lock:
+            self._steps = None
+
+    def _finish(self, limit_s: float = _TAKE_S) -> bool:
+        """Drive the change under way; false if it has not ended within the limit."""
+        end = time.monotonic() + limit_s
+        while self._steps is not None:
+            try:
+                next(self._steps)
+            except StopIteration:
+                self._steps = None
+                break
+            except BaseException:
+                self._steps = None
+                raise
+            if time.monotonic() >= end or self._closed.is_set():
+                return False
+            time.sleep(_LOOK_S)
+        return True
+
+    # -- checks
+
+    def _checked(self, config: Config, version: int | None) -> tuple[Document, ShardPlan]:
+        """Everything that can be known beforehand."""
+        node = self._node
+        reasons = restart_needed(node.config, config)
+        if version is not None and version <= node.version:
+            reasons.append(Problem("", None, version, f"version {version} is not after {node.version}, which runs", "versions only rise"))
+        if not config.data_sources:
+            reasons.append(Problem("data_sources", None, None, "is empty", "add a [data_sources.NAME] table"))
+        reasons += _problems(config, config_checks(config.folder))
+        behind = max((gateway.changes_behind for gateway in node.gateways.values()), default=0)
+        if behind > CHANGES_KEPT - 2:
+            reasons.append(Problem("", None, None, f"outputs of {behind} changes are not delivered yet", "look at the deliveries"))
+        document = plan = None
+        try:
+            document = Document.of(config, node.version if version is None else version, node.document.sources)
+            risk_limits(config)
+            if not reasons:
+                plan = document.plan()
+                _compile(plan, len(config.data_sources), node.progress)
+        except DocumentError as error:
+            reasons.append(Problem("processing", None, None, str(error)))
+        except PlanError as error:
+            reasons += [Problem(p.path, config.line(*p.path.split(".")), None, p.reason, p.hint) for p in error.problems]
+        except ValueError as error:
+            reasons.append(Problem("risk", config.line("risk"), None, str(error)))
+        except CompileError as error:
+            reasons += _explained(config, plan, error)
+        if reasons or document is None or plan is None:
+            raise ChangeRefused(version, reasons)
+        return document, plan
+
+
+def _problems(config: Config, checks: Checks) -> list[Problem]:
+    """What the hooks say of a configuration that has been read without them."""
+    processing = config.processing
+    sections = (processing.calculations, processing.alerts, processing.bars)
+    tables = [{name: table.table() for name, table in section.items()} for section in sections]
+    refusals = checks.processing(*tables) if checks.processing else ()
+    found = [Problem(r.key, config.line(*r.key.split(".")), None, r.reason, r.hint) for r in refusals]
+    for name, options in config.data_sources.items() if checks.source else ():
+        for refusal in checks.source(name, options):  # type: ignore[misc]
+            path = f"data_sources.{name}.{refusal.key}"
+            found.append(Problem(path, config.line(*path.split(".")), None, refusal.reason, refusal.hint))
+    return found
+
+
+def _compile(plan: ShardPlan, sources: int, progress: Callable[[str], None] | None) -> None:
+    """Have the plan's loop compiled, in a helper process."""
+    module = import_generated(write_generated("shard_parts", generate(plan)))
+    live_loop(module, inputs_room(sources + 1), BATCH_EVENTS, progress)
+
+
+def _explained(config: Config, plan: ShardPlan | None, error: CompileError) -> list[Problem]:
+    """The reasons for which a plan does not compile, short."""
+    found = compile_problems(plan.instances) if plan else []
+    if found:
+        return [Problem(p.path, config.line(*p.path.split(".")), None, p.reason, p.hint) for p in found]
+    lines = [line.strip() for line in error.output.splitlines() if line.strip()]
+    return [Problem("processing", config.line("processing"), None, "does not compile: " + " ".join(lines[-_REASON_LINES:]))]
+
+
+# ---------------------------------------------------------------- one change
+
+
+@dataclass
+class _Sources:
+    """What happens to sources: new receivers by name, their rings, and who ends."""
+
+    made: dict[str, Receiver] = field(default_factory=dict)
+    rings: dict[str, list[Ring]] = field(default_factory=dict)
+    ending: list[Receiver] = field(default_factory=list)
+    filters: list[tuple[int, tuple[str, ...], tuple[str, ...]]] = field(default_factory=list)
+
+
+class _Change:
+    """One change on its way."""
+
+    def __init__(self, node: Node, document: Document, plan: ShardPlan) -> None:
+        self.node, self.document, self.plan = node, document, plan
+        self.config, self.old = document.config, node.config
+        self.limits = risk_limits(self.config)
+        self.sources = _Sources()
+        self.gateways: dict[str, Gateway] = {}
+        self.legs: list[Leg] = []
+        self.relabelled = False
+
+    # -- what can be called off
+
+    def prepare(self) -> None:
+        """Open and compile what the new configuration needs, beside what runs.
+
+        Raises:
+            ChangeRefused: something cannot be opened; everything is as it was.
+        """
+        where = ""
+        try:
+            for name in self.config.data_sources:
+                where = f"data_sources.{name}"
+                self._prepare_source(name)
+            where = "delivery"
+            self._prepare_gateways()
+            where = "processing"
+            self._prepare_legs()
+            where = "journal"
+            for thread in self.node.shards:
+                if thread.documents is not None:
+                    thread.documents.write(self.document)
+        except CompileStopped:
+            self.call_off()
+            raise
+        except Exception as error:  # whatever a source, a server or the compiler says is the reason
+            self.call_off()
+            reason = Problem(where, self.config.line(*where.split(".")), None, str(error) or type(error).__name__)
+            raise ChangeRefused(self.document.version, [reason]) from error
+        kept = set(self.config.data_sources) - set(self.sources.made)
+        self.sources.ending = [receiver for receiver in self.node.receivers if receiver.name not in kept]
+
+    def _prepare_source(self, name: str) -> None:
+        old = self.old.data_sources.get(name)
+        if old is not None and old.model_dump() == self.config.data_sources[name].model_dump():
+            return
+        rings = self.node.inputs.get(name) or self.node.make_inputs()
+        number = self.document.sources[name]
+        if old is None:
+            place_symbols(self.node.table, self.config, number, self.config.data_sources[name])
+        with self.node.table.filters_held_back() as filters:
+            receiver = self.node.make_receiver(self.config, name, rings, number)
+        self.sources.filters += filters or [(number, (), ())]
+        self.sources.made[name], self.sources.rings[name] = receiver, rings
+
+    def _prepare_gateways(self) -> None:
+        version, names = self.document.version, signal_names(self.plan)
+        self.node.know({version: names})
+        old, new = nats_deliveries(self.old), nats_deliveries(self.config)
+        for name, delivery in new.items():
+            if name not in old or old[name].model_dump() != delivery.model_dump():
+                self.gateways[name] = self.node.make_gateway(self.config, name)
+
+    def _prepare_legs(self) -> None:
+        node = self.node
+        relabelled = set(self.old.data_sources) != set(self.config.data_sources) or set(nats_deliveries(self.old)) != set(
+            nats_deliveries(self.config)
+        )
+        if not relabelled and same_loop(node.shards[0].shard.plan, self.plan):
+            return
+        if relabelled:
+            self._relabel(self.config)
+            self.relabelled = True
+        inputs = {**node.inputs, **self.sources.rings}
+        for thread in node.shards:
+            shard, carry = succeed(thread.shard, self.plan, self.limits)
+            mine = [inputs[name][thread.number] for name in self.config.data_sources]
+            self.legs.append(thread.park(shard, mine, carry, node.telemetry))
+
+    def _relabel(self, config: Config) -> None:
+        """Counters of the sources and deliveries of a configuration, in place of what there are."""
+        node = self.node
+        with node.swap:
+            node.telemetry.relabel(list(config.data_sources), len(node.shards), list(nats_deliveries(config)))
+            for name, gateway in node.gateways.items():
+                if name in config.delivery:
+                    gateway.take_latencies(latencies_of(node.telemetry, name, len(node.shards)))
+
+    def call_off(self) -> None:
+        """Let go of everything that was prepared."""
+        if self.relabelled:
+            self._relabel(self.old)
+        for thread in self.node.shards:
+            if thread.documents is not None:
+                thread.documents.remove(self.document.version)
+        for thread, leg in zip(self.node.shards, self.legs):
+            thread.call_off(leg)
+        for receiver in self.sources.made.values():
+            receiver.close()
+        for gateway in self.gateways.values():
+            gateway.release()
+
+    # -- what happens
+
+    def carry_out(self) -> Iterator[None]:
+        """Do it; yields where it has to wait for the shards."""
+        node = self.node
+        yield from self._end_receivers()
+        for k, thread in enumerate(node.shards):
+            yield from self._turn(thread, self.legs[k] if self.legs else None)
+        self._begin_receivers()
+        self._begin_gateways()
+        with node.swap:
+            node.config, node.document = self.config, self.document
+        self._settle()
+
+    def _end_receivers(self) -> Iterator[None]:
+        """End the sources that change or go, with nothing lost between them and the shards."""
+        rings = [(name, ring) for name, rings in self.node.inputs.items() for ring in rings]
+        names = {receiver.name for receiver in self.sources.ending}
+        mine = [ring for name, ring in rings if name in names]
+        while any(ring.lag > ring.capacity // 2 for ring in mine):  # what has no room is lost when its receiver ends
+            yield
+        for receiver in self.sources.ending:
+            receiver.ask_stop()
+        while not all(receiver.join(0) for receiver in self.sources.ending):
+            yield
+        while any(ring.lag for ring in mine):
+            yield
+
+    def _turn(self, thread: ShardThread, leg: Leg | None) -> Iterator[None]:
+        """One shard's CONFIG event, and what follows from it."""
+        version, now_ns = self.document.version, time.time_ns()
+        if thread.journal is not None:
+            thread.journal.config_version = version
+        if leg is None:
+            slot = 1 - int(thread.shard.arrays.core["parameters"][0])
+            set_parameters(thread.shard, self.plan, self.limits, slot)
+            thread.send(config_event(version, slot, False, now_ns))
+            while thread.version != version:
+                self.node.check()
+                yield
+            thread.shard.plan = self.plan
+        else:
+            thread.wake(leg)
+            thread.send(config_event(version, int(thread.shard.arrays.core["parameters"][0]), True, now_ns))
+            while not thread.handed_over(leg):
+                self.node.check()
+                yield
+            with self.node.swap:
+                thread.complete(leg)
+        if thread.documents is not None and thread.journal is not None:
+            thread.documents.switched(thread.journal.next_sequence, version)
+
+    # -- sources
+
+    def _begin_receivers(self) -> None:
+        node = self.node
+        before = {receiver.name: receiver for receiver in self.sources.ending}
+        for receiver in self.sources.ending:
+            if receiver.name not in self.config.data_sources:
+                self._empty_source(receiver.context.number)
+            receiver.close()
+        for source, include, exclude in self.sources.filters:
+            node.table.let_through(source, include, exclude)
+            self._empty_books(node.table.refilter(source))
+        for name, receiver in self.sources.made.items():
+            number, old = receiver.context.number, before.get(name)
+            if old is not None and not receiver.take_over(old):
+                self._empty_source(number)  # a recording begins anew
+        kept = [receiver for receiver in node.receivers if receiver not in self.sources.ending]
+        by_name = {receiver.name: receiver for receiver in [*kept, *self.sources.made.values()]}
+        with node.swap:
+            node.receivers = [by_name[name] for name in self.config.data_sources]
+            node.inputs = {name: self.sources.rings.get(name) or node.inputs[name] for name in self.config.data_sources}
+        for name, receiver in self.sources.made.items():
+            receiver.start()
+            if name in before:
+                receiver.pin_if_allowed(before[name].cpu)
+
+    def _empty_source(self, number: int) -> None:
+        """Empty the books of a whole source."""
+        event = _clear()
+        event["instrument"], event["price"] = ALL_INSTRUMENTS, number
+        for thread in self.node.shards:
+            thread.send(event)
+
+    def _empty_books(self, instruments: list[int]) -> None:
+        places = self.node.table.arrays.records["shard"]
+        for instrument in instruments:
+            event = _clear()
+            event["instrument"] = instrument
+            self.node.shards[int(places[instrument])].send(event)
+
+    # -- deliveries
+
+    def _begin_gateways(self) -> None:
+        node = self.node
+        wanted = nats_deliveries(self.config)
+        ending = [gateway for name, gateway in node.gateways.items() if name not in wanted or name in self.gateways]
+        stops = [threading.Thread(target=gateway.stop, name="gateway-stop", daemon=True) for gateway in ending]
+        for stop in stops:
+            stop.start()
+        while any(stop.is_alive() for stop in stops):
+            for gateway in self.gateways.values():
+                gateway.show_alive()  # it holds the rings meanwhile
+            stops[0].join(0.1)
+            stops = [stop for stop in stops if stop.is_alive()]
+        with node.swap:
+            kept = {name: gateway for name, gateway in node.gateways.items() if name in wanted}
+            node.gateways = {**kept, **self.gateways}
+            for name, gateway in self.gateways.items():
+                gateway.take_latencies(latencies_of(node.telemetry, name, len(node.shards)))
+        for gateway in self.gateways.values():
+            gateway.start()
+
+    def _settle(self) -> None:
+        set_log_level(self.config.logging.level)
+        settings = self.config.journal
+        for thread in self.node.shards:
+            if thread.retention is not None:
+                thread.retention.set_limits(settings.keep_mb << 20, settings.keep_hours * 3600.0)
+
+
+def _clear() -> EventArray:
+    event = zeros_aligned(1, EVENT)
+    event["ts_recv"], event["kind"], event["side"] = time.time_ns(), Kind.CLEAR, NO_SIDE
+    return event

@@ -1,0 +1,300 @@
+"""A running node takes other configurations: real nodes, real servers; what comes out is what the journal says, bit for bit."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from nats_fixtures import nats_server, own_nats_server  # noqa: F401
+from nodes import (  # noqa: F401
+    SYMBOLS,
+    assert_whole,
+    cluster,
+    free_endpoints,
+    multicast_source,
+    node_text,
+    outputs_made,
+    running,
+    simulator_source,
+    stream,
+    until,
+)
+
+from tickmesh.control.config import parse_config
+from tickmesh.node.event import EventArray, Kind
+from tickmesh.node.journal_replay import replay_journal
+from tickmesh.node.process import Node
+from tickmesh.node.reload import ChangeRefused
+from tickmesh.ops.servers import NatsServer
+from tickmesh.ops.simulated_lines import LineConfig, SimulatedLines, send_lines
+from tickmesh.ops.simulator import Simulator, SimulatorConfig
+
+FLOW = simulator_source(0, pace='"realtime"', rate=20_000)
+
+
+class Live:
+    """A node under load and its configuration's text, of which parts are replaced."""
+
+    def __init__(self, node: Node, text: str, folder: Path, url: str) -> None:
+        self.node, self.text, self.folder, self.url, self.version = node, text, folder, url, 0
+
+    def apply(self, *replacements: tuple[str, str]) -> None:
+        """Replace parts of the text and apply it as the next version, after some more outputs."""
+        text = self.text
+        for old, new in replacements:
+            assert old in text, old
+            text = text.replace(old, new)
+        self.more()
+        self.node.apply(parse_config(text, file=self.folder / "node.toml"), self.version + 1)
+        self.text, self.version = text, self.version + 1
+
+    def more(self, count: int = 300) -> None:
+        """Wait until the node has put out some more."""
+        before = outputs_made(self.node)
+
+        def done() -> bool:
+            self.node.check()
+            return outputs_made(self.node) > before + count
+
+        until(done, "more outputs")
+
+    @property
+    def journal(self) -> Path:
+        return self.node.journals[0].folder
+
+
+@contextmanager
+def live(url: str, name: str, folder: Path, sources: str = FLOW, **more: str) -> Iterator[Live]:
+    text = node_text(name, folder / "data", sources, **more)
+    with running(parse_config(text, file=folder / "node.toml"), url) as node:
+        yield Live(node, text, folder, url)
+
+
+def assert_replays(one: Live, name: str) -> EventArray:
+    """After the end: the stream holds every output once, and the journal gives the very same ones. Returns them."""
+    made = outputs_made(one.node)
+    outputs, missing = stream(one.url, name, made)
+    assert not missing
+    assert_whole(outputs, made)
+    parts: list[EventArray] = []
+    result = replay_journal(one.journal, observe=lambda events: parts.append(events.copy()))
+    assert np.concatenate(parts).tobytes() == outputs.tobytes()
+    assert result["outputs_total"] == made
+    assert [v["version"] for v in result["versions"]][-1] == one.version
+    return outputs
+
+
+def names_of(outputs: EventArray) -> set[int]:
+    return {int(c) & 0xFFFFFFFF for c in outputs["id"][outputs["kind"] == Kind.SIGNAL]}
+
+
+def test_parameters_change_at_one_event(nats_server: NatsServer, cluster: str, tmp_path: Path) -> None:  # noqa: F811
+    with live(nats_server.url, cluster, tmp_path) as one:
+        arrays = one.node.shards[0].shard.arrays
+        one.apply(("window = 10\n", "window = 20\n"))
+        assert one.node.shards[0].shard.arrays is arrays, "no other code"
+        one.apply(("window = 20\n", "window = 30\n"))
+        one.more()
+        assert int(one.node.shards[0].shard.arrays.core["config_version"][0]) == 2
+    assert_replays(one, cluster)
+
+
+def test_a_filter_changes_at_one_event_and_state_goes_on(nats_server: NatsServer, cluster: str, tmp_path: Path) -> None:  # noqa: F811
+    with live(nats_server.url, cluster, tmp_path) as one:
+        state = one.node.shards[0].shard.arrays.s0
+        one.apply(('use = "book_imbalance"', 'use = "book_imbalance"\nsymbols = ["ALFA"]'))
+        assert one.node.shards[0].shard.arrays.s0 is state
+        one.more(2000)
+        pause = one.node.shards[0].pause_ns
+    assert 0 < pause < 1_000_000_000
+    outputs = assert_replays(one, cluster)
+    plan = one.node.shards[0].shard.plan
+    index = next(i.index for i in plan.instances if i.name == "imbalance")
+    after = replay_journal(one.journal)["versions"][1]["outputs_before"]
+    signals = outputs[(outputs["kind"] == Kind.SIGNAL) & (outputs["id"] == index)]
+    before, later = signals[signals["seq"] <= after], signals[signals["seq"] > after]
+    assert len(np.unique(before["instrument"])) == len(SYMBOLS)
+    assert len(np.unique(later["instrument"])) == 1
+
+
+FLOW_FILE = '''"""Which way the last trades went."""
+
+from tickmesh.node.calculation import calculation
+
+
+@calculation(inputs="trade", state=[("sum", "f8")])
+def mine(event, state, *, decay: float = 0.9):
+    state.sum = state.sum * decay + (1.0 if event.side == 0 else -1.0)
+    return state.sum{more}
+'''
+MINE = '[processing.calculations.mine]\nuse = "flow.py:mine"\n[processing.calculations.imbalance]'
+
+
+def test_calculations_come_change_and_go(nats_server: NatsServer, cluster: str, tmp_path: Path) -> None:  # noqa: F811
+    """A built-in one goes, a user's comes, its file changes, it goes again; what is unchanged goes on; mistakes change nothing."""
+    file = tmp_path / "flow.py"
+    file.write_text(FLOW_FILE.format(more=""))
+    slow = '[processing.calculations.slow]\nuse = "ema"\nwindow = 100\n'
+    with live(nats_server.url, cluster, tmp_path) as one:
+        kept = one.node.shards[0].shard.arrays.s0
+        one.apply(("[processing.calculations.imbalance]", MINE), (slow, ""))
+        shard = one.node.shards[0].shard
+        assert [i.name for i in shard.plan.instances] == ["fast", "imbalance", "mine", "second", "trend", "trend_break"]
+        assert shard.arrays.s0 is kept
+        one.more(1000)
+        assert np.isfinite(shard.arrays.last[:, : len(SYMBOLS)]).any(axis=1).all()
+        file.write_text(FLOW_FILE.format(more=" + event.no_such_field"))
+        with pytest.raises(ChangeRefused, match=r"flow\.py:mine.*no_such_field") as refused:
+            one.apply(("window = 10\n", "window = 11\n"))
+        assert [reason.path for reason in refused.value.reasons] == ["processing.calculations.mine.use"]
+        one.more()
+        assert one.node.version == 1
+        assert one.node.shards[0].shard.arrays.s0 is kept
+    outputs = assert_replays(one, cluster)
+    assert len(names_of(outputs)) >= 4
+
+
+def test_everything_wrong_is_said_at_once(nats_server: NatsServer, cluster: str, tmp_path: Path) -> None:  # noqa: F811
+    with live(nats_server.url, cluster, tmp_path) as one:
+        wrong = (("instruments_max = 1024", "instruments_max = 2048"), ('use = "book_imbalance"', 'use = "nothing_like_it"'))
+        with pytest.raises(ChangeRefused) as refused:
+            one.apply(*wrong, ("[journal]", "[risk]\nmax_qty = 1\n[journal]"))
+        paths = {reason.path for reason in refused.value.reasons}
+        assert paths == {"cluster.instruments_max", "processing.calculations.imbalance.use"}
+        with pytest.raises(ChangeRefused, match="restart"):
+            one.node.try_out(parse_config(one.text.replace("orders_max = 65536", "orders_max = 131072")))
+        one.node.try_out(parse_config(one.text))
+        one.apply(("[journal]", "[risk]\nkill_switch = true\nmax_qty = 5\n[journal]"))
+        limits = one.node.shards[0].shard.arrays.limits[int(one.node.shards[0].shard.arrays.core["parameters"][0])]
+        assert limits["kill_switch"] == 1
+        with pytest.raises(ChangeRefused, match="not after"):
+            one.node.apply(parse_config(one.text), 1)
+        one.more()
+    assert_replays(one, cluster)
+
+
+def test_sources_come_and_go(nats_server: NatsServer, cluster: str, tmp_path: Path) -> None:  # noqa: F811
+    second = simulator_source(0, pace='"realtime"', rate=5000, symbols=("OTHR", "MORE"), name="second")
+    third = simulator_source(0, pace='"realtime"', rate=5000, symbols=("THRD",), name="third")
+    with live(nats_server.url, cluster, tmp_path) as one:
+        plain = one.text
+        one.apply(("[processing]", f"{second}[processing]"))
+        until(lambda: one.node.table.find("OTHR", 1) is not None, "the second source")
+        one.more(1000)
+        other = one.node.table.find("OTHR", 1)
+        one.node.apply(parse_config(plain.replace("[processing]", f"{third}[processing]", 1)), 2)
+        until(lambda: one.node.table.find("THRD", 2) is not None, "the third source, under a number of its own")
+        one.text, one.version = plain.replace("[processing]", f"{third}[processing]", 1), 2
+        one.more(1000)
+        assert [receiver.name for receiver in one.node.receivers] == ["market", "third"]
+        quote = one.node.shards[0].shard.arrays.statistics[other]["last_bbo"]
+        assert quote[1] == quote[3] == 0, "the books of a source that is gone are empty"
+        one.apply(("rate = 20000", "rate = 10000"))  # a simulation that changes begins anew
+        one.more(1000)
+        one.node.mirror()
+    outputs = assert_replays(one, cluster)
+    assert dict(one.node.document.sources) == {"market": 0, "second": 1, "third": 2}
+    assert len(np.unique(outputs["instrument"][outputs["kind"] == Kind.REFERENCE])) == len(SYMBOLS) + 3
+
+
+def test_deliveries_come_change_and_go(
+    nats_server: NatsServer,  # noqa: F811
+    own_nats_server: NatsServer,  # noqa: F811
+    cluster: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    more = f'[delivery.more]\nmethod = "nats"\ntarget = "{own_nats_server.url}"\n'
+    with live(nats_server.url, cluster, tmp_path) as one:
+        one.apply(("[delivery.events]", f"{more}[delivery.events]"))
+        one.more(2000)
+        until(lambda: one.node.gateways["more"].status()[0]["acks"] > 0, "outputs in the second server")
+        one.apply(("[delivery.events]\n", '[delivery.events]\nper_event = ["trade"]\nbatch_max_events = 100\n'))
+        one.more(2000)
+        one.apply((more, ""))
+        one.more()
+        assert list(one.node.gateways) == ["events"]
+        one.node.mirror()
+    assert_replays(one, cluster)
+
+
+def test_thirty_changes_under_load_lose_nothing(nats_server: NatsServer, cluster: str, tmp_path: Path) -> None:  # noqa: F811
+    """Parameters and hand-overs in turns; every frame says the version that its outputs were made under."""
+    with live(nats_server.url, cluster, tmp_path) as one:
+        changes: list[tuple[str, str]] = []
+        for number in range(15):
+            changes.append((f"window = {10 + number}\n", f"window = {11 + number}\n"))
+            symbols = ("", 'symbols = ["ALFA"]\n') if number % 2 == 0 else ('symbols = ["ALFA"]\n', "")
+            changes.append((f'use = "book_imbalance"\n{symbols[0]}', f'use = "book_imbalance"\n{symbols[1]}'))
+        for change in changes:
+            one.apply(change)
+        one.more()
+        assert one.node.shards[0].shard.arrays.counts[Kind.CONFIG] == 30
+        taken = sum(int(receiver.router.counts[-2]) for receiver in one.node.receivers)
+        assert taken > 0
+    outputs = assert_replays(one, cluster)
+    versions = replay_journal(one.journal)["versions"]
+    assert [v["version"] for v in versions] == list(range(31))
+    firsts = {v["version"]: v["outputs_before"] + 1 for v in versions}
+    for version, first, last in frames(nats_server.url, cluster, len(outputs)):
+        assert firsts[version] <= first
+        assert version == 30 or last < firsts[version + 1]
+
+
+def test_a_restart_in_the_middle_goes_on_under_the_last_version(
+    nats_server: NatsServer,  # noqa: F811
+    cluster: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """A multicast source changes without losing a packet; the node restarts through its versions, and changes again."""
+    endpoints, stop = free_endpoints(), threading.Event()
+    simulator = Simulator(SimulatorConfig(seed=5, symbols=len(SYMBOLS), rate=2000, messages=1_000_000, names=SYMBOLS))
+    lines = SimulatedLines(simulator, LineConfig(heartbeat_ns=50_000_000))
+    sender = threading.Thread(target=send_lines, args=(lines, endpoints[:1]), kwargs={"stop": stop})
+    try:
+        with live(nats_server.url, cluster, tmp_path, multicast_source(endpoints, gap_wait_ms=20)) as one:
+            sender.start()
+            one.apply(('use = "book_imbalance"', 'use = "book_imbalance"\nsymbols = ["ALFA"]'))
+            one.apply(("gap_wait_ms = 20", "gap_wait_ms = 50"))
+            one.more()
+            one.apply(("window = 10\n", "window = 12\n"))
+            one.more()
+            gaps = int(one.node.shards[0].shard.arrays.counts[Kind.GAP])
+            assert gaps == 0, "nothing was missed while the receivers changed"
+        made, text = outputs_made(one.node), one.text.replace("window = 100\n", "window = 99\n")
+        with running(parse_config(text, file=tmp_path / "node.toml"), nats_server.url) as node:
+            again = Live(node, text, tmp_path, nats_server.url)
+            again.version = 4  # the file has changed meanwhile: the next version
+            assert node.version == 4
+            assert outputs_made(node) >= made
+            again.apply(("window = 12\n", "window = 13\n"))
+            again.apply(('symbols = ["ALFA"]', 'symbols = ["BRVO"]'))
+            again.more()
+            stop.set()
+            sender.join()
+    finally:
+        stop.set()
+    outputs = assert_replays(again, cluster)
+    assert np.count_nonzero(outputs["kind"] == Kind.GAP) == 1, "the time without a node"
+    assert [v["version"] for v in replay_journal(again.journal)["versions"]] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def frames(url: str, name: str, last: int) -> list[tuple[int, int, int]]:
+    """(configuration, first output, last output) of every frame of a stream."""
+    import asyncio
+
+    from tickmesh.node.subscription import subscribe
+
+    async def read() -> list[tuple[int, int, int]]:
+        found = []
+        async with asyncio.timeout(30), subscribe(url, cluster=name, shard=0, from_sequence="all") as batches:
+            async for batch in batches:
+                found.append((batch.config_version, batch.first, batch.first + len(batch.events) - 1))
+                if found[-1][2] >= last:
+                    return found
+        return found
+
+    return asyncio.run(read())

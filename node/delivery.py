@@ -54,6 +54,7 @@ from tickmesh.node.frames import (
     stream_name,
     stream_subject,
 )
+from tickmesh.node.release import ReleaseGate
 from tickmesh.node.telemetry import record_ages
 from tickmesh.transports.counters import BUCKETS, HISTOGRAM_WORDS, Values, percentile
 from tickmesh.transports.nats import (
@@ -156,7 +157,13 @@ class ShardDelivery:
     """
 
     def __init__(
-        self, shard: int, reader: Reader, options: DeliveryOptions, calculations: CalculationNames | None, latency: Values | None = None
+        self,
+        shard: int,
+        reader: Reader,
+        options: DeliveryOptions,
+        calculations: CalculationNames | None,
+        latency: Values | None = None,
+        gate: ReleaseGate | None = None,
     ) -> None:
         self.shard, self.options = shard, options
         self.counters = DeliveryCounters()
@@ -166,6 +173,8 @@ class ShardDelivery:
         self.publisher: OutputPublisher | None = None
         self.names = InstrumentNames()
         self._reader = reader
+        self._gate = gate
+        self._held = np.zeros(0, EVENT)
         self._encoder = EventEncoder(options.cluster, self.names, calculations)
         self._bucket = _TokenBucket(options.per_event_rate_max)
         self._references: dict[int, bytes] = {}
@@ -233,12 +242,13 @@ class ShardDelivery:
         assert self.publisher is not None
         o, pause_ms = self.options, self.options.poll_min_ms
         while not stopping.is_set():
-            lag = self._reader.lag
+            lag = self._ready()
             if lag == 0:
                 self.publisher.check()
                 self._refresh_references()
                 await asyncio.sleep(pause_ms / 1000)
-                pause_ms = min(o.poll_max_ms, pause_ms * 1.2)
+                held = self._gate is not None and self._reader.lag > 0
+                pause_ms = o.poll_min_ms if held else min(o.poll_max_ms, pause_ms * 1.2)
                 continue
             pause_ms = o.poll_min_ms
             if lag < self._batch and o.batch_max_wait_ms > 0 and self.publisher.in_flight:  # nothing under way: send at once
@@ -252,19 +262,44 @@ class ShardDelivery:
         end = time.monotonic() + self.options.drain_timeout_s
         try:
             async with asyncio.timeout(self.options.drain_timeout_s):
-                while self._reader.lag:
+                while self._reader.lag or len(self._held):
+                    if self._ready() == 0:
+                        await asyncio.sleep(self.options.poll_min_ms / 1000)
                     await self._deliver(self._read())
         except TimeoutError:
             pass
         if not await self.publisher.drain(max(0.1, end - time.monotonic())):
             self.error = f"{self.publisher.in_flight} frames were not acknowledged before the end: a replay of the journal delivers them"
 
+    def _ready(self) -> int:
+        """How many outputs may be read now: those in the ring, or as many of them as the gate lets go."""
+        lag = self._reader.lag
+        if self._gate is None:
+            return lag
+        released = self._gate.released()
+        if len(self._held):
+            return int(np.searchsorted(self._held["seq"], np.uint64(released), "right"))
+        return max(0, min(lag, released - (self._reader.ring.published - lag)))
+
     def _read(self) -> EventArray:
+        if self._gate is not None:
+            return self._read_released(self._gate.released())
+        return self._read_ring(self._batch)
+
+    def _read_released(self, released: int) -> EventArray:
+        """Outputs up to `released`. A lossy ring that has lapped us goes on with later ones: they are held here."""
+        if len(self._held) == 0:
+            self._held = self._read_ring(min(self._batch, self._ready()))
+        go = int(np.searchsorted(self._held["seq"], np.uint64(released), "right"))
+        events, self._held = self._held[:go], self._held[go:]
+        return events
+
+    def _read_ring(self, maximum: int) -> EventArray:
         try:
-            events = self._reader.read(self._batch)
+            events = self._reader.read(maximum)
         except ReaderReleased:
             self.counters.released += 1
-            events = self._reader.read(self._batch)
+            events = self._reader.read(maximum)
         return events.view(EVENT)
 
     async def _deliver(self, events: EventArray) -> None:
@@ -386,6 +421,7 @@ class ShardDelivery:
             "error": self.error or (publisher.last_error if publisher and state == "waiting" else ""),
             "ring_lag": self._reader.lag,
             "ring_missed": self._reader.missed,
+            **({"release": self._gate.status()} if self._gate else {}),
             "last_out_seq": publisher.last_out_seq if publisher else 0,
             "in_flight": publisher.in_flight if publisher else 0,
             "reconnects": self._link.reconnects if self._link else 0,
@@ -410,6 +446,7 @@ class Gateway:
         calculations: CalculationNames | None = None,
         login: Login | None = None,
         latencies: Mapping[int, Values] | None = None,
+        gates: Mapping[int, ReleaseGate] | None = None,
     ) -> None:
         """Registers a reader at each ring, which from then on holds a lossless ring's writer.
 
@@ -419,14 +456,16 @@ class Gateway:
             calculations: names of signals for the maps.
             login: default: from the environment.
             latencies: by shard number, the histogram of times from receipt to the stream (:meth:`Telemetry.delivery`).
+            gates: by shard number, what holds outputs back until their inputs are on standbys; without one they go at once.
         """
         self.options = options
         self.error = ""
         self._login = login
         self._readers = {shard: ring.reader("gateway", start="oldest") for shard, ring in rings.items()}
-        known = latencies or {}
+        known, held = latencies or {}, gates or {}
         self.shards = {
-            shard: ShardDelivery(shard, reader, options, calculations, known.get(shard)) for shard, reader in self._readers.items()
+            shard: ShardDelivery(shard, reader, options, calculations, known.get(shard), held.get(shard))
+            for shard, reader in self._readers.items()
         }
         for shard, reader in self._readers.items():
             reader.read(0)  # compiles or loads the ring's kernels now: later it could take longer than a lossless ring waits for us

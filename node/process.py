@@ -32,6 +32,8 @@ from tickmesh.node.journal import Journal, JournalArrays, JournalReader
 from tickmesh.node.loops import live_loop
 from tickmesh.node.pipeline import make_shards, make_table
 from tickmesh.node.receivers import BlockSourceMaker, MulticastReceiver, Receiver, ReceiverContext, make_receiver
+from tickmesh.node.release import ReleaseGate
+from tickmesh.node.release_marks import make_marks
 from tickmesh.node.restore import read_restored
 from tickmesh.node.retention import Retention
 from tickmesh.node.shard import BATCH_EVENTS, Shard
@@ -67,12 +69,14 @@ class ShardThread:
         telemetry: Telemetry,
         idle: int,
         progress: Progress,
+        gate: ReleaseGate | None = None,
     ) -> None:
         self.number, self.shard, self.inputs, self.output, self.journal = number, shard, list(inputs), output, journal
         self.stop = np.zeros(3, np.int64)
         self.error: BaseException | None = None
         self.readers = [ring.reader(f"shard-{number}") for ring in inputs]
         self._idle = idle
+        self.gate = gate
         self.retention: Retention | None = None
         self._latency, self._batch_events = telemetry.shard(number)[2:]
         self._module = live_loop(shard.module, len(inputs), BATCH_EVENTS, progress)
@@ -135,6 +139,7 @@ class ShardThread:
             self._latency,
             self._batch_events,
             self._idle,
+            self.gate.marks if self.gate else make_marks(0),
         )
         return int(result)
 

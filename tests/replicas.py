@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import socket
 import threading
@@ -12,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from test_journal import SEGMENT
 from test_journal import events as any_events
 
@@ -20,6 +22,7 @@ from tickmesh.node.follower import Follower
 from tickmesh.node.journal import Journal, JournalReader, verify
 from tickmesh.node.replication import Leading, ReplicationServer
 from tickmesh.node.replication_link import LinkOptions
+from tickmesh.node.shard import Shard
 
 SHARD = 3
 FAST = {"heartbeat_s": 0.02, "timeout_s": 1.0}
@@ -196,3 +199,19 @@ def threads_of_replication() -> list[str]:
 
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def shard_digest(shard: Shard) -> str:
+    """One hash of all that a shard knows; not of what says how its events fell into batches (plans, times it was held up, scratch)."""
+    digest = hashlib.sha256()
+    core = shard.arrays.core.copy()
+    core["blocked"] = 0
+    digest.update(core.tobytes())
+    for name, value in shard.arrays._asdict().items():
+        if name == "books":
+            for inner, array in value._asdict().items():
+                if isinstance(array, np.ndarray) and inner != "plans":
+                    digest.update(np.ascontiguousarray(array))
+        elif name not in ("core", "scratch", "out"):
+            digest.update(np.ascontiguousarray(value))
+    return digest.hexdigest()

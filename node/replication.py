@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import secrets
 import socket
 import ssl
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 import structlog
 
+from tickmesh.control.config import Config
 from tickmesh.node.event import EventArray, Kind
 from tickmesh.node.journal import Journal
 from tickmesh.node.journal_tail import JournalTail, TooOld
@@ -44,10 +46,51 @@ from tickmesh.node.replication_link import (
     LinkSilent,
     Reason,
     Refused,
+    TlsFiles,
     proof,
     proves,
     server_context,
 )
+from tickmesh.transports.counters import Values
+
+
+class ReplicationError(Exception):
+    """Replication cannot be as the configuration wants it; the message says what to do."""
+
+
+def link_options(config: Config) -> LinkOptions:
+    """What a node's links are like, from its `[replication]` table and the environment.
+
+    Raises:
+        ReplicationError: the environment variable that `token_env` names is not set.
+    """
+    settings = config.replication
+    token = os.environ.get(settings.token_env, "") if settings.token_env else ""
+    if settings.token_env and not token:
+        raise ReplicationError(f"replication.token_env names {settings.token_env}, which is not set: put the cluster's token there")
+    files = (settings.tls_certificate_file, settings.tls_key_file, settings.tls_ca_file)
+    return LinkOptions(
+        cluster=config.cluster.name,
+        node=config.cluster.node,
+        token=token,
+        tls=TlsFiles(*(config.resolve(str(file)) for file in files)) if all(files) else None,
+        heartbeat_s=settings.heartbeat_ms / 1000,
+        timeout_s=settings.timeout_ms / 1000,
+    )
+
+
+def release_gate(config: Config, journal: Journal, waits: Values | None = None) -> ReleaseGate:
+    """A shard's gate as the `[replication]` table wants it; `waits` as for :class:`ReleaseGate`."""
+    settings = config.replication
+    return ReleaseGate(
+        journal,
+        acks=settings.acks,
+        solo=settings.solo,
+        solo_after_s=settings.solo_after_ms / 1000,
+        lag_s_max=settings.lag_ms_max / 1000,
+        waits=waits,
+    )
+
 
 DOCUMENTS = "configs"
 """Folder beside the segments with the document of each configuration that a CONFIG event names, ``<version>.json``."""

@@ -36,6 +36,7 @@ from tickmesh.control.config import (
     MessageOptions,
     PreciseNumber,
     Processing,
+    Replication,
     Risk,
     Source,
     dotted,
@@ -54,6 +55,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("[processing.bars.NAME]", Bars),
     ("[risk]", Risk),
     ("[journal]", Journal),
+    ("[replication]", Replication),
     ("[delivery.NAME]", Delivery),
     ("[logging]", Logging),
 )

@@ -185,6 +185,12 @@ def _per_event(value: Any) -> Any:
     return list(OUTPUT_KINDS) if value is True else [] if value is False else value
 
 
+def _acks(value: Any) -> Any:
+    if isinstance(value, bool) or value not in (0, 1, "all"):
+        raise ValueError('must be 0, 1 or "all"')
+    return value
+
+
 def _power_of_two(value: int) -> int:
     if value & (value - 1):
         raise ValueError(f"must be a power of two, e.g. {1 << value.bit_length()}")
@@ -592,6 +598,58 @@ class Journal(Table):
     )
 
 
+class Replication(Table):
+    """``[replication]``: journals go to standbys, and outputs wait for that. There are no roles yet: a node does not start it."""
+
+    listen: str = key("127.0.0.1:0", "HOST:PORT at which standbys find this node's journals; port 0: any free one.")
+    advertise: str | None = key(None, "HOST:PORT that other nodes are told; none: listen. Needed where listen is 0.0.0.0 or [::].")
+    acks: Annotated[Literal[0, 1, "all"], BeforeValidator(_acks)] = key(
+        1, "On how many standbys the inputs of an output must be before it leaves the node: 0, 1, or all that keep up."
+    )
+    solo: bool = key(True, "Go on alone while no standby keeps up; without it, outputs are held until one does.")
+    solo_after_ms: float = key(1000.0, "How long a leader waits for a standby before it goes on alone.", unit="ms", ge=0, le=3_600_000)
+    lag_ms_max: float = key(
+        5000.0, "A standby keeps up if it has what the journal had so long ago; others hold nobody up.", unit="ms", ge=10, le=3_600_000
+    )
+    heartbeat_ms: float = key(50.0, "Both sides say something at least this often.", unit="ms", ge=1, le=60_000)
+    timeout_ms: float = key(500.0, "A side that is silent, or takes nothing, for so long is given up.", unit="ms", ge=10, le=600_000)
+    token_env: str | None = key(
+        None, "Environment variable with a secret that all nodes share; it is proved, not sent.", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$"
+    )
+    tls_certificate_file: str | None = key(None, "This node's certificate, for TLS on both sides; needs the other two.", min_length=1)
+    tls_key_file: str | None = key(None, "Its private key.", min_length=1)
+    tls_ca_file: str | None = key(None, "Certificate authority from which every node's certificate must come.", min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Replication:
+        bad = []
+        for name, address in (("listen", self.listen), ("advertise", self.advertise)):
+            if address is not None and not _is_address(address):
+                bad.append(Refusal(name, "must be HOST:PORT", "e.g. 127.0.0.1:4230"))
+        if self.timeout_ms < 3 * self.heartbeat_ms:
+            bad.append(
+                Refusal("timeout_ms", "is less than three heartbeats", "one late heartbeat must not look like a death", ("heartbeat_ms",))
+            )
+        files = {name: getattr(self, name) for name in ("tls_certificate_file", "tls_key_file", "tls_ca_file")}
+        bad += [
+            Refusal(name, "is missing", "TLS needs all three files") for name, file in files.items() if file is None and any(files.values())
+        ]
+        local = self.listen.rpartition(":")[0] in ("127.0.0.1", "localhost", "[::1]")
+        if not local and not any(files.values()) and self.token_env is None:
+            bad.append(
+                Refusal(
+                    "listen", "is open to other hosts, and nothing keeps strangers out", "set token_env or the tls_ files", ("token_env",)
+                )
+            )
+        _refused(bad)
+        return self
+
+
+def _is_address(address: str) -> bool:
+    host, colon, port = address.rpartition(":")
+    return bool(colon and re.fullmatch(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", host) and port.isdecimal() and int(port) < 65536)
+
+
 class Delivery(Table):
     """``[delivery.NAME]``: where outputs go."""
 
@@ -655,6 +713,9 @@ class Config(Table):
     processing: Processing = Field(default_factory=Processing, description="What is computed, and what of it goes out.")
     risk: Risk = Field(default_factory=Risk, description="Limits on intents.")
     journal: Journal = Field(default_factory=Journal, description="The log of inputs.")
+    replication: Replication = Field(
+        default_factory=Replication, description="Standbys, and what waits for them; a node does not start this yet."
+    )
     delivery: dict[Name, Delivery] = Field({}, description="Where outputs go.")
     logging: Logging = Field(default_factory=Logging, description="What the node tells about itself.")
 

@@ -54,6 +54,7 @@ from tickmesh.node.frames import (
     stream_name,
     stream_subject,
 )
+from tickmesh.node.release import ReleaseGate
 from tickmesh.node.telemetry import record_ages
 from tickmesh.transports.counters import BUCKETS, HISTOGRAM_WORDS, Values, percentile
 from tickmesh.transports.nats import (
@@ -186,6 +187,7 @@ class ShardDelivery:
         latency: Values | None = None,
         changes: Changes | None = None,
         names_by_version: Mapping[int, CalculationNames] | None = None,
+        gate: ReleaseGate | None = None,
     ) -> None:
         self.shard, self.options = shard, options
         self.changes, self.changes_seen = changes, 0
@@ -199,6 +201,8 @@ class ShardDelivery:
         self.publisher: OutputPublisher | None = None
         self.names = InstrumentNames()
         self._reader = reader
+        self._gate = gate
+        self._held = np.zeros(0, EVENT)
         self._encoder = EventEncoder(options.cluster, self.names, calculations)
         self._bucket = _TokenBucket(options.per_event_rate_max)
         self._references: dict[int, bytes] = {}
@@ -267,12 +271,13 @@ class ShardDelivery:
         assert self.publisher is not None
         o, pause_ms = self.options, self.options.poll_min_ms
         while not stopping.is_set():
-            lag = self._reader.lag
+            lag = self._ready()
             if lag == 0:
                 self.publisher.check()
                 self._refresh_references()
                 await asyncio.sleep(pause_ms / 1000)
-                pause_ms = min(o.poll_max_ms, pause_ms * 1.2)
+                held = self._gate is not None and self._reader.lag > 0
+                pause_ms = o.poll_min_ms if held else min(o.poll_max_ms, pause_ms * 1.2)
                 continue
             pause_ms = o.poll_min_ms
             if lag < self._batch and o.batch_max_wait_ms > 0 and self.publisher.in_flight:  # nothing under way: send at once
@@ -287,19 +292,44 @@ class ShardDelivery:
         end = time.monotonic() + self.options.drain_timeout_s
         try:
             async with asyncio.timeout(self.options.drain_timeout_s):
-                while self._reader.lag and self._reader.position < last:
+                while (self._reader.lag and self._reader.position < last) or len(self._held):
+                    if self._ready() == 0:
+                        await asyncio.sleep(self.options.poll_min_ms / 1000)
                     await self._deliver(self._read())
         except TimeoutError:
             pass
         if not await self.publisher.drain(max(0.1, end - time.monotonic())):
             self.error = f"{self.publisher.in_flight} frames were not acknowledged before the end: a replay of the journal delivers them"
 
+    def _ready(self) -> int:
+        """How many outputs may be read now: those in the ring, or as many of them as the gate lets go."""
+        lag = self._reader.lag
+        if self._gate is None:
+            return lag
+        released = self._gate.released()
+        if len(self._held):
+            return int(np.searchsorted(self._held["seq"], np.uint64(released), "right"))
+        return max(0, min(lag, released - (self._reader.ring.published - lag)))
+
     def _read(self) -> EventArray:
+        if self._gate is not None:
+            return self._read_released(self._gate.released())
+        return self._read_ring(self._batch)
+
+    def _read_released(self, released: int) -> EventArray:
+        """Outputs up to `released`. A lossy ring that has lapped us goes on with later ones: they are held here."""
+        if len(self._held) == 0:
+            self._held = self._read_ring(min(self._batch, self._ready()))
+        go = int(np.searchsorted(self._held["seq"], np.uint64(released), "right"))
+        events, self._held = self._held[:go], self._held[go:]
+        return events
+
+    def _read_ring(self, maximum: int) -> EventArray:
         try:
-            events = self._reader.read(self._batch)
+            events = self._reader.read(maximum)
         except ReaderReleased:
             self.counters.released += 1
-            events = self._reader.read(self._batch)
+            events = self._reader.read(maximum)
         return events.view(EVENT)
 
     async def _deliver(self, events: EventArray) -> None:
@@ -443,6 +473,7 @@ class ShardDelivery:
             "error": self.error or (publisher.last_error if publisher and state == "waiting" else ""),
             "ring_lag": self._reader.lag,
             "ring_missed": self._reader.missed,
+            **({"release": self._gate.status()} if self._gate else {}),
             "last_out_seq": publisher.last_out_seq if publisher else 0,
             "in_flight": publisher.in_flight if publisher else 0,
             "reconnects": self._link.reconnects if self._link else 0,
@@ -468,6 +499,7 @@ class Gateway:
         login: Login | None = None,
         latencies: Mapping[int, Values] | None = None,
         changes: Mapping[int, Changes] | None = None,
+        gates: Mapping[int, ReleaseGate] | None = None,
     ) -> None:
         """Registers a reader at each ring, which from then on holds a lossless ring's writer.
 
@@ -478,15 +510,18 @@ class Gateway:
             login: default: from the environment.
             latencies: by shard number, the histogram of times from receipt to the stream (:meth:`Telemetry.delivery`).
             changes: by shard number, where its configuration changed; :meth:`know` says how calculations are called then.
+            gates: by shard number, what holds outputs back until their inputs are on standbys; without one they go at once.
         """
         self.options = options
         self.error = ""
         self._login = login
         self._readers = {shard: ring.reader("gateway", start="oldest") for shard, ring in rings.items()}
-        known, changed = latencies or {}, changes or {}
+        known, changed, held = latencies or {}, changes or {}, gates or {}
         self._names: dict[int, CalculationNames] = {}
         self.shards = {
-            shard: ShardDelivery(shard, reader, options, calculations, known.get(shard), changed.get(shard), self._names)
+            shard: ShardDelivery(
+                shard, reader, options, calculations, known.get(shard), changed.get(shard), self._names, held.get(shard)
+            )
             for shard, reader in self._readers.items()
         }
         for shard, reader in self._readers.items():

@@ -32,7 +32,7 @@ import weakref
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
@@ -188,6 +188,18 @@ def _count_valid(event_words: Any, checksums: Any, first: Any, end: Any, chain: 
 
 
 @loop
+def _chain_over(event_words: Any, count: Any, chain: Any) -> Any:
+    for i in range(count):
+        chain = mix_event(chain, event_words, np.uint64(i) * _EIGHT)
+    return chain
+
+
+def chain_over(events: EventArray, chain: int) -> int:
+    """The checksum of the last of `events` (contiguous, shape ``(n,)``) if the record before the first has checksum `chain`."""
+    return int(_chain_over(events.view(np.uint64), len(events), np.uint64(chain)))
+
+
+@loop
 def _next_valid(event_words: Any, checksums: Any, first: Any, end: Any) -> Any:
     """First index in ``first .. end`` whose checksum holds with the checksum stored before it; `end` if there is none. `first` > 0."""
     for i in range(first, end):
@@ -268,6 +280,10 @@ class SegmentHeader:
         """Sequence of the segment's record 0."""
         return self.journal_first_sequence + self.index * self.segment_records
 
+    def at(self, index: int) -> SegmentHeader:
+        """The header of another segment of this journal."""
+        return replace(self, index=index)
+
     @property
     def file_bytes(self) -> int:
         """Size of the file."""
@@ -279,7 +295,8 @@ class SegmentHeader:
         return HEADER_BYTES + self.segment_records * _CHECKSUM_BYTES
 
 
-def _segment_path(folder: Path, index: int) -> Path:
+def segment_path(folder: Path, index: int) -> Path:
+    """The file of a journal's segment."""
     return folder / f"{index:010d}{_SUFFIX}"
 
 
@@ -308,6 +325,16 @@ def _decode_header(path: Path, page: bytes) -> SegmentHeader:
     if header.index != int(path.stem):
         raise JournalForeignFile(path, f"it is segment {header.index}")
     return header
+
+
+def read_header(path: Path, fd: int) -> tuple[SegmentHeader, int]:
+    """Header of an open segment file, and the checksum of the record before it (0: not known yet).
+
+    Raises:
+        JournalForeignFile: it is none.
+    """
+    page = os.pread(fd, HEADER_BYTES, 0)
+    return _decode_header(path, page), int(_PROGRESS.unpack_from(page, _PROGRESS_AT)[0])
 
 
 class _Segment:
@@ -460,26 +487,74 @@ def recover(folder: Path) -> Recovery:
     folder = Path(folder)
     found = find_end(folder)
     header = found.header
-    path = _segment_path(folder, header.index)
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        os.posix_fallocate(fd, 0, header.file_bytes)
-        with mmap.mmap(fd, header.file_bytes) as memory:
-            buffer = np.frombuffer(memory, np.uint8)
-            for start, size in ((HEADER_BYTES, _CHECKSUM_BYTES), (header.events_at, _EVENT_BYTES)):
-                rest = buffer[start + found.records * size : start + header.segment_records * size]
-                if rest.any():
-                    rest[:] = 0
-            del buffer, rest
-        _, synced, _ = _PROGRESS.unpack(os.pread(fd, _PROGRESS.size, _PROGRESS_AT))
-        _put_synced(fd, min(synced, found.records))
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    _clear_from(segment_path(folder, header.index), header, found.records)
     _complete_headers(folder)
     for surplus in [*found.surplus, *(p for p in _segments(folder) if int(p.stem) > header.index and p not in found.surplus)]:
         surplus.unlink()
     return found
+
+
+def _clear_from(path: Path, header: SegmentHeader, records: int) -> None:
+    """Make a segment zero from its record `records` on.
+
+    Its header first says that no more than those are on disk, so that a crash in between leaves a torn tail, not an altered journal.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.posix_fallocate(fd, 0, header.file_bytes)
+        _, synced, _ = _PROGRESS.unpack(os.pread(fd, _PROGRESS.size, _PROGRESS_AT))
+        if synced > records:
+            _put_synced(fd, records)
+            os.fdatasync(fd)
+        with mmap.mmap(fd, header.file_bytes) as memory:
+            buffer = np.frombuffer(memory, np.uint8)
+            for start, size in ((HEADER_BYTES, _CHECKSUM_BYTES), (header.events_at, _EVENT_BYTES)):
+                rest = buffer[start + records * size : start + header.segment_records * size]
+                if rest.any():
+                    rest[:] = 0
+            del buffer, rest
+        _put_synced(fd, min(synced, records))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def truncate(folder: str | Path, sequence: int) -> Recovery:
+    """Cut a closed journal: it ends with the event before `sequence`, and the next one appended gets that sequence.
+
+    Segments behind it go first, the last one before the others; then the rest of the one it lies in becomes zero. Whenever a crash comes,
+    what is left is a journal that holds, and is longer than wanted at most.
+
+    Raises:
+        JournalBusy, JournalReadOnly, and as :func:`find_end`.
+        ValueError: `sequence` is not in the journal.
+    """
+    folder = Path(folder)
+    lock = _take_folder(folder)
+    try:
+        found = recover(folder)
+        oldest = next(_open_segments(folder)).header
+        if not oldest.first_sequence <= sequence <= found.next_sequence:
+            raise ValueError(f"{folder} holds sequences {oldest.first_sequence} to {found.next_sequence}, so it cannot end at {sequence}")
+        index = max(oldest.index, (sequence - oldest.journal_first_sequence - 1) // oldest.segment_records)
+        for path in reversed(_segments(folder)):
+            if int(path.stem) > index:
+                path.unlink()
+                _sync_folder(folder)
+        header = _Segment(segment_path(folder, index)).header
+        _clear_from(segment_path(folder, index), header, sequence - header.first_sequence)
+        return recover(folder)
+    finally:
+        os.close(lock)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force the names in a folder to disk."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _complete_headers(folder: Path) -> None:
@@ -651,6 +726,32 @@ class Journal:
             raise
 
     @classmethod
+    def copy_of(cls, folder: str | Path, header: SegmentHeader, previous: int = 0, **options: Any) -> Journal:
+        """Start a journal that will hold the same records as another one, from the beginning of one of its segments on.
+
+        Args:
+            folder: empty or new.
+            header: of that segment (:attr:`header` and :meth:`SegmentHeader.at` of the other one).
+            previous: checksum of the record before it, if there is one.
+            options: as for :meth:`open`.
+
+        Raises:
+            JournalExists, JournalReadOnly, JournalBusy, JournalNoSpace: see there.
+        """
+        folder = Path(folder)
+        lock = _take_folder(folder)
+        try:
+            if _segments(folder):
+                raise JournalExists(folder, "there is a journal here; choose an empty folder")
+            try:
+                _make_segment(segment_path(folder, header.index), header, previous)
+            except OSError as error:
+                raise JournalNoSpace(folder, header.file_bytes, error.strerror or "") from error
+        finally:
+            os.close(lock)
+        return cls.open(folder, header.shard, **options)
+
+    @classmethod
     def open(
         cls,
         folder: str | Path,
@@ -674,7 +775,7 @@ class Journal:
         try:
             found = recover(folder)
             if found.header.shard != shard:
-                path = _segment_path(folder, found.header.index)
+                path = segment_path(folder, found.header.index)
                 raise JournalForeignFile(path, f"it is of shard {found.header.shard}, not {shard}")
             return cls(folder, lock, found, config_version, segments_ahead, sync, sync_interval_ms)._start()
         except BaseException:
@@ -710,6 +811,11 @@ class Journal:
         return done
 
     @property
+    def header(self) -> SegmentHeader:
+        """Header of the segment at which this was opened: what identifies the journal."""
+        return self._header
+
+    @property
     def shard(self) -> int:
         """The shard whose journal this is."""
         return self._header.shard
@@ -743,6 +849,10 @@ class Journal:
     def first_sequence(self) -> int:
         """Sequence of the first event there ever was; :class:`JournalReader` says which is the oldest one kept."""
         return self._header.journal_first_sequence
+
+    def oldest_kept(self) -> int:
+        """Index of the oldest segment that is kept."""
+        return min((int(path.stem) for path in _segments(self.folder)), default=0)
 
     def disk_bytes(self) -> int:
         """What the journal takes on the disk, segments made ahead included."""
@@ -780,7 +890,7 @@ class Journal:
             self._sync_files()
         self._release_files()
         for index in range(self._oldest + 1, self._prepared):
-            _segment_path(self.folder, index).unlink()
+            segment_path(self.folder, index).unlink()
         self.arrays.words[W_LIMIT] = self.arrays.words[W_NEXT]
         self._checksum_range.detach()
         self._event_range.detach()
@@ -815,7 +925,7 @@ class Journal:
     def _prepare(self) -> None:
         """Make, map and touch the next segment, then let the loop have it."""
         index, header = self._prepared, self._header
-        path = _segment_path(self.folder, index)
+        path = segment_path(self.folder, index)
         if index > header.index or self.recovery is None:
             _make_segment(path, SegmentHeader(
                 header.shard, header.segment_records, index, header.journal_first_sequence,
@@ -928,13 +1038,15 @@ def _has_writer(folder: Path) -> bool:
     return False
 
 
-def _make_segment(path: Path, header: SegmentHeader) -> None:
+def _make_segment(path: Path, header: SegmentHeader, previous: int = 0) -> None:
     """A segment of reserved, zero space; it gets its name when its header is complete."""
     temporary = path.with_suffix(".new")
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         os.posix_fallocate(fd, 0, header.file_bytes)
         os.pwrite(fd, _encode_header(header), 0)
+        if previous:
+            _put_previous(fd, previous)
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -998,7 +1110,7 @@ class JournalReader:
 
     def _check_end(self, segment: _Segment, bad: int, chain: int) -> None:
         """Raise if whole records follow record `bad`, and it does not hold even now: a live writer may just have come past it."""
-        later = segment.whole_after(bad) or _segment_has_data(_segment_path(self.folder, segment.header.index + 1))
+        later = segment.whole_after(bad) or _segment_has_data(segment_path(self.folder, segment.header.index + 1))
         if later and segment.valid(bad, bad + 1, chain) == bad:
             raise JournalCorrupt(segment.path, bad, segment.header.first_sequence + bad)
 

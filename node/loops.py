@@ -17,7 +17,8 @@ import numpy as np
 
 from tickmesh.node.event import ANY_VIEW, EVENT
 from tickmesh.node.handover import TAKEN_NS, begin, carry_over, no_carry, pass_on
-from tickmesh.node.journal import JournalArrays, journal_append_batch, journal_state
+from tickmesh.node.journal import W_NEXT, JournalArrays, journal_append_batch, journal_state
+from tickmesh.node.release_marks import make_marks, put_mark
 from tickmesh.node.shard_state import warm_arrays
 from tickmesh.transports.counters import histogram_record
 from tickmesh.transports.ring import HEADER_BYTES, RingArrays, ring_read_batch, ring_wait, ring_writer_heartbeat
@@ -30,10 +31,13 @@ LATENCY_MAX_NS = 60_000_000_000  # older stamps are recorded ones, not ours
 
 
 @loop
-def run(again, stop, baton, turn, carry, inputs, readers, journal, journalled, batch, batch_any, shard, latency, batch_events, idle_mode):
+def run(
+    again, stop, baton, turn, carry, inputs, readers, journal, journalled, batch, batch_any, shard, latency, batch_events, idle_mode, marks
+):
     # Until stop[0] is set, then 0; or -1: handed over after a change of the configuration; or the errno for which the journal could not
     # take events: what is not journalled is not processed. stop[1] counts rounds without input, stop[2] events processed.
     # inputs[0] is the control ring, read event by event. With turn > 0 it waits until the loop before hands over.
+    # After every batch a mark tells the release gate which inputs the outputs so far come from.
     # With again = (first, end) only a step over these events of the batch, which the journal has already; returns how many were taken.
     if again[1] != 0:
         return step(batch_any, again[0], again[1], shard)
@@ -43,6 +47,7 @@ def run(again, stop, baton, turn, carry, inputs, readers, journal, journalled, b
         carry_over(carry, shard.core, shard.info, shard.patterns, shard.masks, shard.last)
         baton[TAKEN_NS] = monotonic_ns()
     rounds = 0
+    marked = True
     while load_acquire(stop, 0) == 0:
         taken = 0
         for s in range(readers.size):
@@ -60,9 +65,12 @@ def run(again, stop, baton, turn, carry, inputs, readers, journal, journalled, b
             done = np.int64(0)
             while done < count:
                 done += step(batch_any, done, count, shard)
-                if done < count and ring_wait(shard.out, stop, idle_mode) == 0:
-                    break
+                if done < count:  # the gate may be what keeps the ring full
+                    put_mark(marks, journal.words[W_NEXT], shard.core[0].out_seq, now_ns())
+                    if ring_wait(shard.out, stop, idle_mode) == 0:
+                        break
             now = now_ns()
+            marked = put_mark(marks, journal.words[W_NEXT], shard.core[0].out_seq, now)
             for i in range(done):
                 age = now - batch[i].ts_recv
                 if age >= 0 and age < LATENCY_MAX_NS:
@@ -75,6 +83,8 @@ def run(again, stop, baton, turn, carry, inputs, readers, journal, journalled, b
                 return np.int64(-1)
         if taken == 0:
             stop[1] += 1
+            if not marked:
+                marked = put_mark(marks, journal.words[W_NEXT], shard.core[0].out_seq, now_ns())
             if rounds & 255 == 255:
                 ring_writer_heartbeat(shard.out)
             rounds = idle(idle_mode, rounds)
@@ -91,7 +101,7 @@ def warm():
     batch = np.zeros(1, EVENT)
     stop, baton = np.ones(3, np.int64), np.zeros(8, np.int64)
     run(np.zeros(2, np.int64), stop, baton, 0, no_carry(), (ring,) * {inputs}, np.zeros({inputs}, np.int64), journal, 0, batch,
-        batch.view(ANY_VIEW), warm_arrays(shard_module), np.zeros(8, np.int64), np.zeros(8, np.int64), 0)
+        batch.view(ANY_VIEW), warm_arrays(shard_module), np.zeros(8, np.int64), np.zeros(8, np.int64), 0, make_marks(0))
 """
 
 _STEP = """\

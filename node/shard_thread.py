@@ -17,6 +17,8 @@ from tickmesh.node.event import ANY_VIEW, EVENT, NO_PRICE, EventArray, Kind
 from tickmesh.node.handover import AWAKE, CANCELLED, NEAR, PARKED, PASSED_NS, TAKEN_NS, TURN, Carry, make_baton, no_carry
 from tickmesh.node.journal import Journal, JournalArrays
 from tickmesh.node.loops import live_loop
+from tickmesh.node.release import ReleaseGate
+from tickmesh.node.release_marks import make_marks
 from tickmesh.node.retention import Retention
 from tickmesh.node.shard import BATCH_EVENTS, Shard
 from tickmesh.node.telemetry import ShardCounter, Telemetry
@@ -83,7 +85,9 @@ class ShardThread:
         telemetry: Telemetry,
         idle: int,
         progress: Progress,
+        gate: ReleaseGate | None = None,
     ) -> None:
+        self.gate = gate
         self.number, self.output, self.journal = number, output, journal
         self.stop = np.zeros(3, np.int64)
         self.error: BaseException | None = None
@@ -192,6 +196,7 @@ class ShardThread:
             leg.shard.arrays,
             *leg.histograms,
             self._idle,
+            self.gate.marks if self.gate else make_marks(0),
         )
         return int(result)
 

@@ -37,6 +37,7 @@ from tickmesh.control.config import (
     MessageOptions,
     PreciseNumber,
     Processing,
+    Replication,
     Risk,
     Source,
     dotted,
@@ -55,6 +56,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("[processing.bars.NAME]", Bars),
     ("[risk]", Risk),
     ("[journal]", Journal),
+    ("[replication]", Replication),
     ("[delivery.NAME]", Delivery),
     ("[logging]", Logging),
 )

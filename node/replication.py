@@ -1,0 +1,603 @@
+"""Replication, the leader's side: one port at which standbys follow the journals of the shards that this node leads.
+
+A standby connects once per shard. The two first find the last sequence that they have in common (the checksums chain, so that one equal
+checksum means that everything before it is equal); then the journal is sent from there on, from memory or from older segments on disk,
+which is the same mapping here. Each standby has a thread that sends and one that hears its acknowledgements. Neither ever touches what
+the shard's loop waits for: a slow standby falls behind, and reads older segments later.
+
+Blocking sockets and threads, not asyncio: what there is to wait for is a word in memory that the loop writes, which a compiled wait
+without the GIL sees within microseconds; an event loop could only poll it by timers of a millisecond.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import structlog
+
+from tickmesh.control.config import Config
+from tickmesh.node.event import EventArray, Kind
+from tickmesh.node.journal import Journal
+from tickmesh.node.journal_tail import JournalTail, TooOld
+from tickmesh.node.release import ReleaseGate
+from tickmesh.node.replication_link import (
+    EVENTS_MAX,
+    NONCE_BYTES,
+    PAYLOAD_BYTES_MAX,
+    Frame,
+    FrameDamaged,
+    FrameKind,
+    Link,
+    LinkError,
+    LinkOptions,
+    LinkSilent,
+    Reason,
+    Refused,
+    TlsFiles,
+    proof,
+    proves,
+    server_context,
+)
+from tickmesh.transports.counters import Values
+
+
+class ReplicationError(Exception):
+    """Replication cannot be as the configuration wants it; the message says what to do."""
+
+
+def link_options(config: Config) -> LinkOptions:
+    """What a node's links are like, from its `[replication]` table and the environment.
+
+    Raises:
+        ReplicationError: the environment variable that `token_env` names is not set.
+    """
+    settings = config.replication
+    token = os.environ.get(settings.token_env, "") if settings.token_env else ""
+    if settings.token_env and not token:
+        raise ReplicationError(f"replication.token_env names {settings.token_env}, which is not set: put the cluster's token there")
+    files = (settings.tls_certificate_file, settings.tls_key_file, settings.tls_ca_file)
+    return LinkOptions(
+        cluster=config.cluster.name,
+        node=config.cluster.node,
+        token=token,
+        tls=TlsFiles(*(config.resolve(str(file)) for file in files)) if all(files) else None,
+        heartbeat_s=settings.heartbeat_ms / 1000,
+        timeout_s=settings.timeout_ms / 1000,
+    )
+
+
+def release_gate(config: Config, journal: Journal, waits: Values | None = None) -> ReleaseGate:
+    """A shard's gate as the `[replication]` table wants it; `waits` as for :class:`ReleaseGate`."""
+    settings = config.replication
+    return ReleaseGate(
+        journal,
+        acks=settings.acks,
+        solo=settings.solo,
+        solo_after_s=settings.solo_after_ms / 1000,
+        lag_s_max=settings.lag_ms_max / 1000,
+        waits=waits,
+    )
+
+
+DOCUMENTS = "configs"
+"""Folder beside the segments with the document of each configuration that a CONFIG event names, ``<version>.json``."""
+CONNECTIONS_MAX = 256
+_WAIT_S = 0.02
+_log = structlog.get_logger("replication")
+
+
+@dataclass(frozen=True)
+class SnapshotFile:
+    """A snapshot of a shard's state: a file whose content is somebody else's business, made after the events below `sequence`."""
+
+    path: Path
+    sequence: int
+
+
+@dataclass
+class Leading:
+    """A shard that this node leads.
+
+    Attributes:
+        epoch: of the leadership.
+        gate: told how far the standbys are.
+        stored: the shard's last output that every output stream holds.
+        snapshot: the newest snapshot, if there is one.
+    """
+
+    journal: Journal
+    epoch: int
+    gate: ReleaseGate | None = None
+    stored: Callable[[], int] = lambda: 0
+    snapshot: Callable[[], SnapshotFile | None] = lambda: None
+
+
+@dataclass
+class SessionCounters:
+    """What one standby's session has done."""
+
+    events: int = 0
+    frames: int = 0
+    documents: int = 0
+    snapshots: int = 0
+    probes: int = 0
+
+
+@dataclass
+class Standing:
+    """How far a standby is, as it said last."""
+
+    sequence: int = 0
+    synced: int = 0
+    outputs: int = 0
+    """Outputs that its own loop has made."""
+    heard_s: float = field(default_factory=time.monotonic)
+
+
+class ReplicationServer:
+    """Serves standbys. :meth:`start`, then :meth:`lead` and :meth:`resign` as leadership changes, then :meth:`stop`.
+
+    Args:
+        options: what both ends agree on.
+        host, port: where to listen; port 0: any free one.
+        idle: how a sender waits for new events, see ``toolbox.IDLE_MODES``.
+        superseded: told (shard, epoch) when a standby knows of a later epoch than ours: we do not lead any more.
+
+    Raises:
+        OSError: the port cannot be listened on.
+        ssl.SSLError: the TLS files do not fit.
+    """
+
+    def __init__(
+        self,
+        options: LinkOptions,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        idle: int = 2,
+        superseded: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.options, self.idle = options, idle
+        self._superseded = superseded
+        self._context: ssl.SSLContext | None = server_context(options.tls) if options.tls else None
+        self._shards: dict[int, Leading] = {}
+        self._sessions: set[_Session] = set()
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.host, self.port = host, int(self._listener.getsockname()[1])
+        self._thread = threading.Thread(target=self._accept, name="replication", daemon=True)
+        self.refused = 0
+        self._told: tuple[str, int, str] | None = None
+
+    @property
+    def address(self) -> str:
+        """``HOST:PORT`` at which it listens."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def start(self) -> ReplicationServer:
+        """Accept standbys from now on."""
+        self._thread.start()
+        return self
+
+    def lead(self, shard: int, leading: Leading) -> None:
+        """Serve a shard; again with a later epoch or another journal: standbys have to connect anew."""
+        with self._lock:
+            self._shards[shard] = leading
+        self._end_sessions(shard)
+
+    def resign(self, shard: int) -> None:
+        """Serve it no more."""
+        with self._lock:
+            self._shards.pop(shard, None)
+        self._end_sessions(shard)
+
+    def leading(self, shard: int) -> Leading | None:
+        """What is served of a shard."""
+        with self._lock:
+            return self._shards.get(shard)
+
+    def stop(self) -> None:
+        """End all sessions and close the port. More than once is fine."""
+        self._stopping = True
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        if self._thread.ident is not None:
+            self._thread.join()
+        for session in self._end_sessions(None):
+            session.join()
+
+    def status(self) -> list[dict[str, Any]]:
+        """One map per standby that is served."""
+        with self._lock:
+            sessions = [session for session in self._sessions if session.node]
+        return [session.status() for session in sessions]
+
+    # -- sessions
+
+    def _accept(self) -> None:
+        while not self._stopping:
+            try:
+                connection, peer = self._listener.accept()
+            except OSError:
+                if self._stopping:
+                    return
+                time.sleep(_WAIT_S)  # out of descriptors, say
+                continue
+            with self._lock:
+                full = len(self._sessions) >= CONNECTIONS_MAX
+                session = _Session(self, connection, str(peer[0]))
+                if not full:
+                    self._sessions.add(session)
+            if full:
+                self.refused += 1
+                connection.close()
+            else:
+                session.start()
+
+    def _end_sessions(self, shard: int | None) -> list[_Session]:
+        """Nobody waits for them here: who asks may be one of their threads."""
+        with self._lock:
+            ended = [session for session in self._sessions if shard is None or session.shard == shard]
+        for session in ended:
+            session.end()
+        return ended
+
+    def replace(self, newer: _Session) -> None:
+        """A standby that connects again is the one that counts: its older session ends."""
+        with self._lock:
+            older = [s for s in self._sessions if s is not newer and (s.node, s.shard) == (newer.node, newer.shard)]
+        for session in older:
+            session.end()
+
+    def tell_refused(self, session: _Session, reason: str) -> None:
+        """Count a standby that is not served, and log it once."""
+        self.refused += 1
+        if self._told != (session.node, session.shard, reason):
+            self._told = (session.node, session.shard, reason)
+            _log.warning("standby refused", shard=session.shard, node=session.node, peer=session.peer, reason=reason)
+
+    def gone(self, session: _Session) -> None:
+        """A session has ended."""
+        with self._lock:
+            self._sessions.discard(session)
+
+    def secure(self, connection: socket.socket) -> socket.socket:
+        """The connection, through TLS if that is wanted."""
+        return self._context.wrap_socket(connection, server_side=True) if self._context else connection
+
+    def heard_of(self, shard: int, epoch: int) -> None:
+        """A standby knows of a later epoch."""
+        if self._superseded:
+            self._superseded(shard, epoch)
+
+
+class _Session(threading.Thread):
+    """One standby of one shard: this thread sends; another one hears acknowledgements."""
+
+    def __init__(self, server: ReplicationServer, connection: socket.socket, peer: str) -> None:
+        super().__init__(name="replication-standby", daemon=True)
+        self.server, self.peer = server, peer
+        self.node, self.shard, self.epoch = "", -1, 0
+        self.counters, self.at = SessionCounters(), Standing()
+        self.position = 0
+        self._connection = connection
+        self._link: Link | None = None
+        self._ended = np.zeros(1, np.int64)
+
+    def end(self) -> None:
+        """Have it end soon. From any thread."""
+        self._ended[0] = 1
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._connection, socket.SHUT_RDWR)
+
+    def run(self) -> None:
+        """Serve until the standby goes, is refused, or :meth:`end`."""
+        options = self.server.options
+        try:
+            self._connection.settimeout(options.timeout_s)
+            self._connection = self.server.secure(self._connection)
+            self._link = Link(self._connection, options.timeout_s)
+            self._serve(self._link)
+        except Refused as refused:
+            self._refuse(refused)
+        except (LinkError, OSError, TooOld) as error:
+            if not self._ended[0]:
+                _log.info("standby gone", shard=self.shard, node=self.node, peer=self.peer, reason=str(error))
+        finally:
+            self._connection.close()
+            self.server.gone(self)
+
+    def _refuse(self, refused: Refused) -> None:
+        self._say_refused(refused)
+        assert self._link is not None
+        with contextlib.suppress(LinkError):
+            self._link.receive(self.server.options.timeout_s)  # it closes first: a reset would overtake the reason
+
+    def _say_refused(self, refused: Refused) -> None:
+        self.server.tell_refused(self, str(refused))
+        assert self._link is not None
+        with contextlib.suppress(LinkError):
+            self._link.send(FrameKind.REFUSED, max(0, self.shard), refused.epoch, count=refused.reason, payload=str(refused).encode())
+
+    def _serve(self, link: Link) -> None:
+        hello, nonce = self._greet(link)
+        leading = self._admit(hello, nonce)
+        self.server.replace(self)
+        if self.server.leading(self.shard) is not leading:
+            return  # it changed before this session could be found and ended
+        tail = JournalTail(leading.journal)
+        self._agree(link, leading, tail, hello)
+        hearer = threading.Thread(target=self._hear, args=(link, leading), name="replication-acks", daemon=True)
+        hearer.start()
+        try:
+            self._stream(link, leading, tail)
+        except Refused as refused:
+            self._say_refused(refused)
+            hearer.join(self.server.options.timeout_s)
+        finally:
+            link.interrupt()
+            hearer.join()
+            if leading.gate:
+                leading.gate.leave(self.node)
+
+    # -- who is it
+
+    def _greet(self, link: Link) -> tuple[_Hello, bytes]:
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        link.send(FrameKind.CHALLENGE, 0, 0, payload=nonce)
+        frame = _expect(link, FrameKind.HELLO, self.server.options.timeout_s)
+        said = frame.json()
+        hello = _Hello(frame.shard, frame.epoch, frame.first, frame.chain, frame.a, frame.b, bool(frame.count), said)
+        self.node, self.shard = str(said.get("node", "")), frame.shard
+        return hello, nonce
+
+    def _admit(self, hello: _Hello, nonce: bytes) -> Leading:
+        """What it may follow.
+
+        Raises:
+            Refused: nothing.
+        """
+        options = self.server.options
+        if not proves(hello.said.get("proof"), options.token, "standby", nonce, hello.nonce):
+            raise Refused(Reason.TOKEN, "its token is not ours: give all nodes of a cluster the same one")
+        if hello.said.get("cluster") != options.cluster:
+            raise Refused(Reason.CLUSTER, f"this is cluster {options.cluster}, not {hello.said.get('cluster')}")
+        leading = self.server.leading(hello.shard)
+        if leading is None:
+            raise Refused(Reason.SHARD, f"node {options.node} does not lead shard {hello.shard}")
+        self.epoch = leading.epoch
+        if hello.epoch > leading.epoch:
+            self.server.heard_of(hello.shard, hello.epoch)
+            raise Refused(Reason.STALE_LEADER, f"epoch {leading.epoch} has been followed by {hello.epoch}", leading.epoch)
+        return leading
+
+    # -- what both have
+
+    def _agree(self, link: Link, leading: Leading, tail: JournalTail, hello: _Hello) -> None:
+        """Find where it goes on, tell it, and wait until it is there."""
+        journal = leading.journal
+        if hello.has_journal and hello.journal_id != journal.header.journal_id:
+            raise Refused(Reason.JOURNAL, "it holds another journal: move that away, and it gets this one", leading.epoch)
+        oldest = tail.oldest()
+        start, snapshot = None, None
+        if not hello.has_journal:
+            start = oldest if oldest == journal.first_sequence else None
+        elif hello.next_sequence >= oldest:
+            start = self._common(link, tail, hello, oldest)
+        if start is None:
+            snapshot = leading.snapshot()
+            if snapshot is None or not oldest <= snapshot.sequence <= tail.end:
+                raise Refused(Reason.NO_SNAPSHOT, f"it needs events before {oldest}, which are not kept, and there is no snapshot")
+            start = snapshot.sequence - (snapshot.sequence - journal.first_sequence) % journal.segment_records
+        self._welcome(link, leading, tail, hello, start, snapshot)
+        if snapshot:
+            self._send_all_documents(link, journal)
+            self._send_snapshot(link, snapshot)
+        ready = _expect(link, FrameKind.READY, max(60.0, self.server.options.timeout_s))
+        if ready.first != start or ready.chain != tail.chain_at(start):
+            raise FrameDamaged(f"the standby is at sequence {ready.first}, not at {start}")
+        tail.position = self.position = start
+
+    def _welcome(self, link: Link, leading: Leading, tail: JournalTail, hello: _Hello, start: int, snapshot: SnapshotFile | None) -> None:
+        options, journal, chain = self.server.options, leading.journal, tail.chain_at(start)
+        index, within = divmod(start - journal.first_sequence, journal.segment_records)
+        said = {
+            "node": options.node,
+            "proof": proof(options.token, "leader", hello.nonce),
+            "header": asdict(journal.header.at(index)),
+            "previous": chain if index and not within else 0,
+        }
+        more = {"first": start, "chain": chain, "a": tail.end, "count": int(snapshot is not None)}
+        link.send(FrameKind.WELCOME, self.shard, leading.epoch, payload=json.dumps(said).encode(), **more)
+
+    def _common(self, link: Link, tail: JournalTail, hello: _Hello, oldest: int) -> int | None:
+        """The last sequence up to which both journals are the same; None: they differ in all that both keep."""
+        low, high = max(oldest, hello.oldest_sequence), min(hello.next_sequence, tail.end)
+        if high == hello.next_sequence and tail.chain_at(high) == hello.chain:
+            return high
+        if high < low:
+            return None
+
+        def equal(sequence: int) -> bool:
+            self.counters.probes += 1
+            link.send(FrameKind.PROBE, self.shard, self.epoch, first=sequence)
+            answer = _expect(link, FrameKind.CHAIN, self.server.options.timeout_s)
+            return answer.first == sequence and answer.chain == tail.chain_at(sequence)
+
+        return last_common(low, high, equal)
+
+    # -- sending
+
+    def _stream(self, link: Link, leading: Leading, tail: JournalTail) -> None:
+        options = self.server.options
+        due = 0.0
+        while not self._ended[0]:
+            events, chain = tail.read(EVENTS_MAX)
+            now = time.monotonic()
+            if len(events):
+                self._send_documents(link, leading.journal, events)
+                self._send_events(link, leading, tail, events, chain)
+                due = now + options.heartbeat_s
+            elif now >= due:
+                link.send(FrameKind.HEARTBEAT, self.shard, leading.epoch, first=tail.end, a=leading.stored())
+                due = now + options.heartbeat_s
+            else:
+                tail.wait(self._ended, self.server.idle, min(due - now, _WAIT_S))
+
+    def _send_events(self, link: Link, leading: Leading, tail: JournalTail, events: EventArray, chain: int) -> None:
+        link.send(
+            FrameKind.DATA,
+            self.shard,
+            leading.epoch,
+            payload=events.view(np.uint8).data,
+            count=len(events),
+            first=tail.position - len(events),
+            chain=chain,
+            a=leading.stored(),
+            b=tail.end,
+        )
+        self.position = tail.position
+        self.counters.frames += 1
+        self.counters.events += len(events)
+
+    def _send_documents(self, link: Link, journal: Journal, events: EventArray) -> None:
+        """Before a CONFIG event, the document of the configuration that it names."""
+        for version in np.unique(events["id"][events["kind"] == Kind.CONFIG]):
+            path = journal.folder / DOCUMENTS / f"{version}.json"
+            try:
+                self._send_document(link, path)
+            except FileNotFoundError:
+                raise Refused(Reason.DOCUMENT, f"{path} is missing, which the journal names: put it back", self.epoch) from None
+
+    def _send_all_documents(self, link: Link, journal: Journal) -> None:
+        for path in sorted((journal.folder / DOCUMENTS).glob("*.json")):
+            self._send_document(link, path)
+
+    def _send_document(self, link: Link, path: Path) -> None:
+        content = path.read_bytes()
+        for start in range(0, max(1, len(content)), PAYLOAD_BYTES_MAX):
+            part = content[start : start + PAYLOAD_BYTES_MAX]
+            link.send(FrameKind.DOCUMENT, self.shard, self.epoch, first=int(path.stem), a=start, b=len(content), payload=part)
+        self.counters.documents += 1
+
+    def _send_snapshot(self, link: Link, snapshot: SnapshotFile) -> None:
+        digest, at = hashlib.sha256(), 0
+        with snapshot.path.open("rb") as file:
+            name = snapshot.path.name.encode()
+            link.send(FrameKind.SNAPSHOT, self.shard, self.epoch, first=snapshot.sequence, payload=name)
+            while part := file.read(PAYLOAD_BYTES_MAX):
+                digest.update(part)
+                link.send(FrameKind.PART, self.shard, self.epoch, a=at, payload=part)
+                at += len(part)
+                if self._ended[0]:
+                    raise LinkError("stopped")
+        link.send(FrameKind.SNAPSHOT_END, self.shard, self.epoch, first=snapshot.sequence, a=at, payload=digest.digest())
+        self.counters.snapshots += 1
+
+    # -- hearing
+
+    def _hear(self, link: Link, leading: Leading) -> None:
+        """Take acknowledgements until the connection ends; a silent standby is given up."""
+        try:
+            while True:
+                frame = link.receive(self.server.options.timeout_s)
+                if frame is None:
+                    raise LinkSilent(f"silent for {self.server.options.timeout_s:g} s")
+                if frame.epoch > leading.epoch:
+                    self.server.heard_of(self.shard, frame.epoch)
+                    raise LinkError(f"it knows epoch {frame.epoch}")
+                if frame.kind == FrameKind.ACK:
+                    self.at = Standing(frame.first, frame.a, frame.b)
+                    if leading.gate:
+                        leading.gate.update(self.node, frame.first, frame.a)
+        except LinkError as error:
+            if not self._ended[0]:
+                _log.info("standby silent or gone", shard=self.shard, node=self.node, reason=str(error))
+        finally:
+            self._ended[0] = 1
+            link.interrupt()
+
+    def status(self) -> dict[str, Any]:
+        """Who, how far, and what was done, as plain data."""
+        leading = self.server.leading(self.shard)
+        end = leading.journal.next_sequence if leading else self.at.sequence
+        return {
+            "shard": self.shard,
+            "node": self.node,
+            "peer": self.peer,
+            "epoch": self.epoch,
+            "sequence": self.at.sequence,
+            "synced": self.at.synced,
+            "outputs": self.at.outputs,
+            "lag": max(0, end - self.at.sequence),
+            "silent_ms": (time.monotonic() - self.at.heard_s) * 1000,
+            **asdict(self.counters),
+        }
+
+
+@dataclass(frozen=True)
+class _Hello:
+    """What a standby says of itself."""
+
+    shard: int
+    epoch: int
+    next_sequence: int
+    chain: int
+    journal_id: int
+    oldest_sequence: int
+    has_journal: bool
+    said: dict[str, Any]
+
+    @property
+    def nonce(self) -> bytes:
+        """Its own random bytes."""
+        try:
+            return bytes.fromhex(str(self.said.get("nonce", "")))
+        except ValueError:
+            return b""
+
+
+def _expect(link: Link, kind: FrameKind, limit_s: float) -> Frame:
+    frame = link.receive(limit_s)
+    if frame is None:
+        raise LinkSilent(f"no {kind.name} within {limit_s:g} s")
+    if frame.kind != kind:
+        raise FrameDamaged(f"frame {frame.kind} where {kind.name} was due")
+    return frame
+
+
+def last_common(low: int, high: int, equal: Callable[[int], bool]) -> int | None:
+    """The largest sequence in ``low .. high`` for which `equal` holds, if it holds up to some point and not after it; None: nowhere.
+
+    Looks near `high` first: a deposed leader's tail is short.
+    """
+    step, wrong = 1, high + 1
+    at = high
+    while not equal(at):
+        wrong = at
+        if at == low:
+            return None
+        at = max(low, high - step)
+        step *= 2
+    while wrong - at > 1:
+        middle = (at + wrong) // 2
+        if equal(middle):
+            at = middle
+        else:
+            wrong = middle
+    return at

@@ -1,0 +1,355 @@
+"""A standby of one shard: the leader's journal is followed, stepped over, and what comes of it is held back.
+
+A change of the configuration takes effect where the journal has it: the feeder waits until the loop has come to that event, gets the new
+parameters or the new code ready from the version's document, and then lets it happen. A standby that has to compile falls behind meanwhile.
+
+The follower writes the journal; a feeder reads it from there, from the beginning or from a snapshot on, and hands the events to the
+shard's loop through a ring. So the start, a restart and following are one thing, acknowledgements never wait for the loop, and a loop
+that is held up has the journal, not memory, as its queue. The loop is the one that a leader runs, without a journal of its own.
+
+Outputs stay in the output ring, held by a reader that only goes as far as the leader has stored them in its output streams. When the ring
+is full the loop waits for that; a standby that takes over publishes what is in it, and the streams refuse what they have.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import structlog
+
+from tickmesh.node.calculation import PlanError
+from tickmesh.node.event import EVENT, EventArray, Flag, Kind
+from tickmesh.node.follower import Follower
+from tickmesh.node.journal import Journal, Sync
+from tickmesh.node.journal_tail import JournalTail, TooOld
+from tickmesh.node.pipeline import risk_limits
+from tickmesh.node.replication_link import LinkOptions
+from tickmesh.node.shard import Shard
+from tickmesh.node.shard_thread import ShardError, ShardThread
+from tickmesh.node.succession import set_parameters, succeed
+from tickmesh.node.telemetry import Telemetry
+from tickmesh.node.versions import DocumentError, Documents
+from tickmesh.transports.codecache import CompileError
+from tickmesh.transports.ring import R_CURSOR, R_HEARTBEAT_NS, Reader, Ring
+
+Progress = Callable[[str], None] | None
+_FEED_EVENTS = 4096
+_WAIT_S = 0.01
+_TURN_S = 0.0002
+_INPUT_TIMEOUT_MS = 60_000
+_log = structlog.get_logger("replication")
+
+
+class StandbyError(Exception):
+    """A standby cannot do what was asked; the message says why."""
+
+
+@dataclass
+class Built:
+    """A shard as it was after the events below `sequence`, and the ring that takes its outputs from there on.
+
+    The ring's cursors stand at the shard's ``out_seq``.
+    """
+
+    shard: Shard
+    output: Ring
+    sequence: int = 0
+
+
+Build = Callable[[Path | None], Built]
+"""Makes a shard: a fresh one, or from a snapshot's file. Called in the follower's thread; the ring of the one before is closed then."""
+
+
+class _Stepping:
+    """A shard being fed from the journal."""
+
+    def __init__(self, built: Built, number: int, capacity: int, telemetry: Telemetry, idle: int, progress: Progress) -> None:
+        self.built = built
+        self.input = Ring.create(None, capacity, EVENT, reader_timeout_ms=_INPUT_TIMEOUT_MS)
+        self._telemetry = telemetry
+        self.thread = ShardThread(number, built.shard, [self.input], built.output, None, telemetry, idle, progress)
+        self.held: Reader = built.output.reader("standby")
+        self.fed = built.sequence
+        self._before = built.sequence - int(built.shard.arrays.core[0]["events"])
+        self.thread.start()
+
+    @property
+    def taken(self) -> int:
+        """Sequence after the last event that the loop has stepped over, completely."""
+        return self._before + int(self.built.shard.arrays.core[0]["events"])
+
+    def turn(self, event: EventArray, documents: Documents, going_on: Callable[[], bool]) -> bool:
+        """Let a CONFIG event of the journal (EVENT[1]) take effect; everything before it has been taken. False if it was stopped before.
+
+        Raises:
+            DocumentError: the version's document is missing.
+            PlanError, CompileError, ShardError: its code cannot be run here.
+        """
+        thread, version = self.thread, int(event["id"][0])
+        document = documents.read(version)
+        plan, limits = document.plan(), risk_limits(document.config)
+        if not int(event["flags"][0]) & Flag.NEW_CODE:
+            set_parameters(thread.shard, plan, limits, int(event["aux"][0]) & 1)
+            thread.send(event)
+            while thread.version != version and going_on():
+                time.sleep(_TURN_S)
+            thread.shard.plan = plan
+            return thread.version == version
+        shard, carry = succeed(thread.shard, plan, limits)
+        leg = thread.park(shard, [self.input], carry, self._telemetry)
+        thread.wake(leg)
+        thread.send(event)
+        while not thread.handed_over(leg) and going_on():
+            time.sleep(_TURN_S)
+        if not thread.handed_over(leg):
+            return False
+        thread.complete(leg)
+        self.built.shard = shard
+        return True
+
+    def let_go(self, outputs: int) -> None:
+        """Give room for outputs up to this one; and show that the ring's reader is alive."""
+        words, base = self.held.ring.arrays.words, self.held._base
+        end = min(outputs, self.held.ring.published)
+        if end > int(words[base + R_CURSOR]):
+            words[base + R_CURSOR] = end
+        words[base + R_HEARTBEAT_NS] = time.monotonic_ns()
+
+    def close(self) -> None:
+        """Stop the loop; the shard and its output ring stay as they are."""
+        self.thread.end()
+        self.held.close()
+        self.input.close()
+
+
+class Standby:
+    """A shard's standby. :meth:`start`, :meth:`follow` a leader, then :meth:`stop`, or :meth:`take_over`.
+
+    Args:
+        number: of the shard.
+        folder: of the journal.
+        options: of the link to the leader.
+        build: makes the shard.
+        telemetry: the node's; the loop's counters go there as a leader's do.
+        idle: what the loop and the feeder do with nothing to do.
+        ring_capacity: events between feeder and loop.
+        sync: how the journal is forced to disk.
+        epoch: the highest epoch known.
+        progress: told when something has to be compiled.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        folder: str | Path,
+        options: LinkOptions,
+        build: Build,
+        telemetry: Telemetry,
+        *,
+        idle: int = 2,
+        ring_capacity: int = 65536,
+        sync: Sync = "segment",
+        epoch: int = 0,
+        progress: Progress = None,
+    ) -> None:
+        self.number = number
+        self._build, self._telemetry, self._idle, self._capacity, self._progress = build, telemetry, idle, ring_capacity, progress
+        self.follower = Follower(number, folder, options, self, sync=sync, epoch=epoch)
+        self.error: Exception | None = None
+        self._stepping: _Stepping | None = None
+        self._stored = 0
+        self._stop = np.zeros(1, np.int64)
+        self._feeder: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    # -- from outside
+
+    def start(self) -> Standby:
+        """Open the journal, if there is one, and step over it."""
+        self.follower.start()
+        return self
+
+    def follow(self, address: str | None, epoch: int = 0) -> None:
+        """Follow the leader at ``HOST:PORT``; see :meth:`Follower.follow`."""
+        self.follower.follow(address, epoch)
+
+    @property
+    def taken(self) -> int:
+        """Sequence after the last event stepped over."""
+        return self._stepping.taken if self._stepping else 0
+
+    @property
+    def shard(self) -> Shard | None:
+        """The shard, once there is one."""
+        return self._stepping.built.shard if self._stepping else None
+
+    @property
+    def output(self) -> Ring | None:
+        """The ring with the outputs that are held back."""
+        return self._stepping.built.output if self._stepping else None
+
+    def check(self) -> None:
+        """Raise what has ended the loop or the feeder.
+
+        Raises:
+            StandbyError: with the reason.
+        """
+        stepping = self._stepping
+        error = self.error or (stepping.thread.error if stepping else None)
+        if error is not None:
+            raise StandbyError(f"standby of shard {self.number}: {error}") from error
+
+    def take_over(self, limit_s: float = 5.0) -> tuple[Journal, Built]:
+        """Stop following, step over what is in the journal, and hand out journal, shard and held outputs, which are the caller's then.
+
+        Outputs that the streams lack are in the ring. When more of them are to come than it holds, the caller's gateway has to publish
+        them meanwhile, and :meth:`stored` has to be told.
+
+        Raises:
+            StandbyError: there is no journal yet, or the loop does not come to the journal's end within the limit, since nobody takes
+                what it puts out; it goes on being a standby, without a leader.
+        """
+        self.follower.follow(None)
+        journal, stepping = self.follower.journal, self._stepping
+        if journal is None or stepping is None:
+            raise StandbyError(f"standby of shard {self.number}: it has no journal yet, so it cannot lead")
+        end = time.monotonic() + limit_s
+        while self.follower.connected or stepping.taken < journal.next_sequence:
+            self.check()
+            if time.monotonic() > end:
+                left = journal.next_sequence - stepping.taken
+                raise StandbyError(f"standby of shard {self.number}: {left} events are not stepped over within {limit_s:g} s")
+            time.sleep(0.0005)
+        self.follower.stop(close=False)
+        self._end_feeder()
+        stepping.close()
+        self._stepping = None
+        return journal, stepping.built
+
+    def stop(self) -> None:
+        """End everything; the output ring is closed too. More than once is fine."""
+        self.follower.stop()
+        self._end_feeder()
+        stepping, self._stepping = self._stepping, None
+        if stepping:
+            stepping.close()
+            stepping.built.output.close()
+            stepping.built.output.unlink()
+
+    def status(self) -> dict[str, Any]:
+        """How far it is, as plain data; see docs/reference/replication.md."""
+        stepping = self._stepping
+        output = stepping.built.output if stepping else None
+        return {
+            **self.follower.status(),
+            "taken": self.taken,
+            "outputs": output.published if output else 0,
+            "outputs_held": output.lag if output else 0,
+            "stored": self._stored,
+        }
+
+    # -- from the follower
+
+    def opened(self, journal: Journal, valid: int, snapshot: Path | None) -> None:
+        """See :class:`tickmesh.node.follower.Replica`."""
+        stepping = self._stepping
+        if stepping is None or snapshot is not None or stepping.fed > valid:
+            self._rebuild(snapshot)
+        self._stop[0] = 0
+        self._feeder = threading.Thread(target=self._feed, args=(journal,), name=f"feeder-{self.number}", daemon=True)
+        self._feeder.start()
+
+    def closing(self) -> None:
+        """See :class:`tickmesh.node.follower.Replica`."""
+        self._end_feeder()
+
+    def stored(self, outputs: int) -> None:
+        """See :class:`tickmesh.node.follower.Replica`."""
+        self._stored = max(self._stored, outputs)
+        self._let_go()
+
+    # -- inside
+
+    def _rebuild(self, snapshot: Path | None) -> None:
+        """A shard from scratch, or from a snapshot: what it had stepped over is void."""
+        old, self._stepping = self._stepping, None
+        if old:
+            _log.info("standby starts over", shard=self.number, taken=old.taken, snapshot=str(snapshot or ""))
+            old.close()
+            old.built.output.close()
+            old.built.output.unlink()
+        built = self._build(snapshot)
+        self._stepping = _Stepping(built, self.number, self._capacity, self._telemetry, self._idle, self._progress)
+
+    def _end_feeder(self) -> None:
+        self._stop[0] = 1
+        if self._feeder is not None:
+            self._feeder.join()
+            self._feeder = None
+
+    def _feed(self, journal: Journal) -> None:
+        """Hand events of the journal to the loop, as it has room."""
+        stepping = self._stepping
+        assert stepping is not None
+        tail, documents = JournalTail(journal), Documents(journal.folder)
+        tail.position = stepping.fed
+        try:
+            while not self._stop[0]:
+                events, _ = tail.read(_FEED_EVENTS)
+                if len(events):
+                    self._step_over(stepping, events, documents)
+                else:
+                    tail.wait(self._stop, self._idle, _WAIT_S)
+                self._let_go()
+        except (TooOld, DocumentError, PlanError, CompileError, ShardError) as error:
+            self.error = error
+
+    def _step_over(self, stepping: _Stepping, events: EventArray, documents: Documents) -> None:
+        """Hand events to the loop, and change the configuration where they say so."""
+        first = 0
+        for at in np.flatnonzero(events["kind"] == Kind.CONFIG):
+            self._hand_over(stepping, events[first:at])
+            if not self._taken_all(stepping) or not stepping.turn(events[at : at + 1], documents, self._going_on(stepping)):
+                return
+            stepping.fed += 1
+            first = int(at) + 1
+        self._hand_over(stepping, events[first:])
+
+    def _taken_all(self, stepping: _Stepping) -> bool:
+        going_on = self._going_on(stepping)
+        while stepping.taken < stepping.fed and going_on():
+            time.sleep(_TURN_S)
+        return stepping.taken >= stepping.fed
+
+    def _going_on(self, stepping: _Stepping) -> Callable[[], bool]:
+        """Whether to wait on: neither stopped nor failed; lets go of outputs meanwhile."""
+
+        def ask() -> bool:
+            self._let_go()
+            return not self._stop[0] and stepping.thread.error is None
+
+        return ask
+
+    def _hand_over(self, stepping: _Stepping, events: EventArray) -> None:
+        done = 0
+        while done < len(events) and not self._stop[0]:
+            written = stepping.input.writer.write(events[done:], timeout_ms=0)
+            done += written
+            stepping.fed += written
+            if written == 0:  # the loop has enough to do, or waits for the leader's outputs to be stored
+                self._let_go()
+                time.sleep(0.0005)
+
+    def _let_go(self) -> None:
+        stepping = self._stepping
+        if stepping is None:
+            return
+        with self._lock:
+            stepping.let_go(self._stored)
+        self.follower.outputs = stepping.built.output.published

@@ -1,0 +1,236 @@
+"""A standby beside a leader, in two processes: the same state and outputs at the same sequence, held back until the leader's are stored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from nodes import PROCESSING, cluster, simulator_source, until  # noqa: F401
+from replicas import options, shard_digest
+
+from tickmesh.control.config import Config, parse_config
+from tickmesh.node.event import EVENT
+from tickmesh.node.journal import Journal, JournalReader, truncate, verify
+from tickmesh.node.pipeline import make_shards
+from tickmesh.node.process import Node
+from tickmesh.node.replication import Leading, ReplicationServer
+from tickmesh.node.standby import Built, Standby, StandbyError
+from tickmesh.node.telemetry import Telemetry
+from tickmesh.ops.up import GENERATORS
+from tickmesh.transports.ring import Reader, Ring
+
+MESSAGES = 20_000
+
+LEADER = """
+import hashlib, json, sys, time
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from replicas import options, shard_digest
+from tickmesh.control.config import parse_config
+from tickmesh.node.process import Node
+from tickmesh.node.release import ReleaseGate
+from tickmesh.node.process import Node
+from tickmesh.node.replication import Leading, ReplicationServer
+from tickmesh.ops.up import GENERATORS
+
+node = Node(parse_config(sys.argv[1]), GENERATORS)
+gate = ReleaseGate(node.journals[0], acks=1, solo=False)
+node.shards[0].gate = gate
+reader = node.outputs[0].reader("test")
+stored, digest = 0, hashlib.sha256()
+server = ReplicationServer(options("leader")).start()
+server.lead(0, Leading(node.journals[0], 1, gate, stored=lambda: stored))
+print(server.address, flush=True)
+node.start()
+try:
+    while not (node.finished and stored == int(node.shards[0].shard.arrays.core["out_seq"][0])):
+        node.check()
+        events = reader.read(max(0, min(reader.lag, gate.released() - stored)))
+        digest.update(events)
+        stored += len(events)
+        if len(events) == 0:
+            time.sleep(0.0005)
+    shard = node.shards[0].shard
+    said = {"end": node.journals[0].next_sequence, "outputs": stored, "digest": digest.hexdigest(), "state": shard_digest(shard)}
+    print(json.dumps({**said, "gate": gate.status()}), flush=True)
+    sys.stdin.read()
+finally:
+    server.stop()
+    node.stop()
+"""
+
+
+def node_text(cluster: str, node: str, folder: Path, messages: int, capacity: int = 1024) -> str:  # noqa: F811
+    return f"""
+[cluster]
+name = "{cluster}"
+node = "{node}"
+data_dir = "{folder}"
+instruments_max = 1024
+orders_max = 65536
+ring_capacity = {capacity}
+[journal]
+segment_mb = 1
+{simulator_source(messages)}
+{PROCESSING}
+[delivery.events]
+method = "shm"
+ring_capacity = {capacity}
+"""
+
+
+class Replica:
+    """A standby under test that remembers the outputs of each shard it builds."""
+
+    def __init__(self, text: str, folder: Path, stack: ExitStack, **more: object) -> None:
+        self.config: Config = parse_config(text)
+        self.telemetry = Telemetry.create(self.config.cluster.name, self.config.cluster.node, ["market"], 1)
+        stack.callback(self.telemetry.close)
+        self.readers: list[Reader] = []
+        self.snapshots: list[Path | None] = []
+        self.standby = Standby(0, folder, options("standby"), self.build, self.telemetry, ring_capacity=512, **more)  # type: ignore[arg-type]
+        stack.callback(self.standby.stop)
+
+    def build(self, snapshot: Path | None) -> Built:
+        ring = Ring.create(None, self.config.cluster.ring_capacity, EVENT, reader_timeout_ms=60_000)
+        [shard] = make_shards(self.config, [ring], self.config.folder, "sequential")
+        self.readers.append(ring.reader("test"))
+        self.snapshots.append(snapshot)
+        return Built(shard, ring)
+
+
+@contextmanager
+def leader(text: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A leading node in a process of its own, and where it can be followed."""
+    command = [sys.executable, "-c", LEADER, text, str(Path(__file__).parent)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process, process.stdout.readline().strip()
+        process.communicate(timeout=30)
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_standby_is_the_leader_again(cluster: str, tmp_path: Path) -> None:  # noqa: F811
+    """Rings of 1,024 outputs on both sides: the leader runs on only as the standby acknowledges, the standby only as the leader stores."""
+    with ExitStack() as stack:
+        text = node_text(cluster, "leader", tmp_path / "leader", MESSAGES)
+        replica = Replica(node_text(cluster, "standby", tmp_path / "s", 1), tmp_path / "standby", stack)
+        process, address = stack.enter_context(leader(text))
+        standby = replica.standby.start()
+        standby.follow(address)
+        until(lambda: replica.readers, "the standby's shard", 60)
+        digest, got = hashlib.sha256(), 0
+        while not (standby.follower.leader_end == standby.taken > MESSAGES and replica.readers[0].lag == 0):
+            standby.check()
+            assert process.poll() is None
+            held = replica.readers[0].ring.lag
+            assert held <= 1024
+            until(lambda: replica.readers[0].lag or standby.follower.leader_end == standby.taken > MESSAGES, "outputs", 60)
+            events = replica.readers[0].read(512)
+            digest.update(events)
+            got += len(events)
+        assert process.stdout is not None
+        said = json.loads(process.stdout.readline())
+        assert standby.taken == said["end"]
+        assert got == said["outputs"] > MESSAGES
+        assert digest.hexdigest() == said["digest"]
+        assert standby.shard is not None
+        assert shard_digest(standby.shard) == said["state"]
+        assert said["gate"]["outputs_held"] == 0
+        until(lambda: standby.status()["outputs_held"] == 0, "outputs to be let go")
+        assert standby.status()["stored"] == said["outputs"]
+    folders = (tmp_path / "leader" / "journal" / "leader" / "shard-0", tmp_path / "standby")
+    contents = [b"".join(batch.tobytes() for batch in JournalReader(folder).batches()) for folder in folders]
+    assert contents[0] == contents[1]
+    assert all(verify(folder).ok for folder in folders)
+
+
+@pytest.mark.slow
+def test_outputs_are_held_until_the_leader_has_stored_them_and_then_taken_over(cluster: str, tmp_path: Path) -> None:  # noqa: F811
+    """A leader that stores nothing: the standby's loop fills its ring and waits, its journal goes on; then it takes over."""
+    with ExitStack() as stack:
+        journal = stack.enter_context(journal_of_a_run(cluster, tmp_path))
+        stored = [0]
+        server = ReplicationServer(options("leader")).start()
+        stack.callback(server.stop)
+        server.lead(0, Leading(journal, 1, stored=lambda: stored[0]))
+        replica = Replica(node_text(cluster, "standby", tmp_path / "s", 1, capacity=256), tmp_path / "standby", stack)
+        standby = replica.standby.start()
+        standby.follow(server.address)
+        until(lambda: standby.follower.next_sequence == journal.next_sequence, "the journal", 60)
+        replica.readers[0].close()
+        until(lambda: standby.status()["outputs_held"] > 200, "held outputs")
+        held = standby.status()
+        assert held["outputs_held"] <= 256
+        assert held["taken"] < journal.next_sequence
+        stored[0] = 150
+        until(lambda: standby.status()["outputs"] > held["outputs"], "outputs after some were let go")
+        assert standby.status()["outputs_held"] <= 256
+        assert standby.status()["outputs"] <= 150 + 256
+        with pytest.raises(StandbyError, match="not stepped over"):
+            standby.take_over(limit_s=0.2)
+        standby.stored(1 << 40)
+        mine, built = standby.take_over()
+        stack.callback(built.output.close)
+        with mine:
+            assert mine.next_sequence == journal.next_sequence == int(built.shard.arrays.core["events"][0])
+            assert int(built.shard.arrays.core["out_seq"][0]) == built.output.published
+
+
+@pytest.mark.slow
+def test_a_standby_starts_over_when_its_tail_is_cut_and_after_a_restart(cluster: str, tmp_path: Path) -> None:  # noqa: F811
+    """It has stepped over events that the new leader does not have: its state is made again from what both have."""
+    with ExitStack() as stack:
+        journal = stack.enter_context(journal_of_a_run(cluster, tmp_path))
+        end, cut = journal.next_sequence, 700
+        whole = server_of(stack, journal, 1)
+        replica = Replica(node_text(cluster, "standby", tmp_path / "s", 1, capacity=65536), tmp_path / "standby", stack)
+        standby = replica.standby.start()
+        standby.follow(whole.address)
+        until(lambda: standby.taken == end, "all events", 60)
+        whole.stop()
+        journal.close()
+        truncate(journal.folder, end - cut)
+        shorter = stack.enter_context(Journal.open(journal.folder, 0, sync="none"))
+        new = server_of(stack, shorter, 2)
+        standby.follow(new.address)
+        until(lambda: standby.follower.counters.cut == cut and standby.taken == end - cut, "the tail to be cut", 60)
+        assert len(replica.readers) == 2
+        state = shard_digest(standby.shard)  # type: ignore[arg-type]
+        standby.stop()
+        again = Replica(node_text(cluster, "standby2", tmp_path / "s", 1, capacity=65536), tmp_path / "standby", stack)
+        again.standby.start()
+        until(lambda: again.standby.taken == end - cut, "its own journal, without a leader", 60)
+        assert shard_digest(again.standby.shard) == state  # type: ignore[arg-type]
+
+
+def server_of(stack: ExitStack, journal: Journal, epoch: int) -> ReplicationServer:
+    server = ReplicationServer(options("leader")).start()
+    stack.callback(server.stop)
+    server.lead(0, Leading(journal, epoch))
+    return server
+
+
+@contextmanager
+def journal_of_a_run(cluster: str, folder: Path) -> Iterator[Journal]:  # noqa: F811
+    """The journal that a node has written of a simulated market."""
+    config = parse_config(node_text(cluster, "source", folder / "source", 3000, capacity=65536))
+    node = Node(config, GENERATORS)
+    try:
+        node.start()
+        until(lambda: node.finished, "the end of the market", 60)
+    finally:
+        node.stop()
+    with Journal.open(folder / "source" / "journal" / "source" / "shard-0", 0, sync="none") as journal:
+        yield journal

@@ -16,7 +16,7 @@ import numpy as np
 
 from tickmesh.node.event import ALL_INSTRUMENTS, NO_INSTRUMENT, Kind
 from tickmesh.transports.ring import ring_available, ring_read_slot, ring_release
-from tickmesh.transports.toolbox import copy_record, inlined, outlined
+from tickmesh.transports.toolbox import copy_record, inlined, loop, outlined
 
 POSITION = np.dtype(
     [
@@ -93,24 +93,29 @@ def advance(position: Any, event: Any) -> None:
 
 
 @inlined
-def source_of(info: Any, event: Any) -> Any:
-    """Number of the source of an event that a shard has taken; -1 if it has none, or it cannot be known."""
+def _source_of(owners: Any, event: Any) -> Any:
     if event.kind == _CONFIG:
         return np.int64(-1)
     if _is_whole(event):
         return event.price
+    if event.instrument >= np.uint32(owners.size):
+        return np.int64(-1)
     if event.kind == _REFERENCE or event.kind == _CODE:
-        return np.int64(event.flags)
-    if event.instrument < np.uint32(info.size) and info[event.instrument].tick_size != 0:
-        return np.int64(info[event.instrument].source)
-    return np.int64(-1)
+        owners[event.instrument] = np.int32(event.flags)
+    return np.int64(owners[event.instrument])
 
 
-@inlined
-def follow_positions(positions: Any, info: Any, batch: Any, count: Any) -> None:
-    """After the step over ``batch[:count]`` of a leader's journal: where each source stands."""
-    for i in range(count):
-        source = source_of(info, batch[i])
+@loop
+def follow_positions(positions: Any, owners: Any, batch: Any) -> None:
+    """Take note of events of a journal, as they were journalled: where each source stands after them.
+
+    Args:
+        positions: POSITION by source.
+        owners: i32 by the shard's instrument, its source; -1 before its REFERENCE. Kept up here.
+        batch: EVENT.
+    """
+    for i in range(batch.size):
+        source = _source_of(owners, batch[i])
         if 0 <= source < positions.size:
             advance(positions[source], batch[i])
 

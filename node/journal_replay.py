@@ -11,7 +11,6 @@ import numpy as np
 
 from tickmesh.node.event import ALL_INSTRUMENTS, ANY_VIEW, EVENT, NO_SIDE, EventArray, Flag, Kind
 from tickmesh.node.handover import Carry, carry_now
-from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.journal import JournalReader
 from tickmesh.node.pipeline import make_shard, risk_limits
 from tickmesh.node.restore import read_restored
@@ -169,6 +168,5 @@ def replay_journal(
 
 
 def _instruments(folder: Path, shard: Shard, depth: int) -> dict[str, Any]:
-    table = InstrumentTable(len(shard.arrays.info))
-    read_restored([folder]).intern(table)
-    return {table.symbol(number): describe_instrument(shard, number, depth) for number in shard.seen_instruments()}
+    [journal] = read_restored([folder]).shards
+    return {journal.symbol(number)[1]: describe_instrument(shard, number, depth) for number in shard.seen_instruments()}

@@ -15,6 +15,7 @@ _LIVE = """\
 # The live loop of one shard: input rings -> journal -> step -> output ring. Generated.
 import numpy as np
 
+from tickmesh.node.continuation import localize, make_ids, make_positions, resume
 from tickmesh.node.event import ANY_VIEW, EVENT
 from tickmesh.node.handover import TAKEN_NS, begin, carry_over, no_carry, pass_on
 from tickmesh.node.journal import W_NEXT, JournalArrays, journal_append_batch, journal_state
@@ -32,11 +33,13 @@ LATENCY_MAX_NS = 60_000_000_000  # older stamps are recorded ones, not ours
 
 @loop
 def run(
-    again, stop, baton, turn, carry, inputs, readers, journal, journalled, batch, batch_any, shard, latency, batch_events, idle_mode, marks
+    again, stop, baton, turn, carry, inputs, readers, journal, journalled, batch, batch_any, shard, latency, batch_events, idle_mode, marks,
+    ids, given, positions, sources
 ):
     # Until stop[0] is set, then 0; or -1: handed over after a change of the configuration; or the errno for which the journal could not
     # take events: what is not journalled is not processed. stop[1] counts rounds without input, stop[2] events processed.
     # inputs[0] is the control ring, read event by event. With turn > 0 it waits until the loop before hands over.
+    # Events of source sources[s] get the shard's ids and, after a takeover, only what the journal lacks is taken; -1: they are taken as is.
     # After every batch a mark tells the release gate which inputs the outputs so far come from.
     # With again = (first, end) only a step over these events of the batch, which the journal has already; returns how many were taken.
     if again[1] != 0:
@@ -54,6 +57,11 @@ def run(
             count = ring_read_batch(inputs[s], readers[s], batch, {batch} if s > 0 else 1)
             if count == 0:
                 continue
+            source = sources[s]
+            if source >= 0:
+                if positions[source].resuming != 0:
+                    count = resume(positions[source : source + 1], batch, count)
+                localize(ids, given, batch, count)
             taken += count
             histogram_record(batch_events, count)
             failure = np.int64(0)
@@ -101,7 +109,8 @@ def warm():
     batch = np.zeros(1, EVENT)
     stop, baton = np.ones(3, np.int64), np.zeros(8, np.int64)
     run(np.zeros(2, np.int64), stop, baton, 0, no_carry(), (ring,) * {inputs}, np.zeros({inputs}, np.int64), journal, 0, batch,
-        batch.view(ANY_VIEW), warm_arrays(shard_module), np.zeros(8, np.int64), np.zeros(8, np.int64), 0, make_marks(0))
+        batch.view(ANY_VIEW), warm_arrays(shard_module), np.zeros(8, np.int64), np.zeros(8, np.int64), 0, make_marks(0),
+        *make_ids(1), make_positions(1), np.zeros({inputs}, np.int64))
 """
 
 _STEP = """\

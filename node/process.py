@@ -32,7 +32,7 @@ from tickmesh.node.reload import Reload
 from tickmesh.node.restore import read_restored
 from tickmesh.node.retention import Retention
 from tickmesh.node.shard_state import CHANGES_KEPT
-from tickmesh.node.shard_thread import ShardThread, shard_numbers
+from tickmesh.node.shard_thread import Input, ShardThread, shard_numbers
 from tickmesh.node.telemetry import NodeState, Telemetry
 from tickmesh.node.versions import Document
 from tickmesh.transports.codecache import CompileStopped, watched_compiles
@@ -91,6 +91,7 @@ class Node:
         self.journals: list[Journal] = []
         self.swap = threading.RLock()
         self._reload = Reload(self)
+        self._ids: list[dict[int, int]] = []
         self._replays = False
         self._stopped = False
         try:
@@ -130,8 +131,10 @@ class Node:
         for number, (first, output) in enumerate(zip(beginnings, self.outputs)):
             shard = begin_shard(config, first, output, self.progress)
             journal = self.journals[number] if self.journals else None
-            mine = [rings[number] for rings in self.inputs.values()]
+            mine = [Input(rings[number], self.document.sources[name]) for name, rings in self.inputs.items()]
             thread = ShardThread(number, shard, mine, output, journal, self.telemetry, idle, self.progress)
+            if self._ids:
+                thread.know_ids(self._ids[number])
             self.shards.append(thread)
             if journal and thread.documents:
                 thread.retention = self._retention(journal)
@@ -192,15 +195,15 @@ class Node:
         return Retention(journal, keep_bytes=settings.keep_mb << 20, keep_s=settings.keep_hours * 3600.0, needed_whole=self._replays)
 
     def _remember_instruments(self) -> None:
-        """Give the instruments of the journals the ids they had, and tell the receivers how far their sources had come."""
+        """Make the instruments of the journals known again, and tell the receivers how far their sources had come."""
         restored = read_restored(journal.folder for journal in self.journals)
-        restored.intern(self.table)
+        self._ids, codes = restored.intern(self.table)
         for rules in self._filters:
             self.table.let_through(*rules)
             self.table.refilter(rules[0])
         for receiver in self.receivers:
             number = receiver.context.number
-            receiver.resume(restored.codes.get(number, {}), restored.sequences.get(number, 0))
+            receiver.resume(codes.get(number, {}), restored.sequences.get(number, 0))
 
     # ---- running
 

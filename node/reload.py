@@ -29,7 +29,7 @@ from tickmesh.node.pipeline import place_symbols, risk_limits
 from tickmesh.node.receivers import Receiver
 from tickmesh.node.shard import BATCH_EVENTS, ShardPlan, generate
 from tickmesh.node.shard_state import CHANGES_KEPT
-from tickmesh.node.shard_thread import Leg, ShardThread, inputs_room
+from tickmesh.node.shard_thread import Input, Leg, ShardThread, inputs_room
 from tickmesh.node.succession import same_loop, set_parameters, succeed
 from tickmesh.node.versions import Document, DocumentError
 from tickmesh.transports.codecache import CompileError, CompileStopped, import_generated, watched_compiles, write_generated
@@ -284,7 +284,7 @@ class _Change:
         inputs = {**node.inputs, **self.sources.rings}
         for thread in node.shards:
             shard, carry = succeed(thread.shard, self.plan, self.limits)
-            mine = [inputs[name][thread.number] for name in self.config.data_sources]
+            mine = [Input(inputs[name][thread.number], self.document.sources[name]) for name in self.config.data_sources]
             self.legs.append(thread.park(shard, mine, carry, node.telemetry))
 
     def _relabel(self, config: Config) -> None:
@@ -398,9 +398,11 @@ class _Change:
     def _empty_books(self, instruments: list[int]) -> None:
         places = self.node.table.arrays.records["shard"]
         for instrument in instruments:
-            event = _clear()
-            event["instrument"] = instrument
-            self.node.shards[int(places[instrument])].send(event)
+            thread, event = self.node.shards[int(places[instrument])], _clear()
+            number = thread.id_of(instrument)
+            if number is not None:
+                event["instrument"] = number
+                thread.send(event)
 
     # -- deliveries
 

@@ -13,7 +13,6 @@ from tickmesh.node.event import ALL_INSTRUMENTS, EventArray, Kind
 from tickmesh.node.instruments import InstrumentTable, InstrumentTableFull, SymbolFiltered
 from tickmesh.node.journal import JournalReader
 
-_NO_SOURCE = 0xFFFF
 _SESSION_KINDS = (int(Kind.CLEAR), int(Kind.GAP))
 
 
@@ -22,66 +21,92 @@ class RestoreError(Exception):
 
 
 @dataclass
+class RestoredShard:
+    """What one shard's journal says.
+
+    Attributes:
+        references: the last REFERENCE event of each instrument, by the shard's id.
+        codes: the venue's numeric code, by the same.
+    """
+
+    references: dict[int, Any] = field(default_factory=dict)
+    codes: dict[int, int] = field(default_factory=dict)
+
+    def symbol(self, number: int) -> tuple[int, str]:
+        """Source and symbol of an instrument."""
+        event = self.references[number]
+        return int(event["flags"]), event.tobytes()[40:64].rstrip(b"\0").decode("ascii")
+
+
+@dataclass
 class Restored:
     """What the journals of a node's shards say.
 
     Attributes:
-        references: the last REFERENCE event of each instrument, by id.
-        codes: per source, the venue's numeric code by instrument.
+        shards: one for each journal.
         sequences: per source, the last sequence that was processed; 0 if there is none.
     """
 
-    references: dict[int, Any] = field(default_factory=dict)
-    codes: dict[int, dict[int, int]] = field(default_factory=dict)
+    shards: list[RestoredShard] = field(default_factory=list)
     sequences: dict[int, int] = field(default_factory=dict)
 
-    def intern(self, table: InstrumentTable) -> None:
-        """Give the instruments the ids that they had.
+    def intern(self, table: InstrumentTable) -> tuple[list[dict[int, int]], dict[int, dict[int, int]]]:
+        """Make the instruments known to the node.
 
-        An id between them that no journal names (its REFERENCE was not yet journalled when the node died) goes to a placeholder.
+        Returns:
+            For each shard, its ids by the node's; and for each source, the venue's numeric codes by the node's ids.
 
         Raises:
-            RestoreError: the configuration gives an id to another instrument.
+            RestoreError: the configuration leaves an instrument out, or places it on another shard.
         """
-        for number in range(max(self.references, default=-1) + 1):
-            event = self.references.get(number)
-            if event is None:
-                if number >= len(table):
-                    table.intern(f"~{number}", _NO_SOURCE)
-                continue
-            symbol = event.tobytes()[40:64].rstrip(b"\0").decode("ascii")
-            try:
-                given = table.intern(symbol, int(event["flags"]), int(event["price"]), int(np.int8(event["side"])))
-            except (SymbolFiltered, InstrumentTableFull) as error:
-                raise RestoreError(f"instrument {symbol} is in the journal, but: {error}; or move the journal away") from error
-            if given != number:
-                advice = "undo the change of sources or placements, or move the journal away"
-                raise RestoreError(f"instrument {symbol} has number {number} in the journal and {given} in this configuration: {advice}")
-            table.arrays.records["announced"][number] = 1
+        ids: list[dict[int, int]] = []
+        codes: dict[int, dict[int, int]] = {}
+        for shard, journal in enumerate(self.shards):
+            ids.append({})
+            for number in sorted(journal.references):
+                source, symbol = journal.symbol(number)
+                node = _intern(table, shard, journal.references[number], source, symbol)
+                ids[shard][node] = number
+                if number in journal.codes:
+                    codes.setdefault(source, {})[node] = journal.codes[number]
+        return ids, codes
+
+
+def _intern(table: InstrumentTable, shard: int, event: Any, source: int, symbol: str) -> int:
+    try:
+        node = int(table.intern(symbol, source, int(event["price"]), int(np.int8(event["side"]))))
+    except (SymbolFiltered, InstrumentTableFull) as error:
+        raise RestoreError(f"instrument {symbol} is in the journal, but: {error}; or move the journal away") from error
+    placed = int(table.arrays.records["shard"][node])
+    if placed != shard:
+        advice = "undo the change of shards or placements, or move the journals away"
+        raise RestoreError(f"instrument {symbol} is in the journal of shard {shard}, and on shard {placed} in this configuration: {advice}")
+    table.arrays.records["announced"][node] = 1
+    return node
 
 
 def read_restored(folders: Iterable[Path]) -> Restored:
-    """Read the journals of a node's shards."""
+    """Read the journals of a node's shards, in order."""
     restored = Restored()
     for folder in folders:
-        sequences: dict[int, int] = {}
-        sources: dict[int, int] = {}
+        shard, sequences, sources = RestoredShard(), dict[int, int](), dict[int, int]()
         for batch in JournalReader(folder).batches():
-            _take_definitions(restored, sources, batch)
+            _take_definitions(shard, sources, batch)
             _take_sequences(sequences, sources, batch)
+        restored.shards.append(shard)
         for source, sequence in sequences.items():
             restored.sequences[source] = max(restored.sequences.get(source, 0), sequence)
     return restored
 
 
-def _take_definitions(restored: Restored, sources: dict[int, int], batch: EventArray) -> None:
+def _take_definitions(shard: RestoredShard, sources: dict[int, int], batch: EventArray) -> None:
     for event in batch[np.isin(batch["kind"], (int(Kind.REFERENCE), int(Kind.CODE)))]:
-        number, source = int(event["instrument"]), int(event["flags"])
+        number = int(event["instrument"])
         if event["kind"] == Kind.REFERENCE:
-            restored.references[number] = event.copy()
-            sources[number] = source
+            shard.references[number] = event.copy()
+            sources[number] = int(event["flags"])
         else:
-            restored.codes.setdefault(source, {})[number] = int(event["id"])
+            shard.codes[number] = int(event["id"])
 
 
 def _take_sequences(sequences: dict[int, int], sources: dict[int, int], batch: EventArray) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tickmesh.node.book import resting_orders
+from tickmesh.node.continuation import UNSEEN, make_ids, make_positions
 from tickmesh.node.errors import NodeError
 from tickmesh.node.event import ANY_VIEW, EVENT, NO_PRICE, EventArray, Kind
 from tickmesh.node.handover import AWAKE, CANCELLED, NEAR, PARKED, PASSED_NS, TAKEN_NS, TURN, Carry, make_baton, no_carry
@@ -21,6 +22,7 @@ from tickmesh.node.release import ReleaseGate
 from tickmesh.node.release_marks import make_marks
 from tickmesh.node.retention import Retention
 from tickmesh.node.shard import BATCH_EVENTS, Shard
+from tickmesh.node.shard_state import SOURCES
 from tickmesh.node.telemetry import ShardCounter, Telemetry
 from tickmesh.node.versions import Documents
 from tickmesh.transports.ring import Reader, Ring
@@ -43,6 +45,18 @@ def inputs_room(inputs: int) -> int:
     return max(4, 1 << (inputs - 1).bit_length())
 
 
+class Input(NamedTuple):
+    """A ring that a shard takes events from.
+
+    Attributes:
+        ring: its writer numbers instruments as the node does.
+        source: number of the source; -1: the events have the shard's own ids already.
+    """
+
+    ring: Ring
+    source: int
+
+
 @dataclass
 class Leg:
     """A part of a shard's way: one loop from one hand-over to the next.
@@ -59,7 +73,7 @@ class Leg:
 
     shard: Shard
     module: Any
-    inputs: list[Ring]
+    inputs: list[Input]
     readers: list[Reader]
     turn: int
     carry: Carry
@@ -72,6 +86,8 @@ class ShardThread:
 
     Attributes:
         documents: the versions of the configuration beside its journal.
+        ids: u32 by the node's id of an instrument, the shard's; `given`: i64[1], how many there are. See :mod:`tickmesh.node.continuation`.
+        positions: where the journal stood in each source when a takeover began.
         pause_ns: how long the last hand-over took, from the end of one loop to the next one's first look at its inputs.
     """
 
@@ -79,7 +95,7 @@ class ShardThread:
         self,
         number: int,
         shard: Shard,
-        inputs: Sequence[Ring],
+        inputs: Sequence[Input],
         output: Ring,
         journal: Journal | None,
         telemetry: Telemetry,
@@ -98,18 +114,32 @@ class ShardThread:
         self._taken_before = 0
         self._idle, self._progress = idle, progress
         self._baton = make_baton()
+        self.ids, self.given = make_ids(len(shard.arrays.info))
+        self.positions = make_positions(SOURCES)
         self._control = Ring.create(None, CONTROL_EVENTS, EVENT, reader_timeout_ms=_READER_MS)
-        self._leg = self._make_leg(shard, [self._control, *inputs], 0, no_carry(), telemetry)
+        self._leg = self._make_leg(shard, inputs, 0, no_carry(), telemetry)
         self.writer = output.writer
 
-    def _make_leg(self, shard: Shard, inputs: list[Ring], turn: int, carry: Carry, telemetry: Telemetry) -> Leg:
+    def _make_leg(self, shard: Shard, sources: Sequence[Input], turn: int, carry: Carry, telemetry: Telemetry) -> Leg:
+        inputs = [Input(self._control, -1), *sources]
         module = live_loop(shard.module, inputs_room(len(inputs)), BATCH_EVENTS, self._progress)
         known = {id(reader.ring): reader for reader in self._leg.readers} if turn else {}
-        readers = [known.get(id(ring)) or ring.reader(f"shard-{self.number}") for ring in inputs]
+        readers = [known.get(id(ring)) or ring.reader(f"shard-{self.number}") for ring, _ in inputs]
         numbers = telemetry.shard(self.number)
         leg = Leg(shard, module, inputs, readers, turn, carry, (numbers.receive_to_output, numbers.batch_events))
         leg.thread = threading.Thread(target=self._run, args=(leg,), name=f"shard-{self.number}", daemon=True)
         return leg
+
+    def know_ids(self, ids: Mapping[int, int]) -> None:
+        """Before the start: the shard's ids of instruments, by the node's."""
+        for node, number in ids.items():
+            self.ids[node] = number
+        self.given[0] = max(ids.values(), default=-1) + 1
+
+    def id_of(self, instrument: int) -> int | None:
+        """The shard's id of an instrument of the node; None if its journal has not met it."""
+        number = int(self.ids[instrument])
+        return None if number == UNSEEN else number
 
     # -- seen from outside
 
@@ -180,7 +210,7 @@ class ShardThread:
         words = np.zeros(1, np.uint64)
         journal = self.journal.arrays if self.journal else JournalArrays(words, words, np.zeros(1, EVENT), words)
         room = inputs_room(len(leg.inputs))
-        rings = tuple(ring.arrays for ring in leg.inputs)
+        rings = tuple(ring.arrays for ring, _ in leg.inputs)
         result = leg.module.run(
             np.array([first, end], np.int64),
             self.stop,
@@ -197,19 +227,23 @@ class ShardThread:
             *leg.histograms,
             self._idle,
             self.gate.marks if self.gate else make_marks(0),
+            self.ids,
+            self.given,
+            self.positions,
+            np.array([source for _, source in leg.inputs], np.int64),
         )
         return int(result)
 
     # -- hand-over
 
-    def park(self, shard: Shard, inputs: Sequence[Ring], carry: Carry, telemetry: Telemetry) -> Leg:
+    def park(self, shard: Shard, inputs: Sequence[Input], carry: Carry, telemetry: Telemetry) -> Leg:
         """Let the next loop wait for its turn, inside compiled code; compiles it if it has to.
 
         Raises:
             CompileError: it does not compile.
             ShardError: its thread does not start.
         """
-        leg = self._make_leg(shard, [self._control, *inputs], self._leg.turn + 1, carry, telemetry)
+        leg = self._make_leg(shard, inputs, self._leg.turn + 1, carry, telemetry)
         assert leg.thread
         leg.thread.start()
         if not _wait(lambda: self._baton[PARKED] >= leg.turn, _PARK_S):

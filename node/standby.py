@@ -31,7 +31,7 @@ from tickmesh.node.journal_tail import JournalTail, TooOld
 from tickmesh.node.pipeline import risk_limits
 from tickmesh.node.replication_link import LinkOptions
 from tickmesh.node.shard import Shard
-from tickmesh.node.shard_thread import ShardError, ShardThread
+from tickmesh.node.shard_thread import Input, ShardError, ShardThread
 from tickmesh.node.succession import set_parameters, succeed
 from tickmesh.node.telemetry import Telemetry
 from tickmesh.node.versions import DocumentError, Documents
@@ -73,7 +73,7 @@ class _Stepping:
         self.built = built
         self.input = Ring.create(None, capacity, EVENT, reader_timeout_ms=_INPUT_TIMEOUT_MS)
         self._telemetry = telemetry
-        self.thread = ShardThread(number, built.shard, [self.input], built.output, None, telemetry, idle, progress)
+        self.thread = ShardThread(number, built.shard, [Input(self.input, -1)], built.output, None, telemetry, idle, progress)
         self.held: Reader = built.output.reader("standby")
         self.fed = built.sequence
         self._before = built.sequence - int(built.shard.arrays.core[0]["events"])
@@ -102,7 +102,7 @@ class _Stepping:
             thread.shard.plan = plan
             return thread.version == version
         shard, carry = succeed(thread.shard, plan, limits)
-        leg = thread.park(shard, [self.input], carry, self._telemetry)
+        leg = thread.park(shard, [Input(self.input, -1)], carry, self._telemetry)
         thread.wake(leg)
         thread.send(event)
         while not thread.handed_over(leg) and going_on():

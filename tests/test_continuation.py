@@ -21,7 +21,6 @@ from tickmesh.node.continuation import (
     trim,
 )  # fmt: skip
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_INSTRUMENT, EventArray, Kind
-from tickmesh.node.shard_state import INSTRUMENT_INFO
 from tickmesh.transports.ring import Ring
 from tickmesh.transports.toolbox import loop
 
@@ -29,11 +28,6 @@ from tickmesh.transports.toolbox import loop
 @loop
 def _localize_now(ids: Any, given: Any, batch: Any, count: Any) -> None:
     localize(ids, given, batch, count)
-
-
-@loop
-def _follow_now(positions: Any, info: Any, batch: Any, count: Any) -> None:
-    follow_positions(positions, info, batch, count)
 
 
 @loop
@@ -191,9 +185,7 @@ def test_what_concerns_no_single_instrument_keeps_its_number() -> None:
 
 
 def test_a_standby_knows_of_each_event_which_source_it_is_of() -> None:
-    info = np.zeros(4, INSTRUMENT_INFO)
-    info["tick_size"][1:3] = 1
-    info["source"][1:3] = (0, 2)
+    owners = np.array([-1, 0, 2, -1], np.int32)
     positions = make_positions(3)
     batch = events([
         {"kind": Kind.ADD, "instrument": 1, "seq": 7},
@@ -204,7 +196,8 @@ def test_a_standby_knows_of_each_event_which_source_it_is_of() -> None:
         {"kind": Kind.TIMER, "instrument": ALL_INSTRUMENTS, "price": 2, "ts_event": 5000},
         {"kind": Kind.ADD, "instrument": 0, "seq": 77},
     ])  # fmt: skip
-    _follow_now(positions, info, batch, len(batch))
+    follow_positions(positions, owners, batch)
+    assert owners.tolist() == [-1, 0, 2, 1]
     assert positions["sequence"].tolist() == [7, 9, 40]
     assert positions["same"].tolist() == [1, 1, 2]
     assert positions["timer_ns"].tolist() == [0, 0, 5000]

@@ -15,13 +15,14 @@ from nodes import PROCESSING, cluster, simulator_source, until  # noqa: F401
 from replicas import options, shard_digest
 
 from tickmesh.control.config import Config, parse_config
+from tickmesh.node.beginning import begin_shard
 from tickmesh.node.event import EVENT
 from tickmesh.node.journal import Journal, JournalReader, truncate, verify
-from tickmesh.node.pipeline import make_shards
 from tickmesh.node.process import Node
 from tickmesh.node.replication import Leading, ReplicationServer
 from tickmesh.node.standby import Built, Standby, StandbyError
 from tickmesh.node.telemetry import Telemetry
+from tickmesh.node.versions import Document
 from tickmesh.ops.up import GENERATORS
 from tickmesh.transports.ring import Reader, Ring
 
@@ -99,7 +100,7 @@ class Replica:
 
     def build(self, snapshot: Path | None) -> Built:
         ring = Ring.create(None, self.config.cluster.ring_capacity, EVENT, reader_timeout_ms=60_000)
-        [shard] = make_shards(self.config, [ring], self.config.folder, "sequential")
+        shard = begin_shard(self.config, Document.of(self.config, 0, {}), ring, None)
         self.readers.append(ring.reader("test"))
         self.snapshots.append(snapshot)
         return Built(shard, ring)

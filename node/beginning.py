@@ -141,7 +141,6 @@ def replay(
     assert journal is not None
     assert documents is not None
     follower = Follower(thread.shard, first, documents)
-    documents.switched(0, first.version)
     if journal.next_sequence and progress:
         progress(f"shard {thread.number}: replaying {journal.next_sequence:,} events of the journal")
     for batch in JournalReader(journal.folder).batches() if journal.next_sequence else ():

@@ -139,6 +139,7 @@ class Node:
             if journal and thread.documents:
                 thread.retention = self._retention(journal)
                 thread.documents.write(first)
+                thread.documents.switched(0, first.version)
         self._beginnings = beginnings
         self.telemetry.set_state(NodeState.STARTING)
         self.names = {first.version: signal_names(thread.shard.plan) for first, thread in zip(beginnings, self.shards)}
@@ -259,16 +260,21 @@ class Node:
         """Version of the configuration that was applied last."""
         return self.document.version
 
-    def apply(self, config: Config, version: int) -> None:
+    def apply(self, config: Config, version: int, wait_s: float = 30.0) -> None:
         """Go on under another configuration: it takes effect at one event of each shard, which goes into the journal.
 
         What runs now runs on meanwhile, also while new code is compiled. From any thread, one change at a time.
+
+        Args:
+            config: the other one.
+            version: of it, above :attr:`version`.
+            wait_s: how long to wait for the shards to take it.
 
         Raises:
             ChangeRefused: nothing has changed; with every reason.
             ChangeUnderWay: it is accepted, and takes effect when the shards get on: outputs wait for NATS, say.
         """
-        self._reload.apply(config, version)
+        self._reload.apply(config, version, wait_s)
 
     def try_out(self, config: Config) -> None:
         """Check a configuration, and compile what it needs, without applying it.

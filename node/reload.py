@@ -39,9 +39,7 @@ from tickmesh.transports.toolbox import zeros_aligned
 if TYPE_CHECKING:
     from tickmesh.node.process import Node
 
-_TAKE_S = 30.0
 _LOOK_S = 0.0002
-_STOP_S = 5.0
 _REASON_LINES = 3
 
 
@@ -81,6 +79,7 @@ class Reload:
         self._lock = threading.Lock()
         self._steps: Iterator[None] | None = None
         self._version = 0
+        self._change: _Change | None = None
         self._closed = threading.Event()
 
     def try_out(self, config: Config) -> None:
@@ -88,16 +87,18 @@ class Reload:
         with self._lock, watched_compiles(self._closed.is_set):
             self._checked(config, None)
 
-    def apply(self, config: Config, version: int) -> None:
+    def apply(self, config: Config, version: int, wait_s: float) -> None:
         """See :meth:`Node.apply`."""
         with self._lock, watched_compiles(self._closed.is_set):
-            if not self._finish():
-                raise ChangeUnderWay(self._version)
+            if not self._finish(wait_s):
+                reason = f"configuration {self._version} is accepted and not in force yet: the shards wait"
+                hint = "look at their output rings and deliveries, and apply it again then"
+                raise ChangeRefused(version, [Problem("", None, None, reason, hint)])
             document, plan = self._checked(config, version)
             change = _Change(self._node, document, plan)
             change.prepare()
-            self._steps, self._version = change.carry_out(), version
-            if not self._finish():
+            self._change, self._steps, self._version = change, change.carry_out(), version
+            if not self._finish(wait_s):
                 raise ChangeUnderWay(version)
 
     def go_on(self) -> None:
@@ -112,9 +113,11 @@ class Reload:
         """The node ends: nothing more is changed."""
         self._closed.set()
         with self._lock:
+            if self._steps is not None and self._change is not None:
+                self._change.abandon()
             self._steps = None
 
-    def _finish(self, limit_s: float = _TAKE_S) -> bool:
+    def _finish(self, limit_s: float) -> bool:
         """Drive the change under way; false if it has not ended within the limit."""
         end = time.monotonic() + limit_s
         while self._steps is not None:
@@ -310,6 +313,15 @@ class _Change:
         for gateway in self.gateways.values():
             gateway.release()
 
+    def abandon(self) -> None:
+        """The node ends before the change is in force: let go of what it has not taken over."""
+        for receiver in self.sources.made.values():
+            if receiver not in self.node.receivers:
+                receiver.close()
+        for name, gateway in self.gateways.items():
+            if self.node.gateways.get(name) is not gateway:
+                gateway.release()
+
     # -- what happens
 
     def carry_out(self) -> Iterator[None]:
@@ -318,7 +330,7 @@ class _Change:
         yield from self._end_receivers()
         for k, thread in enumerate(node.shards):
             yield from self._turn(thread, self.legs[k] if self.legs else None)
-        self._begin_receivers()
+        yield from self._begin_receivers()
         self._begin_gateways()
         with node.swap:
             node.config, node.document = self.config, self.document
@@ -346,14 +358,14 @@ class _Change:
         if leg is None:
             slot = 1 - int(thread.shard.arrays.core["parameters"][0])
             set_parameters(thread.shard, self.plan, self.limits, slot)
-            thread.send(config_event(version, slot, False, now_ns))
+            yield from self._send(thread, config_event(version, slot, False, now_ns))
             while thread.version != version:
                 self.node.check()
                 yield
             thread.shard.plan = self.plan
         else:
             thread.wake(leg)
-            thread.send(config_event(version, int(thread.shard.arrays.core["parameters"][0]), True, now_ns))
+            yield from self._send(thread, config_event(version, int(thread.shard.arrays.core["parameters"][0]), True, now_ns))
             while not thread.handed_over(leg):
                 self.node.check()
                 yield
@@ -364,20 +376,22 @@ class _Change:
 
     # -- sources
 
-    def _begin_receivers(self) -> None:
+    def _begin_receivers(self) -> Iterator[None]:
         node = self.node
         before = {receiver.name: receiver for receiver in self.sources.ending}
         for receiver in self.sources.ending:
             if receiver.name not in self.config.data_sources:
-                self._empty_source(receiver.context.number)
+                yield from self._empty_source(receiver.context.number)
             receiver.close()
         for source, include, exclude in self.sources.filters:
             node.table.let_through(source, include, exclude)
-            self._empty_books(node.table.refilter(source))
+            yield from self._empty_books(node.table.refilter(source))
         for name, receiver in self.sources.made.items():
             number, old = receiver.context.number, before.get(name)
             if old is not None and not receiver.take_over(old):
-                self._empty_source(number)  # a recording begins anew
+                yield from self._empty_source(number)  # a recording begins anew
+        while not all(thread.heard for thread in node.shards):
+            yield
         kept = [receiver for receiver in node.receivers if receiver not in self.sources.ending]
         by_name = {receiver.name: receiver for receiver in [*kept, *self.sources.made.values()]}
         with node.swap:
@@ -388,21 +402,26 @@ class _Change:
             if name in before:
                 receiver.pin_if_allowed(before[name].cpu)
 
-    def _empty_source(self, number: int) -> None:
+    def _send(self, thread: ShardThread, event: EventArray) -> Iterator[None]:
+        while not thread.send(event):
+            self.node.check()
+            yield
+
+    def _empty_source(self, number: int) -> Iterator[None]:
         """Empty the books of a whole source."""
         event = _clear()
         event["instrument"], event["price"] = ALL_INSTRUMENTS, number
         for thread in self.node.shards:
-            thread.send(event)
+            yield from self._send(thread, event)
 
-    def _empty_books(self, instruments: list[int]) -> None:
+    def _empty_books(self, instruments: list[int]) -> Iterator[None]:
         places = self.node.table.arrays.records["shard"]
         for instrument in instruments:
             thread, event = self.node.shards[int(places[instrument])], _clear()
             number = thread.id_of(instrument)
             if number is not None:
                 event["instrument"] = number
-                thread.send(event)
+                yield from self._send(thread, event)
 
     # -- deliveries
 

@@ -33,7 +33,7 @@ CONTROL_EVENTS = 1024
 _STOP_S = 5.0
 _PARK_S = 30.0
 _AWAKE_S = 0.1
-_READER_MS = 60_000
+_READER_MS = 1_000_000_000  # a shard that waits for NATS is not dead
 
 
 class ShardError(NodeError):
@@ -112,6 +112,7 @@ class ShardThread:
         self.pause_ns = 0
         self._cpu: int | None = None
         self._taken_before = 0
+        self._parked: Leg | None = None
         self._idle, self._progress = idle, progress
         self._baton = make_baton()
         self.ids, self.given = make_ids(len(shard.arrays.info))
@@ -183,8 +184,9 @@ class ShardThread:
     def end(self) -> None:
         """Stop the loop after the batch in hand."""
         self.stop[0] = 1
-        if self._leg.thread and self._leg.thread.ident is not None:
-            self._leg.thread.join(_STOP_S)
+        for leg in (self._leg, self._parked):
+            if leg and leg.thread and leg.thread.ident is not None:
+                leg.thread.join(_STOP_S)
 
     def _run(self, leg: Leg) -> None:
         try:
@@ -245,6 +247,7 @@ class ShardThread:
         """
         leg = self._make_leg(shard, inputs, self._leg.turn + 1, carry, telemetry)
         assert leg.thread
+        self._parked = leg
         leg.thread.start()
         if not _wait(lambda: self._baton[PARKED] >= leg.turn, _PARK_S):
             self.call_off(leg)
@@ -260,15 +263,21 @@ class ShardThread:
             if not any(reader is kept for kept in self._leg.readers):
                 reader.close()
         self._baton[[NEAR, CANCELLED, PARKED, AWAKE]] = leg.turn - 1
+        self._parked = None
 
     def wake(self, leg: Leg) -> None:
         """Shortly before its turn: a waiting loop stops sleeping."""
         self._baton[NEAR] = leg.turn
         _wait(lambda: self._baton[AWAKE] >= leg.turn, _AWAKE_S)
 
-    def send(self, events: EventArray) -> None:
-        """Put events into the shard's input, in order with each other: by the one thread that changes the configuration."""
-        self._control.writer.write(events)
+    def send(self, event: EventArray) -> bool:
+        """Put an event into the shard's input, by the one thread that changes the configuration; false if there is no room now."""
+        return self._control.writer.write(event, timeout_ms=0) == 1
+
+    @property
+    def heard(self) -> bool:
+        """Whether the loop has come to everything that was sent: it processes that before it looks at another input."""
+        return self._leg.readers[0].lag == 0
 
     @property
     def version(self) -> int:
@@ -281,7 +290,7 @@ class ShardThread:
 
     def complete(self, leg: Leg) -> None:
         """After :meth:`handed_over`: let go of the loop before."""
-        before, self._leg = self._leg, leg
+        before, self._leg, self._parked = self._leg, leg, None
         self.pause_ns = int(self._baton[TAKEN_NS] - self._baton[PASSED_NS])
         assert before.thread
         before.thread.join(_STOP_S)

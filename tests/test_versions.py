@@ -1,0 +1,108 @@
+"""Documents of configuration versions: complete, on the disk, and kept as long as something needs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tickmesh.control.changes import changed_keys, restart_needed
+from tickmesh.control.config import parse_config
+from tickmesh.node.versions import Document, DocumentError, Documents
+
+TEXT = """
+[cluster]
+name = "c"
+[data_sources.a]
+type = "multicast"
+endpoint = "udp://239.1.1.1:26400"
+data_format = "json"
+tick_size = 0.01
+messages = [{ match = { e = "t" }, event = "trade", fields = { symbol = "s", price = { path = "p", scale = "0.001" } } }]
+[processing.calculations.mine]
+use = "sub/mine.py:one"
+decay = 0.5
+[processing.bars.second]
+interval_ms = 1000
+[risk]
+max_notional = "1000000.01"
+[delivery.events]
+method = "nats"
+per_event = true
+"""
+CODE = """from tickmesh.node.calculation import calculation
+
+
+@calculation(inputs="trade")
+def one(event, state, *, decay: float = 1.0):
+    return decay
+"""
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> Document:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "mine.py").write_text(CODE)
+    return Document.of(parse_config(TEXT, file=tmp_path / "node.toml"), 7, {"gone": 0})
+
+
+def test_a_document_read_again_is_the_same_configuration(document: Document, tmp_path: Path) -> None:
+    again = Document.read(document.text())
+    assert again.config.model_dump() == document.config.model_dump()
+    assert (again.version, dict(again.code), dict(again.sources)) == (7, {"sub/mine.py": CODE}, {"gone": 0, "a": 1})
+    assert again.same_market(document)
+    (tmp_path / "sub" / "mine.py").write_text(CODE.replace("return decay", "return 2.0"))
+    assert [i.module for i in again.plan().instances] == [i.module for i in document.plan().instances], "its code is its own"
+    assert not Document.of(document.config, 8, document.sources).same_market(document)
+
+
+@pytest.mark.parametrize("damage", ["{", "{}", '{"version": "x"}'])
+def test_what_is_no_document_is_refused(document: Document, damage: str) -> None:
+    with pytest.raises(DocumentError, match="no document"):
+        Document.read(damage)
+    parts = json.loads(document.text())
+    parts["code"] = {"../evil.py": ""}
+    with pytest.raises(DocumentError, match="outside"):
+        Document.read(json.dumps(parts))
+
+
+def test_code_must_lie_inside_and_be_there(tmp_path: Path) -> None:
+    for use, reason in (("/x.py:f", "not inside"), ("../x.py:f", "not inside"), ("x.py:f", "cannot be read")):
+        config = parse_config(TEXT.replace("sub/mine.py:one", use), file=tmp_path / "node.toml")
+        with pytest.raises(DocumentError, match=reason):
+            Document.of(config, 1, {})
+
+
+def test_documents_go_when_no_segment_needs_them(document: Document, tmp_path: Path) -> None:
+    documents = Documents(tmp_path)
+    for version, sequence in ((7, 0), (8, 100), (9, 200), (12, 300)):
+        documents.write(Document(version, document.config, document.code, document.sources))
+        documents.switched(sequence, version)
+    assert documents.prune(99) == 0
+    assert documents.prune(250) == 2
+    assert documents.versions() == [9, 12]
+    assert documents.read(9).version == 9
+    assert documents.prune(250) == 0
+    assert documents.prune(300) == 1
+    with pytest.raises(DocumentError, match="needs configuration 9"):
+        documents.read(9)
+    documents.remove(12)
+    assert documents.versions() == []
+
+
+def test_what_needs_a_restart(document: Document) -> None:
+    old = document.config
+    second = '\n[delivery.ring]\nmethod = "shm"\n[delivery.other]\nmethod = "nats"\ntarget = "nats://h:1"\n'
+    text = (
+        TEXT.replace('name = "c"', 'name = "d"').replace("decay = 0.5", "decay = 0.6").replace("interval_ms = 1000", "interval_ms = 5")
+        + second
+    )
+    new = parse_config(text)
+    assert {(c.path, c.live) for c in changed_keys(old, new)} == {
+        ("cluster.name", False), ("processing.calculations.mine.decay", True), ("processing.bars.second.interval_ms", True),
+        ("delivery.ring", False), ("delivery.other", True),
+    }  # fmt: skip
+    reasons = restart_needed(old, new)
+    assert [(r.path, r.line) for r in reasons] == [("cluster.name", 3), ("delivery.ring", new.line("delivery", "ring"))]
+    assert restart_needed(old, old) == []

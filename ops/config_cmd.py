@@ -38,6 +38,7 @@ from tickmesh.control.config import (
     Processing,
     Risk,
     Source,
+    StoreSettings,
     dotted,
     key_extra,
 )
@@ -56,6 +57,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("[journal]", Journal),
     ("[delivery.NAME]", Delivery),
     ("[logging]", Logging),
+    ("[store]", StoreSettings),
 )
 """Tables of the document, in the order in which they are shown."""
 
@@ -75,6 +77,7 @@ class KeyRow:
     bounds: str
     change: str
     only: str
+    per_node: bool
     meaning: str
 
 
@@ -99,6 +102,7 @@ def _key_row(section: str, name: str, field: FieldInfo, model: type[BaseModel]) 
         ", ".join(_bounds(field)),
         extra["change"],
         ", ".join(extra["only"]),
+        extra["per_node"],
         field.description or "",
     )
 
@@ -196,10 +200,11 @@ def schema_markdown() -> str:
 
 def _markdown_row(row: KeyRow) -> str:
     default = f"`{row.default}`" if row.default else "must be given"
-    bounds = "; ".join(item for item in (row.bounds, f"only {row.only}" if row.only else "") if item)
+    bounds = "; ".join(item for item in (row.bounds, f"only {row.only}" if row.only else "", _OWN if row.per_node else "") if item)
     return f"| `{row.key}` | {row.type} | {default} | {row.unit} | {bounds} | {row.change} | {row.meaning} |"
 
 
+_OWN = "each node's own"
 _MARKDOWN_COLUMNS = """| key | type | default | unit | bounds | change | meaning |
 |---|---|---|---|---|---|---|"""
 
@@ -210,7 +215,8 @@ _MARKDOWN_HEAD = """# Configuration reference
 A node reads one TOML file. `tickmesh config schema` prints this table, `tickmesh config show FILE` the values in effect and where each
 comes from. Every problem of a file is reported at once, with its line. An unknown key is an error.
 
-*change* says what happens to a running node when the value changes: `live` takes effect, `restart` needs a restart.
+*change* says what happens to a running node when the value changes: `live` takes effect, `restart` needs a restart. Keys that are *each
+node's own* stay in the node's file where the rest of the configuration is in a [store](store.md).
 Prices and quantities are exact: `0.01` and `"0.01"` are the same number, and neither becomes a float."""
 
 _MARKDOWN_TAIL = """
@@ -269,7 +275,7 @@ def effective(config: Config) -> list[ShownKey]:
 
 
 def _effective(config: Config, table: BaseModel, path: tuple[str | int, ...]) -> Iterator[ShownKey]:
-    kind = getattr(table, "type", None) or getattr(table, "method", None)
+    kind = getattr(table, "type", None) or getattr(table, "method", None) or getattr(table, "kind", None)
     for name in type(table).model_fields:
         value, here = getattr(table, name), (*path, name)
         extra = key_extra(type(table), name)

@@ -366,10 +366,11 @@ class Stored:
     versions: Mapping[str, int]
     problems: tuple[Problem, ...] = ()
 
-    def missing(self, before: Iterable[str]) -> list[Problem]:
+    def missing(self, before: Iterable[str], keys: Keys) -> list[Problem]:
         """Sections that are not there although they were there before."""
-        gone = [name for name in before if name in SECTIONS and name not in self.documents.sections]
-        return [Problem(name, None, None, "is missing", "put its key back, or make it empty", f"config/{name}") for name in gone]
+        there = {*self.documents.sections, *(problem.part.removeprefix(keys.config) for problem in self.problems)}
+        gone = [name for name in before if name in SECTIONS and name not in there]
+        return [Problem("", None, None, "is missing", "put the key back, or make it empty", keys.section(name)) for name in gone]
 
 
 def stored_of(keys: Keys, entries: Mapping[str, Entry]) -> Stored:
@@ -386,7 +387,7 @@ def stored_of(keys: Keys, entries: Mapping[str, Entry]) -> Stored:
             continue
         problem = _unusable(name, entry.value)
         if problem:
-            problems.append(Problem(name, None, None, *problem, part=key))
+            problems.append(Problem("", None, None, *problem, part=key))
         elif name in SECTIONS:
             sections[name] = entry.value.decode()
         else:

@@ -46,6 +46,7 @@ from tickmesh.control.store import (
     ValueTooLarge,
     Watch,
     end_task,
+    now_s,
 )
 
 Apply = Callable[[Config, int, Documents], Awaitable[Sequence[str] | None]]
@@ -143,6 +144,7 @@ class ConfigFollower:
         self._refused_canary = ""
         self._due: dict[int, HistoryEntry] = {}
         self._news, self._said = asyncio.Event(), asyncio.Event()
+        self._heard_s = 0.0
         self.status: dict[str, Any] = {
             "node": self.node,
             "state": "waiting",
@@ -165,6 +167,7 @@ class ConfigFollower:
             StoreUnavailable: it was silent for `reopen_s`: open another one.
         """
         self._news, self._said = asyncio.Event(), asyncio.Event()
+        self._heard_s = now_s()
         watches = [store.watch(prefix) for prefix in (self.keys.config, self.keys.canary(), self.keys.dry_run())]
         tasks = [asyncio.create_task(self._wake(watch), name=f"follow {watch.prefix}") for watch in watches]
         tasks += [
@@ -203,8 +206,8 @@ class ConfigFollower:
                 await backoff.wait()
 
     def _check_silence(self, store: Store, watch: Watch) -> None:
-        if watch.age_s > self.options.reopen_s and watch.restarts > 2 and watch.last_error:
-            raise StoreUnavailable(store.address, watch.last_error)
+        if min(watch.age_s, now_s() - self._heard_s) > self.options.reopen_s:
+            raise StoreUnavailable(store.address, watch.last_error or f"it was silent for {self.options.reopen_s:g} s")
 
     async def _look(self, store: Store, config: Watch, canary: Watch, dry_run: Watch) -> None:
         """Do what the newest states ask for."""
@@ -260,7 +263,7 @@ class ConfigFollower:
     async def _judge(self, target: _Target, act: Apply) -> list[str]:
         """Why it will not do; empty: it was done."""
         before = self._good.sections if self._good is not None and target.source == "config" else {}
-        problems = [*target.stored.problems, *target.stored.missing(before)]
+        problems = [*target.stored.problems, *target.stored.missing(before, self.keys)]
         if problems:
             return [f"{problem.part}: {problem}" for problem in problems]
         try:
@@ -336,6 +339,7 @@ class ConfigFollower:
             self._look_at_the_watch(watch)
             try:
                 await store.put(self.keys.status(self.node), self._encoded())
+                self._heard_s = now_s()
                 await self._remember(store)
                 written = True
                 backoff.reset()
@@ -346,7 +350,7 @@ class ConfigFollower:
     def _look_at_the_watch(self, watch: Watch) -> None:
         snapshot = watch.snapshot
         stale = snapshot is None or snapshot.stale
-        reason = (snapshot.reason if snapshot else watch.last_error or "the store was not read yet") if stale else ""
+        reason = (watch.last_error or (snapshot.reason if snapshot else "the store was not read yet")) if stale else ""
         age_s = round(watch.age_s, 1) if watch.age_s != float("inf") else None
         self.status = {**self.status, "store": {"stale": stale, "reason": reason, "age_s": age_s}}
 

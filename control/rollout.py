@@ -97,9 +97,12 @@ class Rollout:
         withdrawn = [key.rpartition("/")[2] for key in canaries if key != self.keys.canary(keep_canary)]
         for node in withdrawn:
             await self._end_order(self.keys.canary(node), canaries[self.keys.canary(node)].version)
+        return Outcome(version, await self.answers(version, documents.digest, nodes), withdrawn)
+
+    async def answers(self, version: int, digest: str, nodes: Iterable[str] | None = None) -> list[Answer]:
+        """What nodes (None: every member) make of a version that is there. Raises StoreError."""
         asked = sorted(set(nodes)) if nodes is not None else await self.members()
-        answers = await self._answers(asked, lambda node, status: _of_version(node, status, version, documents.digest))
-        return Outcome(version, answers, withdrawn)
+        return await self._answers(asked, lambda node, status: _of_version(node, status, version, digest))
 
     async def canary(
         self, node: str, documents: Documents, based_on: Stored, comment: str = "", hold_s: float = 0.0, nodes: Iterable[str] | None = None

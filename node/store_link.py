@@ -16,6 +16,8 @@ from tickmesh.transports.nats import Login, connect
 
 CONSUL_TOKEN = "TICKMESH_CONSUL_TOKEN"
 """Environment variable of Consul's token, where ``token_env`` names no other one."""
+CONSUL_FILES = ("TICKMESH_CONSUL_CA", "TICKMESH_CONSUL_CERT", "TICKMESH_CONSUL_KEY")
+"""Environment variables of the files for TLS with Consul, where ``[store]`` names none."""
 
 
 class NoStore(Exception):
@@ -55,7 +57,10 @@ async def open_store(settings: StoreSettings, resolve: Callable[[str], Path] = P
     if settings.kind == "none":
         raise NoStore
     token = _token(settings)
-    ca, certificate, key = (resolve(path) if path else None for path in (settings.ca_file, settings.certificate_file, settings.key_file))
+    named = (settings.ca_file, settings.certificate_file, settings.key_file)
+    if settings.kind == "consul" and not any(named):
+        named = (os.environ.get(CONSUL_FILES[0]), os.environ.get(CONSUL_FILES[1]), os.environ.get(CONSUL_FILES[2]))
+    ca, certificate, key = (resolve(path) if path else None for path in named)
     if settings.kind == "consul":
         host, _, port = settings.server.rpartition(":")
         consul = ConsulStore(ConsulOptions(host, int(port), token, ca, certificate, key))

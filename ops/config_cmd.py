@@ -313,17 +313,17 @@ def show_table(config: Config) -> RichTable:
 
 def show_json(config: Config) -> list[dict[str, Any]]:
     """The effective configuration for programs: path, value, origin and change of every key."""
-    return [{"path": r.path, "value": _plain(r.value), "origin": r.origin, "change": r.change} for r in effective(config)]
+    return [{"path": r.path, "value": plain(r.value), "origin": r.origin, "change": r.change} for r in effective(config)]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, Decimal):
         return value_text(value)
     if isinstance(value, BaseModel):
-        return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
+        return {name: plain(getattr(value, name)) for name in type(value).model_fields}
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
 
 
 # ---------------------------------------------------------------- changes

@@ -152,6 +152,22 @@ def test_canary_and_dry_run(start: Callable[..., Node], url: str, cluster: str, 
     assert run("set", "risk.max_qty", "1", "--canary", "a", "--dry-run")[0] == 2
 
 
+def test_ctrl_c_withdraws_a_canary(start: Callable[..., Node], url: str, cluster: str, file: Path) -> None:
+    bird = start("bird")
+    first = tell("apply", url, cluster, file)["version"]
+    command = [sys.executable, "-m", "tickmesh.ops.cli", "config", "set", "risk.max_qty", "8", "--canary", "bird", "--hold-s", "600"]
+    with subprocess.Popen([*command, "--store", url, "--cluster", cluster], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        try:
+            until(lambda: bird.status["source"] == "canary")
+            running.send_signal(signal.SIGINT)
+            assert running.wait(20) == 130
+        finally:
+            running.kill()
+    until(lambda: bird.status["source"] == "config")
+    assert (bird.status["version"], bird.status["canary"]) == (first, None)
+    assert tell("get", url, cluster)["version"] == first
+
+
 def test_code_is_uploaded_with_what_names_it(start: Callable[..., Node], url: str, cluster: str, file: Path) -> None:
     node = start("a")
     file.with_name("mine.py").write_text(CODE)

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from tickmesh.control.config_store import (
     NoSuchVersion,
     own_of,
 )
+from tickmesh.control.follower import FollowerThread
 from tickmesh.control.rollout import Answer, Rollout, statuses
 from tickmesh.control.store import VALUE_BYTES_MAX, StoreError, ValueTooLarge
 
@@ -272,6 +275,21 @@ async def test_a_node_that_starts_late_misses_what_others_had(server: StoreServe
             assert (again.status["version"], again.status["state"]) == (good, "running")
 
 
+@contract
+async def test_an_edit_in_two_steps_is_refused_until_it_is_whole(server: StoreServer, cluster: str, tmp_path: Path) -> None:
+    node = Node(cluster, "a", tmp_path)
+    async with server.store() as store, following(store, node):
+        config = ConfigStore(store, cluster)
+        good = await applied(config)
+        await node.runs(good)
+        await edit(server, config.keys.section("processing"), b'[calculations.mine]\nuse = "mine.py:flow"')
+        assert "there is no file" in (await node.refused())[0]
+        assert node.status["version"] == good
+        await edit(server, config.keys.code("mine.py"), CODE.encode())
+        await node.until(lambda status: status["refused"] is None)
+        assert list(node.applied[-1][1].processing.calculations) == ["mine"]
+
+
 # ---------------------------------------------------------------- code
 
 
@@ -431,3 +449,35 @@ async def test_a_store_that_does_not_answer_is_waited_for(own_server: StoreServe
         own_server.resume()
         await node.until(lambda status: not status["store"]["stale"])
         assert node.status["refused"] is None
+
+
+def test_a_thread_follows_for_ever(own_server: StoreServer, cluster: str, tmp_path: Path) -> None:
+    """It starts while there is no store, outlives its restarts, and ends when it is told to."""
+    node = Node(cluster, "a", tmp_path)
+    own_server.process.kill()
+
+    def reach(condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + 40
+        while not condition():
+            assert time.monotonic() < end, node.status
+            time.sleep(0.01)
+
+    async def put(text: str) -> int:
+        async with own_server.store() as store:
+            return await applied(ConfigStore(store, cluster), text)
+
+    with FollowerThread(node.follower, own_server.store) as thread:
+        reach(lambda: thread.last_error != "" or "not" in node.status["store"]["reason"])
+        own_server.process.start()
+        for number in range(3, 9):
+            version = asyncio.run(put(TEXT.replace("window = 10", f"window = {number}")))
+            reach(lambda version=version: node.status["version"] == version)  # type: ignore[misc]
+        own_server.process.kill()
+        reach(lambda: bool(node.status["store"]["stale"]))
+        assert node.status["version"] == version
+        own_server.process.start()
+        again = asyncio.run(put(TEXT))
+        reach(lambda: node.status["version"] == again)
+        assert thread.stop()
+        assert thread.stop()
+    assert FollowerThread(node.follower, own_server.store).stop()

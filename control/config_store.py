@@ -61,6 +61,7 @@ from tickmesh.control.store import (
 from tickmesh.control.toml_text import join_sections, remove_value, split_sections, toml_of
 
 HISTORY_MAX = 100
+CODE_FOLDERS_MAX = 64
 _DELETES = 50  # of one transaction that prunes
 _SURE_TRIES = 20
 ChecksOf = Callable[[Path], Checks]
@@ -246,11 +247,15 @@ def own_of(cluster: str, node: str | None = None) -> Config:
 def write_code(root: Path, documents: Documents) -> Path:
     """Write the code to a folder below `root` that its content names, and return that; one that is there is left alone.
 
+    Of more than :data:`CODE_FOLDERS_MAX` folders, those that were asked for longest ago go.
+
     Raises:
+        ConfigError: a file's name is none.
         OSError: it cannot be written.
     """
     folder = root / documents.code_digest[:32]
     if folder.is_dir():
+        os.utime(folder)
         return folder
     made = root / f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}"
     try:
@@ -266,6 +271,9 @@ def write_code(root: Path, documents: Documents) -> Path:
                 raise
     finally:
         shutil.rmtree(made, ignore_errors=True)
+    kept = sorted((one for one in root.iterdir() if not one.name.startswith(".")), key=lambda one: one.stat().st_mtime_ns)
+    for old in kept[:-CODE_FOLDERS_MAX]:
+        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 

@@ -360,7 +360,7 @@ class ConfigFollower:
             facts = self._facts() if self._facts else {}
         except Exception as error:  # a status with less in it is better than none
             _log.warning("no further facts for the status", error=repr(error))
-        return json.dumps({**facts, **self.status, "at": now_text()}, ensure_ascii=False).encode()
+        return json.dumps({**facts, **self.status, "at": now_text()}, ensure_ascii=False, default=str).encode()
 
     async def _remember(self, store: Store) -> None:
         kept = ConfigStore(store, self.keys.cluster)
@@ -448,12 +448,14 @@ class FollowerThread:
     async def _follow(self) -> None:
         backoff = Backoff(first_s=0.1, last_s=5.0)
         while True:
+            began_s = now_s()
             try:
                 async with self._open_store() as store:
                     self.last_error = ""
-                    backoff.reset()
                     await self.follower.run(store)
             except Exception as error:  # the node outlives its store
                 self.last_error = str(error) or type(error).__name__
                 _log.warning("the store cannot be used; the last good configuration holds", error=self.last_error)
+            if now_s() - began_s > 10.0:
+                backoff.reset()
             await backoff.wait()

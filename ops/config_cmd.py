@@ -340,12 +340,16 @@ class Change:
 
 
 def changes(old: Config, new: Config) -> list[Change]:
-    """What differs, key by key, and whether a running node can take it (`live`) or has to restart."""
+    """What differs, key by key, and whether a running node can take it (`live`) or has to restart. Of a table that comes or goes, the
+    keys that the document gives."""
     before = {row.path: row for row in effective(old)}
     after = {row.path: row for row in effective(new)}
     found = []
     for path in [*before, *(p for p in after if p not in before)]:
         a, b = before.get(path), after.get(path)
+        only = a or b
+        if only is not None and (a is None or b is None) and only.origin == "default":
+            continue
         if a is None or b is None:
             found.append(Change(path, a and a.value, b and b.value, "restart"))
         elif a.value != b.value:

@@ -314,7 +314,9 @@ async def change(config: ConfigStore, place: Place, documents: Documents, stored
         return report("tried", Outcome(0, await rollout.dry_run(documents, nodes)), stored.version)
     if documents.digest == stored.documents.digest and not stored.problems:
         answers = await rollout.answers(stored.version, documents.digest, nodes)
-        return report("unchanged", Outcome(stored.version, answers), stored.version)
+        if not any(answer.state == "refused" for answer in answers):
+            return report("unchanged", Outcome(stored.version, answers), stored.version)
+        # who refused it gets it once more, as a new version
     if wish.canary is None:
         outcome = await rollout.apply(documents, stored, wish.comment, nodes)
     else:

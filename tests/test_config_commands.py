@@ -127,6 +127,9 @@ def test_a_refusal_has_its_exit_code_and_the_way_back(start: Callable[..., Node]
     (row,) = tell("status", url, cluster)
     assert row["refused"]["reasons"] == ["cluster.shards needs a restart"]
     assert "refuses version" in run("status", "--store", url, "--cluster", cluster)[1]
+    node.refuses = lambda config: []
+    again = tell("set", url, cluster, "cluster.shards", "3")
+    assert (again["changes"], again["answers"][0]["state"], node.status["refused"]) == ([], "applied", None)
     assert tell("rollback", url, cluster, str(first))["answers"][0]["state"] == "applied"
 
 

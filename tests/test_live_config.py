@@ -14,7 +14,9 @@ import pytest
 from following import CODE, TEXT, Node, applied, documents, edit, following, registered
 from store_servers import KvServer, StoreServer, contract, own_server, server
 
+from tickmesh.control.config import ConfigError
 from tickmesh.control.config_store import (
+    CODE_FOLDERS_MAX,
     HISTORY_MAX,
     Change,
     ConfigChanged,
@@ -23,6 +25,7 @@ from tickmesh.control.config_store import (
     HistoryEntry,
     NoSuchVersion,
     own_of,
+    write_code,
 )
 from tickmesh.control.follower import FollowerThread
 from tickmesh.control.rollout import Answer, Rollout, statuses
@@ -311,6 +314,20 @@ async def test_code_goes_with_the_configuration(server: StoreServer, cluster: st
         assert node.applied[-1][1].code_folder != folder
         await node.runs(await applied(config))
         assert (await config.read()).documents.code == {}
+
+
+def test_code_folders_are_bounded_and_stay_inside(tmp_path: Path) -> None:
+    kept = write_code(tmp_path, Documents({}, {"deep/a.py": "first"}))
+    for number in range(CODE_FOLDERS_MAX + 5):
+        write_code(tmp_path, Documents({}, {"a.py": str(number)}))
+        assert write_code(tmp_path, Documents({}, {"deep/a.py": "first"})) == kept
+    assert len(list(tmp_path.iterdir())) == CODE_FOLDERS_MAX
+    assert (kept / "deep" / "a.py").read_text() == "first"
+    for name in ("../x.py", "/x.py", "a/../../x.py", "", "."):
+        with pytest.raises(ConfigError, match="no file name"):
+            write_code(tmp_path / "inside", Documents({}, {name: "x"}))
+    assert not (tmp_path / "x.py").exists()
+    assert list((tmp_path / "inside").iterdir()) == []
 
 
 # ---------------------------------------------------------------- one node first

@@ -328,12 +328,19 @@ def config_show(file: Annotated[Path, typer.Argument(metavar="FILE", help="A TOM
 
 
 @config_app.command("schema", cls=_Command)
-def config_schema(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON Schema, for editors.")] = False) -> None:
+def config_schema(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON Schema, for editors.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference page, docs/reference/configuration.md.")] = False,
+) -> None:
     """Every key: type, default, unit, bounds, meaning."""
     from tickmesh.ops import config_cmd
 
+    if as_json and markdown:
+        raise typer.BadParameter("give one of them", param_hint="--json, --markdown")
     if as_json:
         _print_json(config_cmd.json_schema())
+    elif markdown:
+        print(config_cmd.schema_markdown(), end="")
     else:
         _print_table(config_cmd.schema_table())
 

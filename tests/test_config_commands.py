@@ -275,6 +275,12 @@ def test_watch_tells_what_happens(start: Callable[..., Node], url: str, cluster:
             watching.kill()
 
 
+def test_the_reference_page_can_be_printed() -> None:
+    code, out, _ = run("schema", "--markdown")
+    assert (code, out) == (0, (Path(__file__).parents[1] / "docs/reference/configuration.md").read_text())
+    assert run("schema", "--markdown", "--json")[0] == 2
+
+
 def test_values_are_toml_or_texts() -> None:
     assert [value_of(text) for text in ("5", "true", "1.5", '"x"', '["A", "B"]', "debug", "a b", "1\nx = 2", "")] == [
         5, True, 1.5, "x", ["A", "B"], "debug", "a b", "1\nx = 2", "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -18,10 +19,11 @@ from following import CODE, TEXT, Node
 from store_servers import KvServer, StoreServer, server
 from typer.testing import CliRunner
 
+from tickmesh.control.config_store import ConfigChanged
 from tickmesh.control.follower import FollowerThread
 from tickmesh.node.store_link import open_store
 from tickmesh.ops import cli
-from tickmesh.ops.config_store_cmd import settings_of, value_of
+from tickmesh.ops.config_store_cmd import Report, Wish, place_of, set_key, settings_of, value_of
 
 __all__ = ["server"]
 LIMIT_S = 60.0
@@ -197,6 +199,26 @@ def test_what_is_a_nodes_own_stays_out(url: str, cluster: str, file: Path) -> No
     assert "cpus" not in document["sections"]["cluster"]
     code, out, _ = run("get", "risk.max_qty", "-c", file)
     assert (code, out) == (0, "5\n")
+
+
+def test_commands_at_the_same_time_lose_nothing(url: str, cluster: str, file: Path) -> None:
+    tell("apply", url, cluster, file)
+    place = place_of(url, cluster, None)
+    keys = ["risk.max_qty", "risk.max_rate", "logging.level", "journal.segment_mb", "processing.calculations.fast.window"]
+    values = ["77", "7", "debug", "7", "7"]
+
+    async def all_at_once() -> list[Report | BaseException]:
+        sets = (set_key(key, value, place, Wish(), print) for key, value in zip(keys, values, strict=True))
+        return await asyncio.gather(*sets, return_exceptions=True)
+
+    done = asyncio.run(all_at_once())
+    made = [key for key, result in zip(keys, done, strict=True) if isinstance(result, Report)]
+    assert made
+    assert all(isinstance(result, Report | ConfigChanged) for result in done)
+    assert len(tell("history", url, cluster)) == 1 + len(made)
+    for key, value in zip(keys, values, strict=True):
+        (now,) = tell("get", url, cluster, key)["values"].values()
+        assert (str(now) == value) == (key in made)
 
 
 def test_get_and_diff(url: str, cluster: str, file: Path) -> None:

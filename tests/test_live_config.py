@@ -132,6 +132,23 @@ async def test_a_change_reaches_every_node_and_they_say_so(server: StoreServer, 
 
 
 @contract
+async def test_no_node_sees_half_a_change(server: StoreServer, cluster: str, tmp_path: Path) -> None:
+    nodes = [Node(cluster, name, tmp_path) for name in ("a", "b")]
+    async with server.store() as store, server.store() as writer, following(store, *nodes):
+        config = ConfigStore(writer, cluster)
+        for number in range(2, 42):
+            last = await applied(config, TEXT.replace("window = 10", f"window = {number}").replace("max_qty = 5", f"max_qty = {number}"))
+        for node in nodes:
+            await node.runs(last)
+            versions = [version for version, _ in node.applied]
+            assert versions == sorted(set(versions))
+            for _, given in node.applied:
+                assert given.risk.max_qty == given.processing.calculations["fast"].parameters["window"]
+        known = [entry.version for entry in await config.history()]
+        assert {version for node in nodes for version, _ in node.applied} <= set(known)
+
+
+@contract
 async def test_what_a_node_cannot_do_is_refused_with_the_reason(server: StoreServer, cluster: str, tmp_path: Path) -> None:
     good, stubborn = Node(cluster, "good", tmp_path), Node(cluster, "stubborn", tmp_path)
     stubborn.refuses = lambda config: ["cluster.shards needs a restart"] if config.cluster.shards != 2 else []

@@ -17,7 +17,7 @@ import re
 import tomllib
 import typing
 import zoneinfo
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -75,6 +75,7 @@ class Problem:
         value: what is there; None if the key is missing.
         reason: what is wrong with it.
         hint: what to do, may be empty.
+        part: name of the text that `line` counts in, if the configuration has several (keys of the store).
     """
 
     path: str
@@ -82,6 +83,7 @@ class Problem:
     value: Any
     reason: str
     hint: str = ""
+    part: str = ""
 
     def __str__(self) -> str:
         shown = "" if self.value is None or isinstance(self.value, dict | list) else f" = {self.value!r}"
@@ -99,7 +101,7 @@ class ConfigError(Exception):
 
     def __init__(self, errors: list[Problem], name: str = "configuration") -> None:
         self.errors, self.name = errors, name
-        super().__init__("\n".join(f"{name}:{e.line}: {e}" if e.line else f"{name}: {e}" for e in errors))
+        super().__init__("\n".join(f"{e.part or name}:{e.line}: {e}" if e.line else f"{e.part or name}: {e}" for e in errors))
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,9 @@ EventField = Literal["symbol", "price", "qty", "side", "id", "aux", "ts_event", 
 Overflow = Literal["block", "drop_oldest", "gap"]
 
 
-def key(default: Any, meaning: str, *, unit: str = "", live: bool = False, only: tuple[str, ...] = (), **bounds: Any) -> Any:
+def key(
+    default: Any, meaning: str, *, unit: str = "", live: bool = False, only: tuple[str, ...] = (), per_node: bool = False, **bounds: Any
+) -> Any:
     """A key of the configuration.
 
     Args:
@@ -245,9 +249,10 @@ def key(default: Any, meaning: str, *, unit: str = "", live: bool = False, only:
         unit: of the value, empty if it has none.
         live: whether a running node takes a new value; otherwise it needs a restart.
         only: the types (or methods) of table that the key is for; empty: all.
+        per_node: whether each node has its own value, in its own file, also where the cluster's configuration is in a store.
         bounds: pydantic's `ge`, `le`, `gt`, `lt`, `min_length`, `pattern`.
     """
-    extra: dict[str, Any] = {"unit": unit, "change": "live" if live else "restart", "only": list(only)}
+    extra: dict[str, Any] = {"unit": unit, "change": "live" if live else "restart", "only": list(only), "per_node": per_node}
     return Field(default, description=meaning, json_schema_extra=extra, **bounds)
 
 
@@ -267,9 +272,10 @@ class Table(BaseModel):
 
 
 def key_extra(model: type[BaseModel], name: str) -> dict[str, Any]:
-    """What :func:`key` declared beside the type: `unit`, `change`, `only`."""
+    """What :func:`key` declared beside the type: `unit`, `change`, `only`, `per_node`."""
     extra = model.model_fields[name].json_schema_extra
-    return typing.cast(dict[str, Any], extra) if isinstance(extra, dict) else {"unit": "", "change": "restart", "only": []}
+    nothing: dict[str, Any] = {"unit": "", "change": "restart", "only": [], "per_node": False}
+    return typing.cast(dict[str, Any], extra) if isinstance(extra, dict) else nothing
 
 
 # ---------------------------------------------------------------- the tables
@@ -279,16 +285,20 @@ class Cluster(Table):
     """``[cluster]``: this node and what all nodes share."""
 
     name: str = key("local", "Name of the cluster; part of every NATS subject.", pattern=r"^[A-Za-z0-9_-]{1,32}$")
-    node: str = key("node1", "Name of this node, unique in the cluster.", pattern=r"^[A-Za-z0-9_-]{1,32}$")
+    node: str = key("node1", "Name of this node, unique in the cluster.", per_node=True, pattern=r"^[A-Za-z0-9_-]{1,32}$")
     shards: int = key(1, "Partitions of the instruments; each has its own thread, journal and output stream.", ge=1, le=64)
     shard_overrides: dict[Symbol, Annotated[int, Field(ge=0)]] = key({}, "Symbols that are placed by hand: symbol = shard (from 0).")
-    data_dir: str = key("~/.local/share/tickmesh", "Folder of journals, counters and the embedded server's data.", min_length=1)
+    data_dir: str = key(
+        "~/.local/share/tickmesh", "Folder of journals, counters and the embedded server's data.", per_node=True, min_length=1
+    )
     instruments_max: int = key(4096, "Most instruments of a shard.", ge=1, le=1 << 20)
     orders_max: int = key(1 << 20, "Most resting orders of a shard.", unit="orders", ge=16, le=1 << 27)
     idle: Literal["spin", "yield", "sleep"] = key(
-        "sleep", "What a hot thread does with nothing to do: spin (own core, least delay), yield, or sleep (a laptop)."
+        "sleep", "What a hot thread does with nothing to do: spin (own core, least delay), yield, or sleep (a laptop).", per_node=True
     )
-    cpus: list[Annotated[int, Field(ge=0, le=4095)]] = key([], "Processors for the hot threads: receivers, then shards; empty: any.")
+    cpus: list[Annotated[int, Field(ge=0, le=4095)]] = key(
+        [], "Processors for the hot threads: receivers, then shards; empty: any.", per_node=True
+    )
     ring_capacity: PowerOfTwo = key(65536, "Events that a ring holds.", unit="events", ge=256, le=1 << 26)
     output_overflow: Overflow = key(
         "block", "When the output ring is full: wait, overwrite the oldest, or drop and emit a gap; always counted."
@@ -492,17 +502,24 @@ def _check_endpoint(name: str, endpoint: str | None, required: bool) -> list[Ref
     return []
 
 
-def _check_nats_address(address: str) -> list[Refusal]:
+def _check_nats_address(address: str, name: str = "target") -> list[Refusal]:
     try:
         parts = urlsplit(address)
         port = parts.port
     except ValueError:
-        return [Refusal("target", "has an impossible port")]
+        return [Refusal(name, "has an impossible port")]
     if parts.password or parts.username:
-        return [Refusal("target", "holds a secret", "use token_env or credentials_file")]
+        return [Refusal(name, "holds a secret", "use token_env or credentials_file")]
     if parts.scheme not in ("nats", "tls") or not parts.hostname:
-        return [Refusal("target", "must be nats://HOST:PORT or tls://HOST:PORT", "e.g. nats://127.0.0.1:4222")]
-    return [] if port != 0 else [Refusal("target", "has an impossible port")]
+        return [Refusal(name, "must be nats://HOST:PORT or tls://HOST:PORT", "e.g. nats://127.0.0.1:4222")]
+    return [] if port != 0 else [Refusal(name, "has an impossible port")]
+
+
+def _check_consul_address(address: str) -> list[Refusal]:
+    host, _, port = address.rpartition(":")
+    if re.fullmatch(r"[A-Za-z0-9_.-]+|\[[0-9A-Fa-f:]+\]", host) and port.isdigit() and 0 < int(port) < 65536:
+        return []
+    return [Refusal("address", "must be HOST:PORT of Consul's HTTP interface", "e.g. 127.0.0.1:8500; tokens go into token_env")]
 
 
 class Calculation(BaseModel):
@@ -705,6 +722,54 @@ class Logging(Table):
     level: Literal["debug", "info", "warning", "error"] = key("info", "Least important message that is written.", live=True)
 
 
+class StoreSettings(Table):
+    """``[store]``: what the nodes of a cluster agree by. Each node's own, never part of the cluster's configuration in the store."""
+
+    kind: Literal["none", "consul", "nats"] = key(
+        "none", "What it is: none (the node runs from its file alone), Consul, or a JetStream bucket.", per_node=True
+    )
+    address: str | None = key(
+        None,
+        "Consul: HOST:PORT, none: 127.0.0.1:8500. NATS: nats://HOST:PORT, none: nats://127.0.0.1:4222; several, separated by commas.",
+        only=("consul", "nats"),
+        per_node=True,
+    )
+    bucket: str = key(
+        "tickmesh", "Name of the bucket, made if it is absent.", only=("nats",), per_node=True, pattern=r"^[A-Za-z0-9_-]{1,64}$"
+    )
+    replicas: int = key(1, "Servers of a NATS cluster that keep a bucket that is made.", only=("nats",), per_node=True, ge=1, le=5)
+    token_env: str | None = key(
+        None,
+        "Environment variable that holds the token.",
+        only=("consul", "nats"),
+        per_node=True,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+    )
+    credentials_file: str | None = key(None, "NATS credentials file (.creds).", only=("nats",), per_node=True)
+    ca_file: str | None = key(
+        None, "Certificate authority that the server's certificate must come from; TLS.", only=("consul", "nats"), per_node=True
+    )
+    certificate_file: str | None = key(None, "Our own certificate, if the server asks for one.", only=("consul", "nats"), per_node=True)
+    key_file: str | None = key(None, "The key of that certificate.", only=("consul", "nats"), per_node=True)
+
+    @property
+    def server(self) -> str:
+        """The address, or the usual one of this kind."""
+        return self.address or ("nats://127.0.0.1:4222" if self.kind == "nats" else "127.0.0.1:8500")
+
+    @model_validator(mode="after")
+    def _check(self) -> StoreSettings:
+        bad = self._not_for(self.kind)
+        if self.address is not None and self.kind == "nats":
+            bad += [problem for one in self.address.split(",") for problem in _check_nats_address(one, "address")]
+        if self.address is not None and self.kind == "consul":
+            bad += _check_consul_address(self.address)
+        if self.key_file is not None and self.certificate_file is None:
+            bad.append(Refusal("certificate_file", "is missing", "key_file is the key of a certificate: name both"))
+        _refused(bad)
+        return self
+
+
 class Config(Table):
     """A whole configuration."""
 
@@ -718,8 +783,10 @@ class Config(Table):
     )
     delivery: dict[Name, Delivery] = Field({}, description="Where outputs go.")
     logging: Logging = Field(default_factory=Logging, description="What the node tells about itself.")
+    store: StoreSettings = Field(default_factory=StoreSettings, description="What the nodes of a cluster agree by.")
 
     _file: Path | None = PrivateAttr(None)
+    _code_folder: Path | None = PrivateAttr(None)
     _lines: dict[KeyPath, int] = PrivateAttr(default_factory=dict)
 
     @property
@@ -732,6 +799,11 @@ class Config(Table):
         """Where relative paths start: the folder of the file, else the current one."""
         return self._file.parent if self._file else Path()
 
+    @property
+    def code_folder(self) -> Path:
+        """Where the files of user calculations are: a folder of its own if the configuration comes from a store, else :attr:`folder`."""
+        return self._code_folder or self.folder
+
     def resolve(self, path: str) -> Path:
         """A path of the document: ``~`` and environment variables expanded, relative to :attr:`folder`."""
         return self.folder / Path(os.path.expandvars(path)).expanduser()
@@ -740,6 +812,11 @@ class Config(Table):
         """Line of a key, e.g. ``config.line("data_sources", "nasdaq", "path")``, or of the nearest enclosing table."""
         return line_of(self._lines, path)
 
+
+SECTIONS = tuple(name for name in Config.model_fields if name != "store")
+"""The sections of a cluster's configuration; a store keeps each under a key of its own."""
+PER_NODE_KEYS = tuple(name for name in Cluster.model_fields if key_extra(Cluster, name)["per_node"])
+"""Keys of ``[cluster]`` that each node has in its own file."""
 
 # ---------------------------------------------------------------- reading
 
@@ -762,15 +839,17 @@ class Checks:
 class _Reading:
     """One document being checked: collects problems."""
 
-    text: str
     name: str
     document: dict[str, Any] = field(default_factory=dict)
     lines: dict[KeyPath, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    parts: dict[str, str] = field(default_factory=dict)
+    """What the text of each section is called, if each has one."""
 
     def add(self, path: KeyPath, reason: str, hint: str = "") -> None:
         value = "(hidden)" if "secret" in reason + hint else _value_at(self.document, path)
-        problem = Problem(dotted(path), line_of(self.lines, path), value, reason, hint)
+        part = self.parts.get(str(path[0]), "") if path else ""
+        problem = Problem(dotted(path), line_of(self.lines, path), value, reason, hint, part)
         if not any(p.path == problem.path for p in self.problems):  # the first word on a key counts
             self.problems.append(problem)
 
@@ -817,21 +896,85 @@ def parse_config(text: str, name: str = "configuration", checks: Checks | None =
     Raises:
         ConfigError: with every problem.
     """
-    reading = _Reading(text, name)
+    reading = _Reading(name)
+    document = _read_toml(reading, text)
+    if document is None:
+        raise ConfigError(reading.problems, name)
+    reading.document, reading.lines = document, key_lines(text)
+    config = _checked(reading, checks)
+    config._file = file
+    return config
+
+
+@dataclass(frozen=True)
+class Part:
+    """The text of one section, TOML of its inside (of ``[risk]``: ``max_qty = 5``); `name` is what to call it in messages."""
+
+    text: str
+    name: str
+
+
+def parse_parts(parts: Mapping[str, Part], own: Config, checks: Checks | None = None, code_folder: Path | None = None) -> Config:
+    """Read a configuration from the texts of its sections, as a store keeps them.
+
+    Args:
+        parts: by section, one of :data:`SECTIONS`; a section that is absent has its defaults.
+        own: the node's own file: its cluster's name, its :data:`PER_NODE_KEYS` and ``[store]`` hold, and relative paths start there.
+        checks: hooks that check calculations and sources.
+        code_folder: where the files of user calculations are.
+
+    Raises:
+        ConfigError: with every problem; each names its part, and the line in it.
+    """
+    reading = _Reading("configuration", parts={section: part.name for section, part in parts.items()})
+    for section, part in parts.items():
+        document = _read_toml(reading, part.text, part.name)
+        if document is not None:
+            reading.document[section] = document
+            reading.lines[(section,)] = 1
+            reading.lines |= {(section, *path): line for path, line in key_lines(part.text).items()}
+    if reading.problems:
+        raise ConfigError(reading.problems, reading.name)
+    _check_own(reading, own)
+    config = _checked(reading, checks)
+    cluster = config.cluster.model_copy(update={"name": own.cluster.name, **{name: getattr(own.cluster, name) for name in PER_NODE_KEYS}})
+    made = config.model_copy(update={"cluster": cluster, "store": own.store})
+    made._file, made._code_folder = own.file, code_folder
+    return made
+
+
+def _check_own(reading: _Reading, own: Config) -> None:
+    """The cluster's part names no other cluster, and nothing that is each node's own."""
+    cluster = reading.document.get("cluster", {})
+    if cluster.get("name", own.cluster.name) != own.cluster.name:
+        reading.add(("cluster", "name"), "is another cluster's name", f"these are the keys of cluster {own.cluster.name}")
+    for name in PER_NODE_KEYS:
+        if name in cluster:
+            reading.add(("cluster", name), "is each node's own", "put it into the file of that node")
+
+
+def _read_toml(reading: _Reading, text: str, part: str = "") -> dict[str, Any] | None:
+    """The document, or None with a problem added."""
     try:
-        reading.document = tomllib.loads(text)
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         where = re.search(r"at line (\d+)", str(error))
         line = int(where[1]) if where else text.count("\n") + 1
-        raise ConfigError([Problem("", line, None, f"is not TOML: {error}", "mind quotes and brackets")], name) from None
-    reading.lines = key_lines(text)
+        reading.problems.append(Problem("", line, None, f"is not TOML: {error}", "mind quotes and brackets", part))
+    return None
+
+
+def _checked(reading: _Reading, checks: Checks | None) -> Config:
+    """The configuration, or ConfigError with every problem."""
     config = _validated(reading)
     _check_references(reading)
     if checks:
         _run_checks(reading, checks)
     if config is None or reading.problems:
-        raise ConfigError(sorted(reading.problems, key=lambda p: (p.line or 0, p.path)), name)
-    config._file, config._lines = file, reading.lines
+        order = [*reading.parts, ""]
+        found = sorted(reading.problems, key=lambda p: (order.index(p.path.split(".")[0]) if p.part else -1, p.line or 0, p.path))
+        raise ConfigError(found, reading.name)
+    config._lines = reading.lines
     return config
 
 

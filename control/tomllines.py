@@ -1,4 +1,5 @@
-"""Where a key stands in a TOML text: dotted path -> line number, so that an error can point at the line to edit.
+"""Where a key stands in a TOML text: dotted path -> line number, so that an error can point at the line to edit; and where its value is,
+so that an edit can leave the rest as it is.
 
 `tomllib` gives values without positions. This scanner follows table headers, keys, arrays and strings just far enough to number
 the keys; it expects a text that `tomllib` has already accepted.
@@ -7,6 +8,7 @@ the keys; it expects a text that `tomllib` has already accepted.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 Path = tuple[str | int, ...]
 
@@ -14,9 +16,30 @@ _BARE = re.compile(r"[A-Za-z0-9_-]+")
 _SPACE = " \t"
 
 
+@dataclass(frozen=True)
+class Statement:
+    """A table's header, or a key with its value.
+
+    Attributes:
+        path: of the table or key, with the index after each array of tables.
+        header: whether it is a table's.
+        first_line, end_line: the lines it takes, from 0, the end excluded.
+        first_part: offsets of the first part of its dotted key as written, with the dot behind it, if there is one.
+    """
+
+    path: Path
+    header: bool
+    first_line: int
+    end_line: int
+    first_part: tuple[int, int]
+
+
 class _Scanner:
     def __init__(self, text: str) -> None:
         self.text, self.at, self.line = text, 0, 1
+        self.statements: list[Statement] = []
+        self.values: dict[Path, tuple[int, int]] = {}
+        self._first_part = (0, 0)
         self.lines: dict[Path, int] = {}
         self.table: Path = ()
         self.repeats: dict[Path, int] = {}
@@ -29,10 +52,8 @@ class _Scanner:
                 self._advance(1)
             elif character == "#":
                 self._comment()
-            elif character == "[":
-                self._header()
             else:
-                self._key_value(self.table)
+                self._statement(header=character == "[")
             if self.at == start:
                 self._advance(1)  # not TOML: go on rather than hang
         return self.lines
@@ -57,6 +78,15 @@ class _Scanner:
                 self._comment()
             else:
                 return
+
+    def _statement(self, header: bool) -> None:
+        line = self.line
+        if header:
+            self._header()
+            path = self.table
+        else:
+            path = self._key_value(self.table)
+        self.statements.append(Statement(path, header, line - 1, self.line, self._first_part))
 
     def _header(self) -> None:
         array = self._peek("[[")
@@ -84,9 +114,13 @@ class _Scanner:
         parts: list[str] = []
         while True:
             self._skip_space()
+            start = self.at
             parts.append(self._simple_key())
             self._skip_space()
-            if not self._peek("."):
+            more = self._peek(".")
+            if len(parts) == 1:
+                self._first_part = (start, self.at + more)
+            if not more:
                 return tuple(parts)
             self._advance(1)
 
@@ -110,9 +144,10 @@ class _Scanner:
         self._advance(end + len(quote) - self.at)
         return self.text[start:end]
 
-    def _key_value(self, table: Path) -> None:
+    def _key_value(self, table: Path) -> Path:
         line = self.line
         path = (*table, *self._dotted_key())
+        first_part = self._first_part
         for length in range(len(table) + 1, len(path) + 1):
             self.lines.setdefault(path[:length], line)
         self._skip_space()
@@ -120,8 +155,15 @@ class _Scanner:
             self._advance(1)
             self._skip_space()
             self._value(path)
+        self._first_part = first_part
+        return path
 
     def _value(self, path: Path) -> None:
+        start = self.at
+        self._skip_value(path)
+        self.values[path] = (start, start + len(self.text[start : self.at].rstrip()))
+
+    def _skip_value(self, path: Path) -> None:
         if self._peek('"') or self._peek("'"):
             self._string()
         elif self._peek("["):
@@ -172,6 +214,13 @@ def key_lines(text: str) -> dict[Path, int]:
     A path holds the table names, the key, and the index inside an array: ``("data_sources", "nasdaq", "symbols", 0)``.
     """
     return _Scanner(text).scan()
+
+
+def statements(text: str) -> tuple[list[Statement], dict[Path, tuple[int, int]]]:
+    """The statements of a TOML text in order, and the offsets of every value, also of those inside arrays and inline tables."""
+    scanner = _Scanner(text)
+    scanner.scan()
+    return scanner.statements, scanner.values
 
 
 def line_of(lines: dict[Path, int], path: Path) -> int | None:

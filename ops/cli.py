@@ -1,8 +1,8 @@
 """The command line, ``tickmesh``. Each command imports what it needs when it runs, so that help and completion come at once.
 
 Exit codes: 0 done, 1 failed (a file, a server, this host), 2 wrong usage or a refused configuration, 3 a check found something wrong,
-130 ended by Ctrl-C. Results go to standard output, everything else to standard error. ``docs/reference/cli.md`` is what
-:func:`reference_markdown` gives (``tickmesh reference`` prints it); a test compares them.
+4 a node refused it, 5 a node did not answer in time, 130 ended by Ctrl-C. Results go to standard output, everything else to standard
+error. ``docs/reference/cli.md`` is what :func:`reference_markdown` gives (``tickmesh reference`` prints it); a test compares them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,12 @@ if TYPE_CHECKING:
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_CHECK, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 REFUSALS = (
     "tickmesh.control.config.ConfigError",
+    "tickmesh.control.config_store.NoConfiguration",
+    "tickmesh.control.config_store.NoSuchVersion",
     "tickmesh.control.sharding.NoSuchShard",
     "tickmesh.control.sharding.SymbolTooLong",
+    "tickmesh.control.toml_text.BadKeyPath",
+    "tickmesh.control.toml_text.NotEditable",
     "tickmesh.node.calculation.CalculationError",
     "tickmesh.node.calculation.PlanError",
     "tickmesh.node.decoder.MappingError",
@@ -34,8 +38,11 @@ REFUSALS = (
     "tickmesh.node.protocol.SpecError",
     "tickmesh.node.reader.SourceError",
     "tickmesh.node.risk.LimitError",
+    "tickmesh.node.store_link.NoStore",
     "tickmesh.ops.bench.UnknownBench",
     "tickmesh.ops.capture_kind.UnknownCapture",
+    "tickmesh.ops.config_store_cmd.NoSuchKey",
+    "tickmesh.ops.config_store_cmd.WrongPlace",
     "tickmesh.ops.journal_cmd.BadRange",
     "tickmesh.ops.simulator.SimulatorConfigError",
     "tickmesh.ops.subscribe_cmd.PatternError",
@@ -99,13 +106,14 @@ def _finish(code: int) -> None:
 app = typer.Typer(
     name="tickmesh",
     help="Sharded market-data nodes: feeds to books, calculations and a NATS stream.",
-    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 a check found something wrong, 130 ended by Ctrl-C.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 a check found something wrong, 4 a node refused it, "
+    "5 a node did not answer in time, 130 ended by Ctrl-C.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 node_app = typer.Typer(help="Run a node.", no_args_is_help=True, rich_markup_mode=None)
-config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True, rich_markup_mode=None)
+config_app = typer.Typer(help="Look at configurations, and change a running cluster's.", no_args_is_help=True, rich_markup_mode=None)
 journal_app = typer.Typer(help="Look into journals.", no_args_is_help=True, rich_markup_mode=None)
 servers_app = typer.Typer(help="Programs of the servers that tickmesh starts itself.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(node_app, name="node")
@@ -341,14 +349,242 @@ def config_show(file: Annotated[Path, typer.Argument(metavar="FILE", help="A TOM
 
 
 @config_app.command("schema", cls=_Command)
-def config_schema(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON Schema, for editors.")] = False) -> None:
+def config_schema(
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON Schema, for editors.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference page, docs/reference/configuration.md.")] = False,
+) -> None:
     """Every key: type, default, unit, bounds, meaning."""
     from tickmesh.ops import config_cmd
 
+    if as_json and markdown:
+        raise typer.BadParameter("give one of them", param_hint="--json, --markdown")
     if as_json:
         _print_json(config_cmd.json_schema())
+    elif markdown:
+        print(config_cmd.schema_markdown(), end="")
     else:
         _print_table(config_cmd.schema_table())
+
+
+StoreUrl = Annotated[
+    str | None, typer.Option("--store", metavar="URL", help="consul://HOST:PORT or nats://HOST:PORT; none: TICKMESH_STORE, or --config's.")
+]
+StoreCluster = Annotated[str | None, typer.Option("--cluster", metavar="NAME", help="The cluster; none: TICKMESH_CLUSTER, or --config's.")]
+StoreFile = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="A node's own file, with [store] and the name.")]
+Comment = Annotated[str, typer.Option("--comment", "-m", metavar="TEXT", help="Why, for the history.")]
+Canary = Annotated[str | None, typer.Option("--canary", metavar="NODE", help="This node first; the others if it takes it.")]
+Hold = Annotated[float, typer.Option("--hold-s", min=0, max=3600, help="How long the canary must do well before the others follow.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Nodes check and compile it; nothing is applied.")]
+WaitFor = Annotated[list[str] | None, typer.Option("--node", metavar="NAME", help="Wait for these nodes; none: every one that runs.")]
+Timeout = Annotated[float, typer.Option("--timeout-s", min=0.1, max=3600, help="How long to wait for the nodes.")]
+
+
+def _wish(comment: str, canary: str | None, hold_s: float, dry_run: bool, nodes: list[str] | None, timeout_s: float) -> Any:
+    from tickmesh.ops.config_store_cmd import Wish
+
+    if canary is not None and dry_run:
+        raise typer.BadParameter("a dry run applies nothing: give --node NAME for the nodes that try it", param_hint="--canary, --dry-run")
+    return Wish(comment, canary, hold_s, dry_run, tuple(nodes or ()), timeout_s)
+
+
+def _report(report: Any, as_json: bool, quiet: bool) -> None:
+    """A change's report, advice, and the exit code."""
+    if as_json:
+        _print_json(report.as_json())
+    else:
+        print(report.text())
+    if not quiet:
+        if report.left_out:
+            _say(f"not for the store, each node's own: {', '.join(report.left_out)}")
+        if report.exit_code and report.did == "applied":
+            _say(f"it is in the store all the same; to take it back: tickmesh config rollback {report.before}")
+    _finish(report.exit_code)
+
+
+@config_app.command("apply", cls=_Command)
+def config_apply(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The whole configuration, a TOML file.")],
+    store: StoreUrl = None,
+    cluster: StoreCluster = None,
+    config: StoreFile = None,
+    canary: Canary = None,
+    hold_s: Hold = 0.0,
+    dry_run: DryRun = False,
+    nodes: WaitFor = None,
+    comment: Comment = "",
+    timeout_s: Timeout = 30.0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a file the configuration of a running cluster.
+
+    It is checked here, compared, stored in one transaction with the code that it names, and every node's answer is waited for. FILE may
+    name store and cluster itself.
+    """
+    import asyncio
+
+    wish = _wish(comment, canary, hold_s, dry_run, nodes, timeout_s)
+    from tickmesh.ops import config_store_cmd as commands
+
+    loaded = _load(file)
+    place = commands.place_of(store, cluster, config, loaded)
+    _report(asyncio.run(commands.apply_file(file, place, wish, _say)), as_json, quiet)
+
+
+@config_app.command("get", cls=_Command)
+def config_get(
+    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help="Dotted path of a key or table; none: the whole document.")] = None,
+    store: StoreUrl = None,
+    cluster: StoreCluster = None,
+    config: StoreFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """A running cluster's configuration, or a value of it.
+
+    Without a key, the document as it was applied, comments included: edit it and apply it again.
+    """
+    import asyncio
+
+    from tickmesh.ops import config_store_cmd as commands
+
+    about, text = asyncio.run(commands.get(key, commands.place_of(store, cluster, config)))
+    if as_json:
+        _print_json(about)
+    else:
+        print(text.rstrip("\n"))
+
+
+@config_app.command("set", cls=_Command)
+def config_set(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="Dotted path, such as risk.max_qty.")],
+    value: Annotated[str | None, typer.Argument(metavar="[VALUE]", help="A value as TOML has it; anything else is a text.")] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the key or table, in place of VALUE.")] = False,
+    store: StoreUrl = None,
+    cluster: StoreCluster = None,
+    config: StoreFile = None,
+    canary: Canary = None,
+    hold_s: Hold = 0.0,
+    dry_run: DryRun = False,
+    nodes: WaitFor = None,
+    comment: Comment = "",
+    timeout_s: Timeout = 30.0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Change one value of a running cluster's configuration.
+
+    The rest of the text stays as it is, comments included. Otherwise like apply.
+    """
+    import asyncio
+
+    if remove == (value is not None):
+        raise typer.BadParameter("give VALUE, or --remove", param_hint="VALUE")
+    wish = _wish(comment, canary, hold_s, dry_run, nodes, timeout_s)
+    from tickmesh.ops import config_store_cmd as commands
+
+    place = commands.place_of(store, cluster, config)
+    _report(asyncio.run(commands.set_key(key, value, place, wish, _say)), as_json, quiet)
+
+
+@config_app.command("diff", cls=_Command)
+def config_diff(
+    first: Annotated[str, typer.Argument(metavar="FILE|VERSION", help="A file: what it would change. A version: what has changed.")],
+    second: Annotated[str | None, typer.Argument(metavar="[FILE|VERSION]", help="From the first to this one.")] = None,
+    store: StoreUrl = None,
+    cluster: StoreCluster = None,
+    config: StoreFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """What differs, key by key, and whether it needs a restart."""
+    import asyncio
+
+    from tickmesh.ops import config_store_cmd as commands
+
+    files = [Path(one) for one in (first, second) if one is not None and not one.isdigit()]
+    place = commands.place_of(store, cluster, config, _load(files[0]) if files else None)
+    found = asyncio.run(commands.compare(first, second, place, _say))
+    if as_json:
+        _print_json([one.as_json() for one in found])
+    else:
+        print("\n".join(commands.difference_lines(found)) or "  no difference")
+
+
+@config_app.command("history", cls=_Command)
+def config_history(
+    store: StoreUrl = None,
+    cluster: StoreCluster = None,
+    config: StoreFile = None,
+    limit: Annotated[int, typer.Option(min=1, help="Newest versions to show.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Versions of the configuration: who, when, why; * is the one in the store."""
+    import asyncio
+
+    from tickmesh.ops import config_store_cmd as commands
+
+    rows = asyncio.run(commands.history(commands.place_of(store, cluster, config), limit))
+    if as_json:
+        _print_json(rows)
+    elif rows:
+        print(commands.history_text(rows))
+
+
+@config_app.command("rollback", cls=_Command)
+def config_rollback(
+    version: Annotated[int, typer.Argument(metavar="VERSION", help="A version of the history.")],
+    store: StoreUrl = None,
+    cluster: StoreCluster = None,
+    config: StoreFile = None,
+    canary: Canary = None,
+    hold_s: Hold = 0.0,
+    dry_run: DryRun = False,
+    nodes: WaitFor = None,
+    comment: Comment = "",
+    timeout_s: Timeout = 30.0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Apply an earlier version again, under a new number."""
+    import asyncio
+
+    wish = _wish(comment, canary, hold_s, dry_run, nodes, timeout_s)
+    from tickmesh.ops import config_store_cmd as commands
+
+    place = commands.place_of(store, cluster, config)
+    _report(asyncio.run(commands.roll_back(version, place, wish, _say)), as_json, quiet)
+
+
+@config_app.command("status", cls=_Command)
+def config_status(store: StoreUrl = None, cluster: StoreCluster = None, config: StoreFile = None, as_json: AsJson = False) -> None:
+    """What every node of a cluster runs, and what it refused and why."""
+    import asyncio
+
+    from tickmesh.ops import config_store_cmd as commands
+
+    rows = asyncio.run(commands.node_statuses(commands.place_of(store, cluster, config)))
+    if as_json:
+        _print_json(rows)
+    else:
+        print(commands.node_statuses_text(rows) or "no node has followed this store")
+
+
+@config_app.command("watch", cls=_Command)
+def config_watch(
+    store: StoreUrl = None,
+    cluster: StoreCluster = None,
+    config: StoreFile = None,
+    count: Annotated[int | None, typer.Option(min=1, help="End after so many.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,
+) -> None:
+    """Tell of every change as it is made, and of what each node makes of it, until Ctrl-C."""
+    import asyncio
+
+    from tickmesh.ops import config_store_cmd as commands
+
+    def tell(about: dict[str, Any], text: str) -> None:
+        print(json.dumps(about) if as_json else text, flush=True)
+
+    asyncio.run(commands.follow(commands.place_of(store, cluster, config), tell, count))
 
 
 def _print_table(table: Any) -> None:
@@ -582,6 +818,8 @@ for programs. `tickmesh --debug COMMAND …` (or `TICKMESH_DEBUG=1`) shows the t
 | 1 | failed: a file, a server or this host; `status` and `top --once`: no node lives |
 | 2 | wrong usage, or a configuration is refused |
 | 3 | a check found something wrong: `journal verify`, `doctor` |
+| 4 | `config apply`, `set`, `rollback`: a node refused the configuration, or the canary did |
+| 5 | the same: a node did not answer in time |
 | 130 | ended by Ctrl-C; `up` and `node run` stop in order and end with 0 |"""
 
 

@@ -40,6 +40,7 @@ from tickmesh.control.config import (
     Replication,
     Risk,
     Source,
+    StoreSettings,
     dotted,
     key_extra,
 )
@@ -59,6 +60,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("[replication]", Replication),
     ("[delivery.NAME]", Delivery),
     ("[logging]", Logging),
+    ("[store]", StoreSettings),
 )
 """Tables of the document, in the order in which they are shown."""
 
@@ -78,6 +80,7 @@ class KeyRow:
     bounds: str
     change: str
     only: str
+    per_node: bool
     meaning: str
 
 
@@ -102,6 +105,7 @@ def _key_row(section: str, name: str, field: FieldInfo, model: type[BaseModel]) 
         ", ".join(_bounds(field)),
         extra["change"],
         ", ".join(extra["only"]),
+        extra["per_node"],
         field.description or "",
     )
 
@@ -199,10 +203,11 @@ def schema_markdown() -> str:
 
 def _markdown_row(row: KeyRow) -> str:
     default = f"`{row.default}`" if row.default else "must be given"
-    bounds = "; ".join(item for item in (row.bounds, f"only {row.only}" if row.only else "") if item)
+    bounds = "; ".join(item for item in (row.bounds, f"only {row.only}" if row.only else "", _OWN if row.per_node else "") if item)
     return f"| `{row.key}` | {row.type} | {default} | {row.unit} | {bounds} | {row.change} | {row.meaning} |"
 
 
+_OWN = "each node's own"
 _MARKDOWN_COLUMNS = """| key | type | default | unit | bounds | change | meaning |
 |---|---|---|---|---|---|---|"""
 
@@ -213,7 +218,8 @@ _MARKDOWN_HEAD = """# Configuration reference
 A node reads one TOML file. `tickmesh config schema` prints this table, `tickmesh config show FILE` the values in effect and where each
 comes from. Every problem of a file is reported at once, with its line. An unknown key is an error.
 
-*change* says what happens to a running node when the value changes: `live` takes effect, `restart` needs a restart.
+*change* says what happens to a running node when the value changes: `live` takes effect, `restart` needs a restart. Keys that are *each
+node's own* stay in the node's file where the rest of the configuration is in a [store](store.md).
 Prices and quantities are exact: `0.01` and `"0.01"` are the same number, and neither becomes a float."""
 
 _MARKDOWN_TAIL = """
@@ -272,7 +278,7 @@ def effective(config: Config) -> list[ShownKey]:
 
 
 def _effective(config: Config, table: BaseModel, path: tuple[str | int, ...]) -> Iterator[ShownKey]:
-    kind = getattr(table, "type", None) or getattr(table, "method", None)
+    kind = getattr(table, "type", None) or getattr(table, "method", None) or getattr(table, "kind", None)
     for name in type(table).model_fields:
         value, here = getattr(table, name), (*path, name)
         extra = key_extra(type(table), name)
@@ -310,17 +316,17 @@ def show_table(config: Config) -> RichTable:
 
 def show_json(config: Config) -> list[dict[str, Any]]:
     """The effective configuration for programs: path, value, origin and change of every key."""
-    return [{"path": r.path, "value": _plain(r.value), "origin": r.origin, "change": r.change} for r in effective(config)]
+    return [{"path": r.path, "value": plain(r.value), "origin": r.origin, "change": r.change} for r in effective(config)]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     if isinstance(value, Decimal):
         return value_text(value)
     if isinstance(value, BaseModel):
-        return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
+        return {name: plain(getattr(value, name)) for name in type(value).model_fields}
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
 
 
 # ---------------------------------------------------------------- changes
@@ -337,13 +343,17 @@ class Change:
 
 
 def changes(old: Config, new: Config) -> list[Change]:
-    """What differs, key by key, and whether a running node can take it (`live`) or has to restart."""
+    """What differs, key by key, and whether a running node can take it (`live`) or has to restart. Of a table that comes or goes, the
+    keys that the document gives."""
     before = {row.path: row for row in effective(old)}
     after = {row.path: row for row in effective(new)}
     restart = [change.path for change in changed_keys(old, new) if not change.live]
     found = []
     for path in [*before, *(p for p in after if p not in before)]:
         a, b = before.get(path), after.get(path)
+        only = a or b
+        if only is not None and (a is None or b is None) and only.origin == "default":
+            continue
         if a is None or b is None:  # with its table, as the table does
             needs = any(path == table or path.startswith(f"{table}.") for table in restart)
             found.append(Change(path, a and a.value, b and b.value, "restart" if needs else "live"))

@@ -67,7 +67,8 @@ def test_schema_table_shows_every_key() -> None:
 def test_json_schema_is_one() -> None:
     schema = json.loads(json.dumps(json_schema()))
     assert schema["additionalProperties"] is False
-    assert set(schema["properties"]) == {"cluster", "data_sources", "processing", "risk", "journal", "replication", "delivery", "logging"}
+    sections = {"cluster", "data_sources", "processing", "risk", "journal", "replication", "delivery", "logging", "store"}
+    assert set(schema["properties"]) == sections
 
 
 def test_show_tells_the_origin_of_every_value(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_configurations_are_valid(page: Path) -> None:
         if block.language != "toml" or block.mark.startswith(("fragment", "test: append")):
             continue
         tables = tomllib.loads(block.text)
-        if not set(tables) & {"cluster", "data_sources", "processing", "risk", "journal", "delivery", "logging"}:
+        if not set(tables) & {"cluster", "data_sources", "processing", "risk", "journal", "delivery", "logging", "store"}:
             continue  # a protocol's or a framing's spec: its page has a test of its own
         parse_config(block.text, name(page), Checks(source=check_source))
 

@@ -1,1 +1,1 @@
-"""Fault scenarios and their checker. Nothing here is built yet."""
+"""The checker of what a cluster has put out. Fault scenarios are not built yet."""

@@ -6,13 +6,11 @@ the main thread, which only mirrors counters and waits for a signal.
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import structlog
@@ -35,7 +33,7 @@ from tickmesh.node.shard_state import CHANGES_KEPT
 from tickmesh.node.shard_thread import Input, ShardThread, shard_numbers
 from tickmesh.node.telemetry import NodeState, Telemetry
 from tickmesh.node.versions import Document
-from tickmesh.transports.codecache import CompileStopped, watched_compiles
+from tickmesh.transports.codecache import watched_compiles
 from tickmesh.transports.ring import Ring, ring_path
 from tickmesh.transports.toolbox import IDLE_MODES
 
@@ -379,37 +377,3 @@ class Node:
 def _tell(progress: Progress, text: str) -> None:
     if progress:
         progress(text)
-
-
-def run_node(
-    config: Config,
-    config_path: Path | None = None,
-    *,
-    progress: Progress = None,
-    ready: Callable[[], None] | None = None,
-    generators: Mapping[str, BlockSourceMaker] | None = None,
-    targets: Mapping[str, str] | None = None,
-    each: Callable[[Node], None] | None = None,
-) -> int:
-    """Run a node until SIGINT or SIGTERM; returns 0.
-
-    Raises:
-        NodeError and the typed errors of the node's parts.
-    """
-    stop = threading.Event()
-    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        node = Node(config, generators, targets, progress, stop)
-        try:
-            node.start(stop)
-            if ready:
-                ready()
-            node.watch(stop, each)
-        finally:
-            node.stop()
-    except CompileStopped:
-        _tell(progress, "stopped before the loops were compiled")
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    return 0

@@ -144,7 +144,7 @@ class Reload:
             reasons.append(Problem("", None, version, f"version {version} is not after {node.version}, which runs", "versions only rise"))
         if not config.data_sources:
             reasons.append(Problem("data_sources", None, None, "is empty", "add a [data_sources.NAME] table"))
-        reasons += _problems(config, config_checks(config.folder))
+        reasons += _problems(config, config_checks(config.code_folder))
         behind = max((gateway.changes_behind for gateway in node.gateways.values()), default=0)
         if behind > CHANGES_KEPT - 2:
             reasons.append(Problem("", None, None, f"outputs of {behind} changes are not delivered yet", "look at the deliveries"))

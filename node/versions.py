@@ -63,7 +63,7 @@ class Document:
             if path.is_absolute() or ".." in path.parts:
                 raise DocumentError(f"{name} is not inside the folder of the configuration: name it relative to that")
             try:
-                code[name] = (config.folder / name).read_text(encoding="utf-8")
+                code[name] = (config.code_folder / name).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise DocumentError(f"{name} cannot be read: {error}") from error
         sources = dict(known_sources)

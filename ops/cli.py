@@ -195,12 +195,12 @@ def up(
 def node_run(config: ConfigFile, quiet: Quiet = False) -> None:
     """Run a node until Ctrl-C or SIGTERM."""
     loaded = _load(config)
-    from tickmesh.node.process import run_node
+    from tickmesh.node.running import run_node
     from tickmesh.ops.up import GENERATORS, embedded_servers
 
     ready = None if quiet else lambda: _say("ready")
     with embedded_servers(loaded) as targets:
-        _finish(run_node(loaded, config, progress=_progress(quiet), ready=ready, generators=GENERATORS, targets=targets))
+        _finish(run_node(loaded, progress=_progress(quiet), ready=ready, generators=GENERATORS, targets=targets))
 
 
 @app.command(cls=_Command)

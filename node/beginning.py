@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from tickmesh.node.errors import NodeError
 from tickmesh.node.frames import CalculationNames
 from tickmesh.node.gateways import signal_names
 from tickmesh.node.journal import Journal, JournalReader
-from tickmesh.node.journal_replay import ORDER_IDS, Follower, begin_version
+from tickmesh.node.journal_replay import Follower, begin_version
 from tickmesh.node.pipeline import make_shard, risk_limits
 from tickmesh.node.shard import Shard
 from tickmesh.node.shard_thread import ShardThread
@@ -57,14 +58,14 @@ def choose_document(config: Config, version: int | None) -> Document:
     newest = _newest(config) if goes_on(config) else None
     if newest is None:
         return Document.of(config, version or 0, {})
-    document = Document.of(config, newest.version, newest.sources)
+    document = Document.of(config, newest.version, newest.sources, newest.order_ids)
     same = document.same_market(newest)
     if version is None:
         version = newest.version if same else newest.version + 1
     elif version < newest.version or (version == newest.version and not same):
         reason = "is older than" if version < newest.version else "is another one than the configuration of that number in"
         raise BeginningError(f"configuration {version} {reason} the journal ({newest.version}): apply it anew, or move the journal away")
-    return Document.of(config, version, newest.sources)
+    return Document.of(config, version, newest.sources, newest.order_ids)
 
 
 def _newest(config: Config) -> Document | None:
@@ -110,7 +111,7 @@ def first_documents(document: Document, journals: list[Journal]) -> list[Documen
         if journal.next_sequence and version in documents.versions():
             found.append(documents.read(version))
         else:
-            begun = Document(version, document.config, document.code, document.sources, document.outputs)
+            begun = replace(document, version=version)
             documents.write(begun)
             found.append(begun)
     return found
@@ -118,7 +119,7 @@ def first_documents(document: Document, journals: list[Journal]) -> list[Documen
 
 def begin_shard(config: Config, document: Document, output: Ring, progress: Progress) -> Shard:
     """A fresh shard under its first configuration, of the sizes that are configured now."""
-    shard = make_shard(config, document.plan(), output, ORDER_IDS, progress)
+    shard = make_shard(config, document.plan(), output, document.order_ids, progress)
     shard.arrays.limits[:] = np.repeat(risk_limits(document.config), 2)
     begin_version(shard, document.version, document.outputs)
     shard.arrays.books.orders.view(np.uint8)[::_PAGE_BYTES] = 0  # spread all over: not a page fault for each of the first orders

@@ -176,6 +176,28 @@ def make_books(
     )
 
 
+def numbering_of(books: Books) -> str:
+    """How the orders of books are numbered: see :func:`make_books`."""
+    return next(name for name, mode in _ID_MODES.items() if mode == books.id_mode)
+
+
+def renumbered(books: Books, order_ids: str) -> Books:
+    """The same books with empty tables for orders that are numbered otherwise; :func:`renumber_orders` fills them.
+
+    Raises:
+        ValueError: the orders are numbered per instrument, from which there is no way back.
+    """
+    if books.id_mode == _PER_INSTRUMENT:
+        raise ValueError("orders that are numbered per instrument cannot be numbered otherwise")
+    spill = len(books.spill_hashes)
+    return books._replace(
+        orders=_zeros(len(books.orders), ORDER, True),
+        spill_hashes=_zeros(spill, np.uint64, False),
+        state=np.zeros(_STATES, np.int64),
+        id_mode=_ID_MODES[order_ids],
+    )
+
+
 # ---------------------------------------------------------------- constants of the kernels
 
 _ADD, _EXECUTE, _CANCEL, _DELETE, _REPLACE, _MODIFY = (
@@ -210,7 +232,8 @@ _ORDER_QTY_MAX = _U(0xFFFFFFFF)
 _NEARLY_FULL = _U(1 << 63 | 1 << (_QTY_BITS - 1))
 """Bits of a level word from which on another order could overflow it."""
 _MIX_1, _MIX_2 = _U(0xBF58476D1CE4E5B9), _U(0x94D049BB133111EB)
-_SHIFT_30, _SHIFT_27, _SHIFT_32 = _U(30), _U(27), _U(32)
+_UNMIX_1, _UNMIX_2 = (_U(pow(int(mix), -1, 1 << 64)) for mix in (_MIX_1, _MIX_2))
+_SHIFT_30, _SHIFT_27, _SHIFT_32, _SHIFT_54, _SHIFT_60 = _U(30), _U(27), _U(32), _U(54), _U(60)
 _LEVEL_ON_WIRE = np.zeros(256, np.uint64)
 _LEVEL_ON_WIRE[[_ADD, _LEVEL]] = ~_ZERO
 """By kind, all ones where the event itself says which level it changes; a table, because the compiler turns a comparison into a branch."""
@@ -239,6 +262,16 @@ def _hash(books: Any, id: Any, instrument: Any) -> Any:
     else:
         spread = _mix(id ^ _mix(_U(instrument) + _ONE))
     return spread ^ (spread >> _SHIFT_32)
+
+
+@inlined
+def _id_of(books: Any, hash: Any) -> Any:
+    """The id that :func:`_hash` made a hash of; not for orders that are numbered per instrument."""
+    if books.id_mode == _SEQUENTIAL:
+        return hash
+    word = (hash ^ (hash >> _SHIFT_32)) * _UNMIX_2
+    word = (word ^ (word >> _SHIFT_27) ^ (word >> _SHIFT_54)) * _UNMIX_1
+    return word ^ (word >> _SHIFT_30) ^ (word >> _SHIFT_60)
 
 
 @inlined
@@ -1208,6 +1241,39 @@ def book_apply(books: Any, event: Any) -> Any:
 @inlined
 def _level_qty(books: Any, bs: Any, word: Any) -> Any:
     return _I(word) if books.sides[bs].flags & _BY_LEVEL else _I(word & _QTY_MASK)
+
+
+@outlined
+def renumber_orders(old: Any, new: Any) -> None:
+    """Put the resting orders of `old` into the tables that :func:`renumbered` has made for `new`: at a change of the configuration."""
+    for k in range(new.state.size):
+        new.state[k] = old.state[k]
+    new.state[_DISPLACED] = 0
+    new.state[_SPILLED] = 0
+    slots = _ONE << _U(old.slot_bits)
+    for at in range(old.orders.size):
+        order = old.orders[_U(at)]
+        if order.qty == 0:
+            continue
+        tag = order.word >> _TAG_SHIFT
+        hashed = ((tag >> _TWO) << _U(old.slot_bits)) | (_U(at) & ~_THREE) | (tag & _THREE)
+        if _U(at) >= slots:
+            hashed = old.spill_hashes[_U(at) - slots]
+        bs = order.word & _BS_MASK
+        fresh = _hash(new, _id_of(old, hashed), bs >> _ONE)
+        index = _place(new, fresh)
+        if index < 0:  # its set and the spill are full: no more than one in many millions
+            new.counters[_U(-index)] += 1
+            new.state[_ORDERS] -= 1
+            continue
+        there = new.orders[_U(index)]
+        there.word = (_tag(new, fresh) << _TAG_SHIFT) | (there.word & _MARK) | bs
+        there.key = order.key
+        there.qty = order.qty
+        if _U(index) != _preferred(new, fresh):
+            _note_displaced(new, index, fresh)
+    for at in range(new.plans.size):
+        new.plans[_U(at)].word = ~_ZERO
 
 
 @inlined

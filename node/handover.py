@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tickmesh.node.book import renumber_orders
 from tickmesh.node.symbol_filter import symbol_passes
 from tickmesh.transports.toolbox import IDLE_SLEEP, IDLE_YIELD, idle, inlined, load_acquire, loop, monotonic_ns, outlined, store_release
 
@@ -36,12 +37,16 @@ class Carry(NamedTuple):
         last: f8 ``(series, instruments)`` of the loop before.
         mask_rows: for each calculation its row in `masks`, or :data:`ALL`, or :data:`MATCHING`.
         last_rows: for each series its row in `last`, or :data:`NOTHING`.
+        books: of the loop before.
+        renumber: i64[1]; not 0: orders are numbered otherwise from here on, since sources have come whose numbers may be the same.
     """
 
     masks: Any
     last: Any
     mask_rows: Any
     last_rows: Any
+    books: Any
+    renumber: Any
 
 
 def make_baton() -> Any:
@@ -49,9 +54,9 @@ def make_baton() -> Any:
     return np.zeros(_WORDS, np.int64)
 
 
-def no_carry() -> Carry:
-    """For a first loop, which takes nothing over."""
-    return Carry(np.zeros((1, 1), np.uint8), np.zeros((1, 1)), np.zeros(0, np.int64), np.zeros(0, np.int64))
+def no_carry(books: Any) -> Carry:
+    """For a first loop, which takes nothing over; `books` are its own."""
+    return Carry(np.zeros((1, 1), np.uint8), np.zeros((1, 1)), np.zeros(0, np.int64), np.zeros(0, np.int64), books, np.zeros(1, np.int64))
 
 
 # ---------------------------------------------------------------- kernels
@@ -91,8 +96,10 @@ def _word(symbol: Any, first: Any) -> Any:
 
 
 @outlined
-def carry_over(carry: Any, core: Any, info: Any, patterns: Any, masks: Any, last: Any) -> None:
-    """Fill `masks` and `last` of a loop that takes over, for all instruments that the shard has been told of by now."""
+def carry_over(carry: Any, books: Any, core: Any, info: Any, patterns: Any, masks: Any, last: Any) -> None:
+    """Fill `masks` and `last` of a loop that takes over, for all instruments that the shard has been told of by now; number orders anew."""
+    if carry.renumber[0] != 0:
+        renumber_orders(carry.books, books)
     count = np.int64(core[0].instruments)
     for k in range(carry.mask_rows.size):
         row = carry.mask_rows[k]
@@ -114,6 +121,6 @@ def carry_over(carry: Any, core: Any, info: Any, patterns: Any, masks: Any, last
 
 
 @loop
-def carry_now(carry: Any, core: Any, info: Any, patterns: Any, masks: Any, last: Any) -> None:
+def carry_now(carry: Any, books: Any, core: Any, info: Any, patterns: Any, masks: Any, last: Any) -> None:
     """:func:`carry_over`, called from Python: a replay."""
-    carry_over(carry, core, info, patterns, masks, last)
+    carry_over(carry, books, core, info, patterns, masks, last)

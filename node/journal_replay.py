@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tickmesh.node.book import numbering_of
 from tickmesh.node.event import ALL_INSTRUMENTS, ANY_VIEW, EVENT, NO_SIDE, EventArray, Flag, Kind
 from tickmesh.node.handover import Carry, carry_now
 from tickmesh.node.journal import JournalReader
@@ -23,8 +24,6 @@ from tickmesh.transports.toolbox import zeros_aligned
 
 NO_SOURCE = 0xFFFF
 """In the `price` of a CONFIG event, which is of no source."""
-ORDER_IDS = "per_instrument"
-"""How a node's books take order numbers: two sources may use the same ones, and a source may come while the node runs."""
 _RING_EVENTS = 1 << 18
 
 
@@ -52,7 +51,7 @@ def begin_version(shard: Shard, version: int, outputs: int) -> None:
 def carry_into(shard: Shard, carry: Carry) -> None:
     """Do what a loop does when it takes over, for a shard that no loop runs."""
     a = shard.arrays
-    carry_now(carry, a.core, a.info, a.patterns, a.masks, a.last)
+    carry_now(carry, a.books, a.core, a.info, a.patterns, a.masks, a.last)
 
 
 class Follower:
@@ -89,14 +88,14 @@ class Follower:
 
     def turn_to(self, document: Document) -> None:
         """Go on under other code."""
-        self.shard, carry = succeed(self.shard, document.plan(), risk_limits(document.config))
+        self.shard, carry = succeed(self.shard, document.plan(), risk_limits(document.config), document.order_ids)
         carry_into(self.shard, carry)
         self.document = document
 
     def change_to(self, document: Document, now_ns: int) -> tuple[EventArray, Callable[[], None]]:
         """Change between two events, with no loop running: the CONFIG event to journal and step over, and what to do after it."""
         plan, slot = document.plan(), 1 - int(self.shard.arrays.core["parameters"][0])
-        if same_loop(self.shard.plan, plan):
+        if same_loop(self.shard.plan, plan) and numbering_of(self.shard.arrays.books) == document.order_ids:
             self._set(document, slot)
             return config_event(document.version, slot, False, now_ns), lambda: None
         return config_event(document.version, slot, True, now_ns), lambda: self.turn_to(document)
@@ -139,7 +138,7 @@ def replay_journal(
         raise JournalIncomplete(f"the journal in {folder} begins at sequence {reader.first_sequence}: its older segments were deleted")
     document = documents.read(reader.config_version)
     ring = Ring.create(None, _RING_EVENTS, EVENT, mode="lossy")
-    shard = make_shard(document.config, document.plan(), ring, ORDER_IDS, progress)
+    shard = make_shard(document.config, document.plan(), ring, document.order_ids, progress)
     begin_version(shard, document.version, document.outputs)
     follower, outputs, digest, total = Follower(shard, document, documents), ring.reader("replay"), hashlib.sha256(), 0
     versions = [{"version": document.version, "outputs_before": document.outputs}]

@@ -47,7 +47,7 @@ def run(
     if turn > 0:
         if not begin(baton, turn, stop):
             return np.int64(0)
-        carry_over(carry, shard.core, shard.info, shard.patterns, shard.masks, shard.last)
+        carry_over(carry, shard.books, shard.core, shard.info, shard.patterns, shard.masks, shard.last)
         baton[TAKEN_NS] = monotonic_ns()
     rounds = 0
     marked = True
@@ -107,9 +107,9 @@ def warm():
     words = np.zeros(1, np.uint64)
     journal = JournalArrays(words, words, np.zeros(1, EVENT), words)
     batch = np.zeros(1, EVENT)
-    stop, baton = np.ones(3, np.int64), np.zeros(8, np.int64)
-    run(np.zeros(2, np.int64), stop, baton, 0, no_carry(), (ring,) * {inputs}, np.zeros({inputs}, np.int64), journal, 0, batch,
-        batch.view(ANY_VIEW), warm_arrays(shard_module), np.zeros(8, np.int64), np.zeros(8, np.int64), 0, make_marks(0),
+    stop, baton, shard = np.ones(3, np.int64), np.zeros(8, np.int64), warm_arrays(shard_module)
+    run(np.zeros(2, np.int64), stop, baton, 0, no_carry(shard.books), (ring,) * {inputs}, np.zeros({inputs}, np.int64), journal, 0, batch,
+        batch.view(ANY_VIEW), shard, np.zeros(8, np.int64), np.zeros(8, np.int64), 0, make_marks(0),
         *make_ids(1), make_positions(1), np.zeros({inputs}, np.int64))
 """
 

@@ -31,6 +31,7 @@ from tickmesh.node.restore import read_restored
 from tickmesh.node.retention import Retention
 from tickmesh.node.shard_state import CHANGES_KEPT
 from tickmesh.node.shard_thread import Input, ShardThread, shard_numbers
+from tickmesh.node.succession import common_numbering, numbering_after
 from tickmesh.node.telemetry import NodeState, Telemetry
 from tickmesh.node.versions import Document
 from tickmesh.transports.codecache import watched_compiles
@@ -116,6 +117,8 @@ class Node:
             for name in config.data_sources:
                 self.inputs[name] = self.make_inputs()
                 self.receivers.append(self.make_receiver(config, name, self.inputs[name]))
+        needed = common_numbering([receiver.order_ids for receiver in self.receivers])
+        self.document = replace(self.document, order_ids=numbering_after(self.document.order_ids, needed))
         self.telemetry.set_state(NodeState.STARTING)
         self._create_outputs()
         self._replays = goes_on(config)

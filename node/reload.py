@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from tickmesh.control.changes import restart_needed
@@ -30,7 +30,7 @@ from tickmesh.node.receivers import Receiver
 from tickmesh.node.shard import BATCH_EVENTS, ShardPlan, generate
 from tickmesh.node.shard_state import CHANGES_KEPT
 from tickmesh.node.shard_thread import Input, Leg, ShardThread, inputs_room
-from tickmesh.node.succession import same_loop, set_parameters, succeed
+from tickmesh.node.succession import common_numbering, numbering_after, same_loop, set_parameters, succeed
 from tickmesh.node.versions import Document, DocumentError
 from tickmesh.transports.codecache import CompileError, CompileStopped, import_generated, watched_compiles, write_generated
 from tickmesh.transports.ring import Ring
@@ -150,7 +150,8 @@ class Reload:
             reasons.append(Problem("", None, None, f"outputs of {behind} changes are not delivered yet", "look at the deliveries"))
         document = plan = None
         try:
-            document = Document.of(config, node.version if version is None else version, node.document.sources)
+            known = node.document
+            document = Document.of(config, node.version if version is None else version, known.sources, known.order_ids)
             risk_limits(config)
             if not reasons:
                 plan = document.plan()
@@ -235,6 +236,7 @@ class _Change:
             for name in self.config.data_sources:
                 where = f"data_sources.{name}"
                 self._prepare_source(name)
+            self._choose_numbering()
             where = "delivery"
             self._prepare_gateways()
             where = "processing"
@@ -266,6 +268,12 @@ class _Change:
         self.sources.filters += filters or [(number, (), ())]
         self.sources.made[name], self.sources.rings[name] = receiver, rings
 
+    def _choose_numbering(self) -> None:
+        """Orders of several sources are numbered per instrument, since two may use the same numbers."""
+        now = {receiver.name: receiver for receiver in self.node.receivers} | self.sources.made
+        needed = common_numbering([now[name].order_ids for name in self.config.data_sources])
+        self.document = replace(self.document, order_ids=numbering_after(self.document.order_ids, needed))
+
     def _prepare_gateways(self) -> None:
         version, names = self.document.version, signal_names(self.plan)
         self.node.know({version: names})
@@ -279,14 +287,15 @@ class _Change:
         relabelled = set(self.old.data_sources) != set(self.config.data_sources) or set(nats_deliveries(self.old)) != set(
             nats_deliveries(self.config)
         )
-        if not relabelled and same_loop(node.shards[0].shard.plan, self.plan):
+        renumbered = self.document.order_ids != node.document.order_ids
+        if not relabelled and not renumbered and same_loop(node.shards[0].shard.plan, self.plan):
             return
         if relabelled:
             self._relabel(self.config)
             self.relabelled = True
         inputs = {**node.inputs, **self.sources.rings}
         for thread in node.shards:
-            shard, carry = succeed(thread.shard, self.plan, self.limits)
+            shard, carry = succeed(thread.shard, self.plan, self.limits, self.document.order_ids)
             mine = [Input(inputs[name][thread.number], self.document.sources[name]) for name in self.config.data_sources]
             self.legs.append(thread.park(shard, mine, carry, node.telemetry))
 

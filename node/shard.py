@@ -516,7 +516,7 @@ class Shard:
         return pattern_table([instance.symbols for instance in self.plan.instances])
 
     @classmethod
-    def following(cls, before: Shard, plan: ShardPlan, limits: Any, states: Mapping[int, Any]) -> Shard:
+    def following(cls, before: Shard, plan: ShardPlan, limits: Any, states: Mapping[int, Any], books: Any) -> Shard:
         """A shard that goes on with another's books and instruments under another plan; what it listens to is for a hand-over to fill in.
 
         Args:
@@ -524,6 +524,7 @@ class Shard:
             plan: of the new one.
             limits: LIMITS record array of one.
             states: arrays of the calculations that go on where they are, by place in the plan.
+            books: the other one's, or what becomes of them.
         """
         shard = cls.__new__(cls)
         shard._take(plan, before._progress)
@@ -535,7 +536,7 @@ class Shard:
             calculations += [states[k] if k in states else np.zeros(instruments, state), values]
         masks, last = np.zeros((max(1, len(plan.instances)), instruments), np.uint8), np.full((shard.module.SLOTS, instruments), np.nan)
         masks.fill(0)  # its pages are there before the hand-over
-        same = {name: getattr(before.arrays, name) for name in _KEPT_ARRAYS}
+        same = {name: getattr(before.arrays, name) for name in _KEPT_ARRAYS} | {"books": books}
         own = dict(zip(shard.module.Shard._fields[-len(calculations) :] if calculations else (), calculations))
         tables = {"patterns": shard._patterns(), "masks": masks, "last": last, "limits": np.repeat(limits, 2)}
         shard.arrays = shard.module.Shard(**same, **tables, **own)

@@ -118,7 +118,7 @@ class ShardThread:
         self.ids, self.given = make_ids(len(shard.arrays.info))
         self.positions = make_positions(SOURCES)
         self._control = Ring.create(None, CONTROL_EVENTS, EVENT, reader_timeout_ms=_READER_MS)
-        self._leg = self._make_leg(shard, inputs, 0, no_carry(), telemetry)
+        self._leg = self._make_leg(shard, inputs, 0, no_carry(shard.arrays.books), telemetry)
         self.writer = output.writer
 
     def _make_leg(self, shard: Shard, sources: Sequence[Input], turn: int, carry: Carry, telemetry: Telemetry) -> Leg:

@@ -101,7 +101,7 @@ class _Stepping:
                 time.sleep(_TURN_S)
             thread.shard.plan = plan
             return thread.version == version
-        shard, carry = succeed(thread.shard, plan, limits)
+        shard, carry = succeed(thread.shard, plan, limits, document.order_ids)
         leg = thread.park(shard, [Input(self.input, -1)], carry, self._telemetry)
         thread.wake(leg)
         thread.send(event)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from tickmesh.node.book import numbering_of, renumbered
 from tickmesh.node.calculation import SERIES, Instance
 from tickmesh.node.handover import ALL, MATCHING, NOTHING, Carry
 from tickmesh.node.shard import Shard, ShardPlan, series_slots
@@ -25,13 +27,14 @@ def same_loop(old: ShardPlan, new: ShardPlan) -> bool:
     )  # fmt: skip
 
 
-def succeed(shard: Shard, plan: ShardPlan, limits: Any) -> tuple[Shard, Carry]:
+def succeed(shard: Shard, plan: ShardPlan, limits: Any, order_ids: str) -> tuple[Shard, Carry]:
     """The shard that goes on under another plan, and what is carried over to it when it begins.
 
     Args:
         shard: the one before; it runs on until the hand-over.
         plan: what the next loop is made of.
         limits: LIMITS record array of one.
+        order_ids: how orders are numbered from then on: as before, or per instrument.
     """
     before = {instance.name: instance for instance in shard.plan.instances}
     kept = [before[i.name].index if i.name in before and keeps_state(before[i.name], i) else None for i in plan.instances]
@@ -40,8 +43,20 @@ def succeed(shard: Shard, plan: ShardPlan, limits: Any) -> tuple[Shard, Carry]:
     surviving = {i.name for i, place in zip(plan.instances, kept) if place is not None}
     last_rows = [was.get(name, NOTHING) if name in SERIES or name.split(".")[0] in surviving else NOTHING for name in now]
     mask_rows = [_mask_row(shard.plan, instance, place) for instance, place in zip(plan.instances, kept)]
-    carry = Carry(shard.arrays.masks, shard.arrays.last, np.array(mask_rows, np.int64), np.array(last_rows, np.int64))
-    return Shard.following(shard, plan, limits, states), carry
+    old, renumber = shard.arrays.books, numbering_of(shard.arrays.books) != order_ids
+    rows = np.array(mask_rows, np.int64), np.array(last_rows, np.int64)
+    carry = Carry(shard.arrays.masks, shard.arrays.last, *rows, old, np.array([renumber], np.int64))
+    return Shard.following(shard, plan, limits, states, renumbered(old, order_ids) if renumber else old), carry
+
+
+def common_numbering(sources: Sequence[str]) -> str:
+    """How the orders of several sources are numbered together, from how each numbers its own."""
+    return sources[0] if len(sources) == 1 else "per_instrument"
+
+
+def numbering_after(running: str, needed: str) -> str:
+    """How orders are numbered when sources need `needed`: as they are if that will do, else per instrument, which always does."""
+    return needed if not running else running if running in (needed, "per_instrument") else "per_instrument"
 
 
 def _mask_row(before: ShardPlan, instance: Instance, place: int | None) -> int:

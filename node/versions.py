@@ -38,6 +38,7 @@ class Document:
         config: the configuration as it was given.
         code: text of the user's calculation files, by their names in it.
         sources: number of every source that the node has had, by name; one that is gone keeps its number.
+        order_ids: how the books number orders (:func:`tickmesh.node.book.make_books`); empty: not known yet.
         outputs: of the version that a journal begins under: outputs that its shard had made before.
     """
 
@@ -45,10 +46,11 @@ class Document:
     config: Config
     code: Mapping[str, str] = field(default_factory=dict)
     sources: Mapping[str, int] = field(default_factory=dict)
+    order_ids: str = ""
     outputs: int = 0
 
     @classmethod
-    def of(cls, config: Config, version: int, known_sources: Mapping[str, int]) -> Document:
+    def of(cls, config: Config, version: int, known_sources: Mapping[str, int], order_ids: str = "") -> Document:
         """The document of a configuration as its files are now.
 
         Args:
@@ -69,7 +71,7 @@ class Document:
         sources = dict(known_sources)
         for name in config.data_sources:
             sources.setdefault(name, max(sources.values(), default=-1) + 1)
-        return cls(version, config, code, sources)
+        return cls(version, config, code, sources, order_ids)
 
     @property
     def folder(self) -> Path:
@@ -103,7 +105,7 @@ class Document:
     def text(self) -> str:
         """As JSON."""
         parts = {"version": self.version, "config": self.settings(), "code": dict(self.code), "sources": dict(self.sources)}
-        parts["outputs"] = self.outputs
+        parts |= {"order_ids": self.order_ids, "outputs": self.outputs}
         return json.dumps(parts, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -119,7 +121,8 @@ class Document:
             if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in code):
                 raise ValueError("a file lies outside its folder")
             sources = {str(name): int(number) for name, number in parts["sources"].items()}
-            return cls(int(parts["version"]), Config.model_validate(parts["config"]), code, sources, int(parts["outputs"]))
+            config, numbering = Config.model_validate(parts["config"]), str(parts["order_ids"])
+            return cls(int(parts["version"]), config, code, sources, numbering, int(parts["outputs"]))
         except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
             raise DocumentError(f"is no document of a configuration: {error}") from error
 

@@ -24,10 +24,14 @@ from tickmesh.node.book import (
     counts,
     levels_count,
     make_books,
+    numbering_of,
+    renumber_orders,
+    renumbered,
     resting_orders,
     top,
 )
 from tickmesh.node.event import ALL_INSTRUMENTS, ASK, BID, EVENT, NO_INSTRUMENT, NO_PRICE, NO_SIDE, Flag, Kind, TradingStatus
+from tickmesh.transports.toolbox import loop
 
 PRICE = 1_000_000_000
 TICK = DEFAULT_TICK
@@ -512,3 +516,41 @@ def test_a_million_orders_stay_below_100_mb_resident(instruments: int, limit_mb:
 @pytest.mark.slow
 def test_no_index_is_ever_out_of_bounds() -> None:
     check_again(__file__, "agree_with_the_dict_book or spill or far_store or refines")
+
+
+# ---------------------------------------------------------------- other numbering
+
+
+@loop
+def _renumber_now(old: Any, new: Any) -> None:
+    renumber_orders(old, new)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(["sequential", "random"]), st.integers(0, 1 << 32), st.integers(1, 400))
+def test_orders_that_are_numbered_otherwise_are_the_same_orders(numbering: str, seed: int, count: int) -> None:
+    """Also those that are displaced or spilled: many ids want the same place."""
+    rng = np.random.default_rng(seed)
+    ids = [int(slot) + (int(turn) << 21) for slot, turn in zip(rng.integers(0, 40, count), rng.permutation(count))]
+    draws = rng.integers((0, 50, 1, 0), (2, 90, 90, 4), (count, 4)).tolist()
+    rows = [add(number, side, price * TICK, qty, instrument) for number, (side, price, qty, instrument) in zip(ids, draws)]
+    old, twin = make_books(INSTRUMENTS, 1000, numbering), make_books(INSTRUMENTS, 1000, "per_instrument")
+    apply(old, *rows)
+    apply(twin, *rows)
+    new = renumbered(old, "per_instrument")
+    _renumber_now(old, new)
+    assert numbering_of(new) == "per_instrument"
+    assert resting_orders(new) == resting_orders(twin) == count
+    owner = {row[9]: row[3] for row in rows}
+    for number in rng.permutation(ids):
+        gone = event(Kind.DELETE, owner[int(number)], id=int(number))
+        (mine, done, _), (its, expected, _) = apply(new, gone), apply(twin, gone)
+        assert mine == its
+        assert done[["instrument", "side", "price", "qty"]] == expected[["instrument", "side", "price", "qty"]]
+    assert resting_orders(new) == 0
+    assert all(top(new, i, 9) == ([], []) for i in range(INSTRUMENTS))
+
+
+def test_there_is_no_way_back_from_numbers_per_instrument() -> None:
+    with pytest.raises(ValueError, match="numbered per instrument"):
+        renumbered(make_books(1, 16, "per_instrument"), "sequential")

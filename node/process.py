@@ -273,6 +273,11 @@ class Node:
         """
         self._reload.apply(config, version, wait_s)
 
+    @property
+    def change_under_way(self) -> int | None:
+        """Version of a change that is accepted and not in force yet."""
+        return self._reload.under_way
+
     def try_out(self, config: Config) -> None:
         """Check a configuration, and compile what it needs, without applying it.
 
@@ -387,8 +392,12 @@ def run_node(
     generators: Mapping[str, BlockSourceMaker] | None = None,
     targets: Mapping[str, str] | None = None,
     each: Callable[[Node], None] | None = None,
+    version: int | None = None,
 ) -> int:
     """Run a node until SIGINT or SIGTERM; returns 0.
+
+    Args:
+        version: of the configuration, see :class:`Node`.
 
     Raises:
         NodeError and the typed errors of the node's parts.
@@ -396,7 +405,7 @@ def run_node(
     stop = threading.Event()
     previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        node = Node(config, generators, targets, progress, stop)
+        node = Node(config, generators, targets, progress, stop, version)
         try:
             node.start(stop)
             if ready:

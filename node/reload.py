@@ -82,6 +82,11 @@ class Reload:
         self._change: _Change | None = None
         self._closed = threading.Event()
 
+    @property
+    def under_way(self) -> int | None:
+        """Version of a change that is accepted and not in force yet."""
+        return self._version if self._steps is not None else None
+
     def try_out(self, config: Config) -> None:
         """See :meth:`Node.try_out`."""
         with self._lock, watched_compiles(self._closed.is_set):

@@ -370,6 +370,33 @@ def test_a_change_that_a_crash_cut_in_two_is_finished_by_the_restart(
     assert_replays(again, cluster)
 
 
+def test_a_journal_without_an_event_keeps_the_version_that_it_begins_under(
+    nats_server: NatsServer,  # noqa: F811
+    cluster: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    endpoints, stop = free_endpoints(), threading.Event()
+    simulator = Simulator(SimulatorConfig(seed=5, symbols=len(SYMBOLS), rate=2000, messages=1_000_000, names=SYMBOLS))
+    sender = threading.Thread(
+        target=send_lines, args=(SimulatedLines(simulator, LineConfig(heartbeat_ns=50_000_000)), endpoints[:1]), kwargs={"stop": stop}
+    )
+    with live(nats_server.url, cluster, tmp_path, multicast_source(endpoints)) as one:
+        pass
+    try:
+        text = one.text.replace("window = 10\n", "window = 20\n")
+        with running(parse_config(text, file=tmp_path / "node.toml"), nats_server.url) as node:
+            again = Live(node, text, tmp_path, nats_server.url)
+            again.version = 1
+            sender.start()
+            again.more()
+            stop.set()
+            sender.join()
+    finally:
+        stop.set()
+    assert_replays(again, cluster)
+    assert [v["version"] for v in replay_journal(again.journal)["versions"]] == [0, 1]
+
+
 def test_a_source_leaves_out_symbols_and_takes_them_again(
     nats_server: NatsServer,  # noqa: F811
     cluster: str,  # noqa: F811

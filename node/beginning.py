@@ -107,8 +107,8 @@ def first_documents(document: Document, journals: list[Journal]) -> list[Documen
     found = []
     for journal in journals:
         documents = Documents(journal.folder)
-        version = JournalReader(journal.folder).config_version if journal.next_sequence else document.version
-        if journal.next_sequence and version in documents.versions():
+        version = JournalReader(journal.folder).config_version
+        if version in documents.versions():
             found.append(documents.read(version))
         else:
             begun = replace(document, version=version)

@@ -277,6 +277,11 @@ class Node:
         """
         self._reload.apply(config, version, wait_s)
 
+    @property
+    def change_under_way(self) -> int | None:
+        """Version of a change that is accepted and not in force yet."""
+        return self._reload.under_way
+
     def try_out(self, config: Config) -> None:
         """Check a configuration, and compile what it needs, without applying it.
 

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from tickmesh.control.changes import restart_needed
-from tickmesh.control.config import Checks, Config, Problem
+from tickmesh.control.config import Config, Problem
 from tickmesh.node.calculation import PlanError, compile_problems
-from tickmesh.node.config_checks import config_checks
 from tickmesh.node.delivery import Gateway
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_SIDE, EventArray, Kind
+from tickmesh.node.fields import check_source
 from tickmesh.node.gateways import latencies_of, nats_deliveries, signal_names
 from tickmesh.node.journal_replay import config_event
 from tickmesh.node.logs import set_log_level
@@ -81,6 +81,11 @@ class Reload:
         self._version = 0
         self._change: _Change | None = None
         self._closed = threading.Event()
+
+    @property
+    def under_way(self) -> int | None:
+        """Version of a change that is accepted and not in force yet."""
+        return self._version if self._steps is not None else None
 
     def try_out(self, config: Config) -> None:
         """See :meth:`Node.try_out`."""
@@ -144,7 +149,7 @@ class Reload:
             reasons.append(Problem("", None, version, f"version {version} is not after {node.version}, which runs", "versions only rise"))
         if not config.data_sources:
             reasons.append(Problem("data_sources", None, None, "is empty", "add a [data_sources.NAME] table"))
-        reasons += _problems(config, config_checks(config.code_folder))
+        reasons += _source_problems(config)
         behind = max((gateway.changes_behind for gateway in node.gateways.values()), default=0)
         if behind > CHANGES_KEPT - 2:
             reasons.append(Problem("", None, None, f"outputs of {behind} changes are not delivered yet", "look at the deliveries"))
@@ -153,9 +158,9 @@ class Reload:
             known = node.document
             document = Document.of(config, node.version if version is None else version, known.sources, known.order_ids)
             risk_limits(config)
+            plan = document.plan()
             if not reasons:
-                plan = document.plan()
-                _compile(plan, len(config.data_sources), node.progress)
+                self._compile(plan, len(config.data_sources))
         except DocumentError as error:
             reasons.append(Problem("processing", None, None, str(error)))
         except PlanError as error:
@@ -168,25 +173,23 @@ class Reload:
             raise ChangeRefused(version, reasons)
         return document, plan
 
+    def _compile(self, plan: ShardPlan, sources: int) -> None:
+        """Have the plan's loop compiled, in a helper process, unless it is the one that runs."""
+        node = self._node
+        module = import_generated(write_generated("shard_parts", generate(plan)))
+        room = inputs_room(sources + 1)
+        if module is not node.shards[0].shard.module or room != inputs_room(len(node.inputs) + 1):
+            live_loop(module, room, BATCH_EVENTS, node.progress)
 
-def _problems(config: Config, checks: Checks) -> list[Problem]:
-    """What the hooks say of a configuration that has been read without them."""
-    processing = config.processing
-    sections = (processing.calculations, processing.alerts, processing.bars)
-    tables = [{name: table.table() for name, table in section.items()} for section in sections]
-    refusals = checks.processing(*tables) if checks.processing else ()
-    found = [Problem(r.key, config.line(*r.key.split(".")), None, r.reason, r.hint) for r in refusals]
-    for name, options in config.data_sources.items() if checks.source else ():
-        for refusal in checks.source(name, options):  # type: ignore[misc]
+
+def _source_problems(config: Config) -> list[Problem]:
+    """What is wrong with the field mappings of the sources."""
+    found = []
+    for name, options in config.data_sources.items():
+        for refusal in check_source(name, options):
             path = f"data_sources.{name}.{refusal.key}"
             found.append(Problem(path, config.line(*path.split(".")), None, refusal.reason, refusal.hint))
     return found
-
-
-def _compile(plan: ShardPlan, sources: int, progress: Callable[[str], None] | None) -> None:
-    """Have the plan's loop compiled, in a helper process."""
-    module = import_generated(write_generated("shard_parts", generate(plan)))
-    live_loop(module, inputs_room(sources + 1), BATCH_EVENTS, progress)
 
 
 def _explained(config: Config, plan: ShardPlan | None, error: CompileError) -> list[Problem]:

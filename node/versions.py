@@ -160,13 +160,14 @@ class Documents:
         path = self._path(document.version)
         temporary = path.with_suffix(".new")
         try:
+            is_new = not self.folder.is_dir()
             self.folder.mkdir(exist_ok=True)
             with temporary.open("w", encoding="utf-8") as file:
                 file.write(document.text())
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-            for folder in (self.folder, self.folder.parent):
+            for folder in (self.folder, self.folder.parent) if is_new else (self.folder,):
                 fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
                 try:
                     os.fsync(fd)

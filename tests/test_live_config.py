@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,15 +28,22 @@ from nodes import (  # noqa: F401
     stream,
     until,
 )
+from typer.testing import CliRunner
 
 from tickmesh.control.config import parse_config
 from tickmesh.node.event import EventArray, Kind
-from tickmesh.node.journal_replay import replay_journal
+from tickmesh.node.frames import NameHistory, calculations_subject, decode_names, reference_stream_name
+from tickmesh.node.journal import Journal
+from tickmesh.node.journal_replay import config_event, replay_journal
 from tickmesh.node.process import Node
 from tickmesh.node.reload import ChangeRefused, ChangeUnderWay
+from tickmesh.node.subscription import subscribe
+from tickmesh.node.versions import Document, Documents
+from tickmesh.ops.cli import app
 from tickmesh.ops.servers import NatsServer
 from tickmesh.ops.simulated_lines import LineConfig, SimulatedLines, send_lines
 from tickmesh.ops.simulator import Simulator, SimulatorConfig
+from tickmesh.transports.nats import connect
 
 FLOW = simulator_source(0, pace='"realtime"', rate=20_000)
 
@@ -90,10 +101,6 @@ def assert_replays(one: Live, name: str) -> EventArray:
     return outputs
 
 
-def names_of(outputs: EventArray) -> set[int]:
-    return {int(c) & 0xFFFFFFFF for c in outputs["id"][outputs["kind"] == Kind.SIGNAL]}
-
-
 def test_parameters_change_at_one_event(nats_server: NatsServer, cluster: str, tmp_path: Path) -> None:  # noqa: F811
     with live(nats_server.url, cluster, tmp_path) as one:
         arrays = one.node.shards[0].shard.arrays
@@ -102,7 +109,12 @@ def test_parameters_change_at_one_event(nats_server: NatsServer, cluster: str, t
         one.apply(("window = 20\n", "window = 30\n"))
         one.more()
         assert int(one.node.shards[0].shard.arrays.core["config_version"][0]) == 2
-    assert_replays(one, cluster)
+    outputs = assert_replays(one, cluster)
+    printed = CliRunner().invoke(app, ["replay", str(one.journal), "--json"])
+    assert printed.exit_code == 0
+    assert json.loads(printed.stdout)["digest"] == hashlib.sha256(outputs.tobytes()).hexdigest()
+    assert CliRunner().invoke(app, ["replay", str(one.journal), "--config", "x.toml"]).exit_code == 2
+    assert CliRunner().invoke(app, ["replay", str(one.journal / "lock")]).exit_code == 2
 
 
 def test_a_filter_changes_at_one_event_and_state_goes_on(nats_server: NatsServer, cluster: str, tmp_path: Path) -> None:  # noqa: F811
@@ -136,6 +148,7 @@ def mine(event, state, *, decay: float = 0.9):
 MINE = '[processing.calculations.mine]\nuse = "flow.py:mine"\n[processing.calculations.imbalance]'
 
 
+@pytest.mark.slow
 def test_calculations_come_change_and_go(nats_server: NatsServer, cluster: str, tmp_path: Path) -> None:  # noqa: F811
     """A built-in one goes, a user's comes, its file changes, it goes again; what is unchanged goes on; mistakes change nothing."""
     file = tmp_path / "flow.py"
@@ -156,8 +169,49 @@ def test_calculations_come_change_and_go(nats_server: NatsServer, cluster: str, 
         one.more()
         assert one.node.version == 1
         assert one.node.shards[0].shard.arrays.s0 is kept
-    outputs = assert_replays(one, cluster)
-    assert len(names_of(outputs)) >= 4
+        file.write_text(FLOW_FILE.format(more=""))
+        fast = "[processing.calculations.fast]"
+        one.apply((MINE, "[processing.calculations.imbalance]"), (fast, f"{slow}{fast}"))
+        assert [i.name for i in one.node.shards[0].shard.plan.instances] == ["fast", "imbalance", "second", "slow", "trend", "trend_break"]
+        assert one.node.shards[0].shard.arrays.s0 is kept
+        one.more(1000)
+    assert_replays(one, cluster)
+    firsts = [v["outputs_before"] + 1 for v in replay_journal(one.journal)["versions"]]
+    history = published_names(nats_server.url, cluster)
+    assert [("mine" in names.values(), "slow" in names.values()) for _, names in history] == [(False, True), (True, False), (False, True)]
+    assert [first for first, _ in history][1:] == firsts[1:]
+
+
+def published_names(url: str, name: str) -> NameHistory:
+    async def read() -> NameHistory:
+        link = await connect(url)
+        try:
+            message = await link.client.jetstream().get_last_msg(reference_stream_name(name), calculations_subject(name, 0))
+            return decode_names(message.data or b"")
+        finally:
+            await link.close()
+
+    return asyncio.run(read())
+
+
+@pytest.mark.slow
+def test_an_edited_file_takes_over_with_a_state_of_its_own(nats_server: NatsServer, cluster: str, tmp_path: Path) -> None:  # noqa: F811
+    file = tmp_path / "flow.py"
+    file.write_text(FLOW_FILE.format(more=""))
+    processing = ('[processing.calculations.slow]\nuse = "ema"\nwindow = 100\n', "")
+    with live(nats_server.url, cluster, tmp_path) as one:
+        one.apply(("[processing.calculations.imbalance]", MINE), processing)
+        one.more(1000)
+        place = next(i.index for i in one.node.shards[0].shard.plan.instances if i.name == "mine")
+        before = getattr(one.node.shards[0].shard.arrays, f"s{place}")
+        others = one.node.shards[0].shard.arrays.s0
+        file.write_text(FLOW_FILE.format(more=" * 2.0"))
+        one.apply()
+        arrays = one.node.shards[0].shard.arrays
+        assert getattr(arrays, f"s{place}") is not before
+        assert arrays.s0 is others
+        one.more(1000)
+    assert_replays(one, cluster)
 
 
 def test_everything_wrong_is_said_at_once(nats_server: NatsServer, cluster: str, tmp_path: Path) -> None:  # noqa: F811
@@ -282,6 +336,67 @@ def test_a_restart_in_the_middle_goes_on_under_the_last_version(
     assert [v["version"] for v in replay_journal(again.journal)["versions"]] == [0, 1, 2, 3, 4, 5, 6]
 
 
+def test_a_change_that_a_crash_cut_in_two_is_finished_by_the_restart(
+    nats_server: NatsServer,  # noqa: F811
+    cluster: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """One shard's journal has the CONFIG event, the other's has not; both have the document."""
+    endpoints, stop = free_endpoints(), threading.Event()
+    simulator = Simulator(SimulatorConfig(seed=5, symbols=len(SYMBOLS), rate=2000, messages=1_000_000, names=SYMBOLS))
+    sender = threading.Thread(
+        target=send_lines, args=(SimulatedLines(simulator, LineConfig(heartbeat_ns=50_000_000)), endpoints[:1]), kwargs={"stop": stop}
+    )
+    try:
+        with live(nats_server.url, cluster, tmp_path, multicast_source(endpoints), cluster_extra="shards = 2") as one:
+            sender.start()
+            one.more()
+        text = one.text.replace('use = "book_imbalance"', 'use = "book_imbalance"\nsymbols = ["ALFA"]')
+        config = parse_config(text, file=tmp_path / "node.toml")
+        document = Document.of(config, 1, one.node.document.sources)
+        for journal in one.node.journals:
+            Documents(journal.folder).write(document)
+        with Journal.open(one.journal, 0) as journal:
+            journal.append(config_event(1, 0, True, 0))
+        with running(config, nats_server.url) as node:
+            again = Live(node, text, tmp_path, nats_server.url)
+            again.version = 1
+            assert [thread.version for thread in node.shards] == [1, 1]
+            again.more()
+            stop.set()
+            sender.join()
+    finally:
+        stop.set()
+    assert_replays(again, cluster)
+
+
+def test_a_journal_without_an_event_keeps_the_version_that_it_begins_under(
+    nats_server: NatsServer,  # noqa: F811
+    cluster: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    endpoints, stop = free_endpoints(), threading.Event()
+    simulator = Simulator(SimulatorConfig(seed=5, symbols=len(SYMBOLS), rate=2000, messages=1_000_000, names=SYMBOLS))
+    sender = threading.Thread(
+        target=send_lines, args=(SimulatedLines(simulator, LineConfig(heartbeat_ns=50_000_000)), endpoints[:1]), kwargs={"stop": stop}
+    )
+    with live(nats_server.url, cluster, tmp_path, multicast_source(endpoints)) as one:
+        pass
+    try:
+        text = one.text.replace("window = 10\n", "window = 20\n")
+        with running(parse_config(text, file=tmp_path / "node.toml"), nats_server.url) as node:
+            again = Live(node, text, tmp_path, nats_server.url)
+            again.version = 1
+            sender.start()
+            again.more()
+            stop.set()
+            sender.join()
+    finally:
+        stop.set()
+    assert_replays(again, cluster)
+    assert [v["version"] for v in replay_journal(again.journal)["versions"]] == [0, 1]
+
+
 def test_a_source_leaves_out_symbols_and_takes_them_again(
     nats_server: NatsServer,  # noqa: F811
     cluster: str,  # noqa: F811
@@ -333,7 +448,7 @@ def test_a_change_waits_for_a_shard_that_waits(own_nats_server: NatsServer, clus
         try:
             one.more()
             own_nats_server.stop()
-            until(lambda: thread.output.lag >= 900, "a full ring")
+            until(still(lambda: outputs_made(one.node) if thread.shard.arrays.core["blocked"][0] else time.monotonic()), "a full ring")
             config = parse_config(one.text.replace("window = 10\n", "window = 20\n"))
             with pytest.raises(ChangeUnderWay):
                 one.node.apply(config, 1, wait_s=0.3)
@@ -351,11 +466,21 @@ def test_a_change_waits_for_a_shard_that_waits(own_nats_server: NatsServer, clus
     assert_replays(one, cluster)
 
 
+def still(value: Callable[[], object], seconds: float = 0.5) -> Callable[[], bool]:
+    """A condition: the value has stayed the same for so long."""
+    seen: list[tuple[object, float]] = []
+
+    def look() -> bool:
+        now, at = value(), time.monotonic()
+        if not seen or seen[-1][0] != now:
+            seen.append((now, at))
+        return at - seen[-1][1] > seconds
+
+    return look
+
+
 def frames(url: str, name: str, last: int) -> list[tuple[int, int, int]]:
     """(configuration, first output, last output) of every frame of a stream."""
-    import asyncio
-
-    from tickmesh.node.subscription import subscribe
 
     async def read() -> list[tuple[int, int, int]]:
         found = []

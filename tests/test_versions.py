@@ -10,6 +10,7 @@ import pytest
 from tickmesh.control.changes import changed_keys, restart_needed
 from tickmesh.control.config import parse_config
 from tickmesh.node.versions import Document, DocumentError, Documents
+from tickmesh.ops.config_cmd import schema_rows
 
 TEXT = """
 [cluster]
@@ -89,6 +90,22 @@ def test_documents_go_when_no_segment_needs_them(document: Document, tmp_path: P
         documents.read(9)
     documents.remove(12)
     assert documents.versions() == []
+
+
+RESTART = {
+    "[journal]": {"enabled", "segment_mb", "sync", "restore"},
+    "[processing]": {"timer_interval_ms"},
+    "[delivery.NAME]": {"method", "embedded", "port", "stream_max_mb", "stream_max_age_s", "replicas", "ring", "ring_capacity"},
+}
+
+
+def test_the_keys_that_need_a_restart() -> None:
+    """What is declared live is what Node.apply takes (tests/test_live_config.py); a key that is added here is a decision."""
+    rows = [row for row in schema_rows() if row.section != "[cluster]"]
+    found = {section: {row.key for row in rows if row.section == section and row.change == "restart"} for section in RESTART}
+    assert found == RESTART
+    assert {row.section for row in rows if row.change == "restart"} == set(RESTART)
+    assert {row.change for row in schema_rows() if row.section == "[cluster]"} == {"restart"}
 
 
 def test_what_needs_a_restart(document: Document) -> None:

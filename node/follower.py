@@ -312,7 +312,7 @@ class Follower:
         self._check_epoch(frame.epoch)
         self.leader_node, self.leader_end = str(said.get("node", "")), frame.a
         header, previous = _header_of(said)
-        if frame.count:
+        if frame.events:
             self._begin_from_snapshot(link, header, previous)
         elif self.journal is None:
             self._begin(header, previous, None)
@@ -418,8 +418,8 @@ class Follower:
         journal = self.journal
         assert journal is not None
         events = np.frombuffer(frame.payload, EVENT)
-        if frame.first != journal.next_sequence or len(events) != frame.count:
-            raise FrameDamaged(f"{frame.count} events from {frame.first} on, where {journal.next_sequence} was due")
+        if frame.first != journal.next_sequence or len(events) != frame.events:
+            raise FrameDamaged(f"{frame.events} events from {frame.first} on, where {journal.next_sequence} was due")
         if chain_over(events, int(journal.arrays.words[W_CHAIN])) != frame.chain:
             raise FrameDamaged(f"the events from {frame.first} on are damaged")
         if journal.append(events) < len(events):
@@ -468,7 +468,7 @@ class Follower:
     def _check(self, frame: Frame) -> None:
         self._heard_s = time.monotonic()
         if frame.kind == FrameKind.REFUSED:
-            raise Refused(frame.count, bytes(frame.payload).decode(errors="replace"), frame.epoch)
+            raise Refused(frame.events, bytes(frame.payload).decode(errors="replace"), frame.epoch)
         if frame.shard != self.shard:
             raise FrameDamaged(f"a frame of shard {frame.shard}")
         self._check_epoch(frame.epoch)

@@ -24,7 +24,7 @@ import zlib
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -130,13 +130,12 @@ class LinkOptions:
     timeout_s: float = 1.0
 
 
-@dataclass(frozen=True)
-class Frame:
-    """A frame received. `payload` is valid until the next one is received; fields as in the header."""
+class Frame(NamedTuple):
+    """A frame received. `payload` is valid until the next one is received; `events` is the header's count, the others are as there."""
 
     kind: int
     shard: int
-    count: int
+    events: int
     epoch: int
     first: int
     chain: int

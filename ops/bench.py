@@ -121,6 +121,10 @@ BENCHES = (
         "delivery", "events over NATS JetStream, against nats-py", "tickmesh.ops.bench_delivery", "bench_delivery", _delivery_rows,
         {"events": 100_000, "per_event_events": 8_192, "rounds": 1},
     ),
+    Bench(
+        "replication", "a journal to a standby over TCP, against a plain copy of the same bytes", "tickmesh.ops.bench_replication",
+        "bench_replication", _given_rows, {"events": 300_000, "trips": 300, "repeats": 1},
+    ),
 )  # fmt: skip
 
 

@@ -398,8 +398,7 @@ class Follower:
                 due = now + options.heartbeat_s
             frame = link.receive(due - now)
             if frame is None:
-                if time.monotonic() - self._heard_s > options.timeout_s:
-                    raise LinkSilent(f"the leader is silent for {options.timeout_s:g} s")
+                self._check_silence(link)
                 continue
             self._check(frame)
             if frame.kind == FrameKind.DATA:
@@ -455,15 +454,18 @@ class Follower:
     # -- frames and epochs
 
     def _receive(self, link: Link, kind: FrameKind | None = None) -> Frame:
-        """The next frame, which must come within the limit."""
-        frame = link.receive(self.options.timeout_s)
-        if frame is None:
-            raise LinkSilent(f"the leader is silent for {self.options.timeout_s:g} s")
+        """The next frame, which may take its time as long as something comes."""
+        while (frame := link.receive(self.options.timeout_s)) is None:
+            self._check_silence(link)
         if frame.kind != FrameKind.CHALLENGE:
             self._check(frame)
         if kind is not None and frame.kind != kind:
             raise FrameDamaged(f"frame {frame.kind} where {kind.name} was due")
         return frame
+
+    def _check_silence(self, link: Link) -> None:
+        if time.monotonic() - link.heard_s > self.options.timeout_s:
+            raise LinkSilent(f"the leader is silent for {self.options.timeout_s:g} s")
 
     def _check(self, frame: Frame) -> None:
         self._heard_s = time.monotonic()

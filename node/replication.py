@@ -35,6 +35,7 @@ from tickmesh.node.journal_tail import JournalTail, TooOld
 from tickmesh.node.release import ReleaseGate
 from tickmesh.node.replication_link import (
     EVENTS_MAX,
+    INBOX_BYTES_SMALL,
     NONCE_BYTES,
     PAYLOAD_BYTES_MAX,
     Frame,
@@ -321,7 +322,7 @@ class _Session(threading.Thread):
         try:
             self._connection.settimeout(options.timeout_s)
             self._connection = self.server.secure(self._connection)
-            self._link = Link(self._connection, options.timeout_s)
+            self._link = Link(self._connection, options.timeout_s, INBOX_BYTES_SMALL)
             self._serve(self._link)
         except Refused as refused:
             self._refuse(refused)

@@ -464,7 +464,7 @@ class Watching(Alone):
 
 def test_the_document_comes_before_the_event_that_names_it(tmp_path: Path) -> None:
     with pair(tmp_path, 10) as both:
-        big = "x" * 600_000
+        big = "x" * 3_000_000
         both.new_follower(Watching(both.standby))
         document(both.leader, 7, big)
         both.journal.append(config_event(7))
@@ -513,7 +513,7 @@ def test_snapshot_and_tail(tmp_path: Path, had: int) -> None:
         both.append(5 * SEGMENT + 40)
         dropped(both, 2)
         file = tmp_path / "snapshot-1900.bin"
-        file.write_bytes(np.random.default_rng(1).bytes(900_001))
+        file.write_bytes(np.random.default_rng(1).bytes(3_900_001))
         document(both.leader, 3, "{}")
         at = 3 * SEGMENT + 364
         both.server.lead(SHARD, Leading(both.journal, 1, snapshot=lambda: SnapshotFile(file, at)))
@@ -550,7 +550,7 @@ def test_a_bad_line(tmp_path: Path, toxiproxy: Toxiproxy) -> None:
             {"type": "timeout", "attributes": {"timeout": 0}},
         ):
             with proxy.toxic(toxic):
-                both.append(500)
+                both.append(30_000 if toxic["type"] == "bandwidth" else 500)  # a frame that takes longer than the timeout
                 if toxic["type"] in ("latency", "slicer", "bandwidth"):
                     both.caught_up()
                 else:

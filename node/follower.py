@@ -75,7 +75,7 @@ class Replica(Protocol):
     def opened(self, journal: Journal, valid: int, snapshot: Path | None) -> None:
         """The journal is there, or is there again. What was read of it at or beyond `valid` is void.
 
-        With `snapshot`, it begins later than it did: a state can only be made from that file, and the events from its sequence on.
+        With `snapshot`, it has no beginning: a state can only be made from that file, and the events from its sequence on.
         """
 
     def closing(self) -> None:
@@ -327,7 +327,8 @@ class Follower:
         """Open the journal, if there is one."""
         with contextlib.suppress(JournalNotFound):
             self.journal = Journal.open(self.folder, self.shard, sync=self._sync)
-            self._replica.opened(self.journal, valid, None)
+            whole = JournalTail(self.journal).oldest() == self.journal.first_sequence
+            self._replica.opened(self.journal, valid, None if whole else newest_snapshot(self.folder))
 
     def _close(self) -> None:
         if self.journal is not None:
@@ -492,6 +493,12 @@ class Follower:
                 os.fsync(file.fileno())
             _put_in_place(temporary, self.folder / _EPOCH_FILE)
             self.epoch = epoch
+
+
+def newest_snapshot(folder: Path) -> Path | None:
+    """The snapshot that came last to a journal's folder."""
+    found = [path for path in (folder / SNAPSHOTS).glob("*") if path.suffix != ".part"]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def _read_epoch(folder: Path) -> int:

@@ -75,7 +75,7 @@ class Replica(Protocol):
     def opened(self, journal: Journal, valid: int, snapshot: Path | None) -> None:
         """The journal is there, or is there again. What was read of it at or beyond `valid` is void.
 
-        With `snapshot`, it begins later than it did: a state can only be made from that file, and the events from its sequence on.
+        With `snapshot`, it has no beginning: a state can only be made from that file, and the events from its sequence on.
         """
 
     def closing(self) -> None:
@@ -312,7 +312,7 @@ class Follower:
         self._check_epoch(frame.epoch)
         self.leader_node, self.leader_end = str(said.get("node", "")), frame.a
         header, previous = _header_of(said)
-        if frame.count:
+        if frame.events:
             self._begin_from_snapshot(link, header, previous)
         elif self.journal is None:
             self._begin(header, previous, None)
@@ -327,7 +327,8 @@ class Follower:
         """Open the journal, if there is one."""
         with contextlib.suppress(JournalNotFound):
             self.journal = Journal.open(self.folder, self.shard, sync=self._sync)
-            self._replica.opened(self.journal, valid, None)
+            whole = JournalTail(self.journal).oldest() == self.journal.first_sequence
+            self._replica.opened(self.journal, valid, None if whole else newest_snapshot(self.folder))
 
     def _close(self) -> None:
         if self.journal is not None:
@@ -398,8 +399,7 @@ class Follower:
                 due = now + options.heartbeat_s
             frame = link.receive(due - now)
             if frame is None:
-                if time.monotonic() - self._heard_s > options.timeout_s:
-                    raise LinkSilent(f"the leader is silent for {options.timeout_s:g} s")
+                self._check_silence(link)
                 continue
             self._check(frame)
             if frame.kind == FrameKind.DATA:
@@ -418,8 +418,8 @@ class Follower:
         journal = self.journal
         assert journal is not None
         events = np.frombuffer(frame.payload, EVENT)
-        if frame.first != journal.next_sequence or len(events) != frame.count:
-            raise FrameDamaged(f"{frame.count} events from {frame.first} on, where {journal.next_sequence} was due")
+        if frame.first != journal.next_sequence or len(events) != frame.events:
+            raise FrameDamaged(f"{frame.events} events from {frame.first} on, where {journal.next_sequence} was due")
         if chain_over(events, int(journal.arrays.words[W_CHAIN])) != frame.chain:
             raise FrameDamaged(f"the events from {frame.first} on are damaged")
         if journal.append(events) < len(events):
@@ -455,20 +455,23 @@ class Follower:
     # -- frames and epochs
 
     def _receive(self, link: Link, kind: FrameKind | None = None) -> Frame:
-        """The next frame, which must come within the limit."""
-        frame = link.receive(self.options.timeout_s)
-        if frame is None:
-            raise LinkSilent(f"the leader is silent for {self.options.timeout_s:g} s")
+        """The next frame, which may take its time as long as something comes."""
+        while (frame := link.receive(self.options.timeout_s)) is None:
+            self._check_silence(link)
         if frame.kind != FrameKind.CHALLENGE:
             self._check(frame)
         if kind is not None and frame.kind != kind:
             raise FrameDamaged(f"frame {frame.kind} where {kind.name} was due")
         return frame
 
+    def _check_silence(self, link: Link) -> None:
+        if time.monotonic() - link.heard_s > self.options.timeout_s:
+            raise LinkSilent(f"the leader is silent for {self.options.timeout_s:g} s")
+
     def _check(self, frame: Frame) -> None:
         self._heard_s = time.monotonic()
         if frame.kind == FrameKind.REFUSED:
-            raise Refused(frame.count, bytes(frame.payload).decode(errors="replace"), frame.epoch)
+            raise Refused(frame.events, bytes(frame.payload).decode(errors="replace"), frame.epoch)
         if frame.shard != self.shard:
             raise FrameDamaged(f"a frame of shard {frame.shard}")
         self._check_epoch(frame.epoch)
@@ -490,6 +493,12 @@ class Follower:
                 os.fsync(file.fileno())
             _put_in_place(temporary, self.folder / _EPOCH_FILE)
             self.epoch = epoch
+
+
+def newest_snapshot(folder: Path) -> Path | None:
+    """The snapshot that came last to a journal's folder."""
+    found = [path for path in (folder / SNAPSHOTS).glob("*") if path.suffix != ".part"]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def _read_epoch(folder: Path) -> int:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import structlog
@@ -35,6 +35,7 @@ from tickmesh.node.journal_tail import JournalTail, TooOld
 from tickmesh.node.release import ReleaseGate
 from tickmesh.node.replication_link import (
     EVENTS_MAX,
+    INBOX_BYTES_SMALL,
     NONCE_BYTES,
     PAYLOAD_BYTES_MAX,
     Frame,
@@ -107,6 +108,16 @@ class SnapshotFile:
     sequence: int
 
 
+class Acknowledged(Protocol):
+    """Who is told how far the standbys are: a :class:`ReleaseGate`. Called in the sessions' threads."""
+
+    def update(self, node: str, sequence: int, synced: int) -> None:
+        """A standby has the events below `sequence` in its journal, and those below `synced` on its disk."""
+
+    def leave(self, node: str) -> None:
+        """A standby is gone."""
+
+
 @dataclass
 class Leading:
     """A shard that this node leads.
@@ -120,7 +131,7 @@ class Leading:
 
     journal: Journal
     epoch: int
-    gate: ReleaseGate | None = None
+    gate: Acknowledged | None = None
     stored: Callable[[], int] = lambda: 0
     snapshot: Callable[[], SnapshotFile | None] = lambda: None
 
@@ -311,7 +322,7 @@ class _Session(threading.Thread):
         try:
             self._connection.settimeout(options.timeout_s)
             self._connection = self.server.secure(self._connection)
-            self._link = Link(self._connection, options.timeout_s)
+            self._link = Link(self._connection, options.timeout_s, INBOX_BYTES_SMALL)
             self._serve(self._link)
         except Refused as refused:
             self._refuse(refused)
@@ -362,7 +373,7 @@ class _Session(threading.Thread):
         link.send(FrameKind.CHALLENGE, 0, 0, payload=nonce)
         frame = _expect(link, FrameKind.HELLO, self.server.options.timeout_s)
         said = frame.json()
-        hello = _Hello(frame.shard, frame.epoch, frame.first, frame.chain, frame.a, frame.b, bool(frame.count), said)
+        hello = _Hello(frame.shard, frame.epoch, frame.first, frame.chain, frame.a, frame.b, bool(frame.events), said)
         self.node, self.shard = str(said.get("node", "")), frame.shard
         return hello, nonce
 
@@ -477,7 +488,10 @@ class _Session(threading.Thread):
 
     def _send_documents(self, link: Link, journal: Journal, events: EventArray) -> None:
         """Before a CONFIG event, the document of the configuration that it names."""
-        for version in np.unique(events["id"][events["kind"] == Kind.CONFIG]):
+        named = events["kind"] == int(Kind.CONFIG)
+        if not named.any():
+            return
+        for version in np.unique(events["id"][named]):
             path = journal.folder / DOCUMENTS / f"{version}.json"
             try:
                 self._send_document(link, path)

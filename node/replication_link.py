@@ -24,7 +24,7 @@ import zlib
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,9 +34,11 @@ _HEADER = struct.Struct("<4sBBHIIQQQQQII")
 HEADER_BYTES = _HEADER.size
 assert HEADER_BYTES == 64
 _MAGIC, VERSION = b"TMRP", 1
-PAYLOAD_BYTES_MAX = 1 << 18
+PAYLOAD_BYTES_MAX = 1 << 20
 EVENTS_MAX = PAYLOAD_BYTES_MAX // 64
-_INBOX_BYTES = 4 * PAYLOAD_BYTES_MAX
+INBOX_BYTES = 4 * PAYLOAD_BYTES_MAX
+INBOX_BYTES_SMALL = 1 << 16
+"""For the leader's side, to which a standby says little; also all the memory that a stranger can make it take."""
 _PADDING = bytes(64)
 NONCE_BYTES = 32
 
@@ -130,13 +132,12 @@ class LinkOptions:
     timeout_s: float = 1.0
 
 
-@dataclass(frozen=True)
-class Frame:
-    """A frame received. `payload` is valid until the next one is received; fields as in the header."""
+class Frame(NamedTuple):
+    """A frame received. `payload` is valid until the next one is received; `events` is the header's count, the others are as there."""
 
     kind: int
     shard: int
-    count: int
+    events: int
     epoch: int
     first: int
     chain: int
@@ -173,22 +174,23 @@ def proves(given: object, token: str, side: str, *nonces: bytes) -> bool:
 
 
 class Link:
-    """A connected socket that carries frames. One thread may send while another one receives.
+    """A connected socket that carries frames. One thread may send while another one receives. `heard_s`: when bytes last came.
 
     TLS state is not for two threads at once, so a TLS socket never blocks: its calls are made under a lock and waits happen outside.
     """
 
-    def __init__(self, connection: socket.socket, timeout_s: float) -> None:
+    def __init__(self, connection: socket.socket, timeout_s: float, inbox_bytes: int = INBOX_BYTES) -> None:
         self._socket, self._timeout_s = connection, timeout_s
         self._tls = threading.Lock() if isinstance(connection, ssl.SSLSocket) else None
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(0 if self._tls else timeout_s)
-        self._inbox = zeros_aligned(_INBOX_BYTES, np.uint8)
+        self._inbox = zeros_aligned(inbox_bytes, np.uint8)
         self._view = self._inbox.data
         self._start = self._end = 0
         self._readable = select.poll()
         self._readable.register(connection, select.POLLIN)
         self.bytes_sent = 0
+        self.heard_s = time.monotonic()
 
     # -- sending
 
@@ -258,12 +260,13 @@ class Link:
     # -- receiving
 
     def receive(self, limit_s: float) -> Frame | None:
-        """The next frame, or None if none came within `limit_s`.
+        """The next frame, or None if none was complete within `limit_s`; then the rest is waited for next time.
 
         Raises:
             LinkClosed: the other side has closed the connection.
             FrameDamaged: the bytes are not those of a frame.
         """
+        end = time.monotonic() + limit_s
         while True:
             have = self._end - self._start
             needed = HEADER_BYTES
@@ -272,7 +275,7 @@ class Link:
                 needed += fields[3] + -fields[3] % 64
                 if have >= needed:
                     return self._take(fields, needed)
-            if not self._receive_some(needed, limit_s):
+            if not self._receive_some(needed, end - time.monotonic()):
                 return None
 
     def _decode_header(self) -> tuple[Any, ...]:
@@ -282,7 +285,7 @@ class Link:
             raise FrameDamaged("a header is damaged")
         if version != VERSION:
             raise FrameDamaged(f"the other side speaks version {version}, this one {VERSION}: use the same release")
-        if length > PAYLOAD_BYTES_MAX:
+        if length > min(PAYLOAD_BYTES_MAX, len(self._inbox) - HEADER_BYTES):
             raise FrameDamaged(f"a frame of {length} bytes is longer than the longest")
         return kind, shard, count, length, epoch, first, chain, a, b, crc
 
@@ -298,7 +301,7 @@ class Link:
         """Append what comes to the inbox, which then has room for a frame of `needed` bytes; false: nothing came."""
         if self._start == self._end:
             self._start = self._end = 0
-        elif self._start + needed > _INBOX_BYTES:
+        elif self._start + needed > len(self._inbox):
             kept = self._end - self._start
             self._inbox[:kept] = self._inbox[self._start : self._end]
             self._start, self._end = 0, kept
@@ -317,6 +320,7 @@ class Link:
         if count == 0:
             raise LinkClosed("the other side has closed the connection")
         self._end += count
+        self.heard_s = time.monotonic()
         return True
 
     def interrupt(self) -> None:

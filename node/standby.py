@@ -180,6 +180,11 @@ class Standby:
         self.follower.follow(address, epoch)
 
     @property
+    def fed(self) -> int:
+        """Sequence after the last event handed to the loop."""
+        return self._stepping.fed if self._stepping else 0
+
+    @property
     def taken(self) -> int:
         """Sequence after the last event stepped over."""
         return self._stepping.taken if self._stepping else 0
@@ -259,8 +264,13 @@ class Standby:
     def opened(self, journal: Journal, valid: int, snapshot: Path | None) -> None:
         """See :class:`tickmesh.node.follower.Replica`."""
         stepping = self._stepping
-        if stepping is None or snapshot is not None or stepping.fed > valid:
+        oldest = JournalTail(journal).oldest()
+        if stepping is None or stepping.fed > valid or stepping.fed < oldest:
             self._rebuild(snapshot)
+        self.error = None
+        if self.fed < oldest:  # a snapshot may be ahead of a journal that has just begun
+            self.error = StandbyError(f"its state is as of sequence {self.fed}, but the journal begins at {oldest}: a snapshot is needed")
+            return
         self._stop[0] = 0
         self._feeder = threading.Thread(target=self._feed, args=(journal,), name=f"feeder-{self.number}", daemon=True)
         self._feeder.start()

@@ -134,6 +134,10 @@ BENCHES = (
         "config", "changes of a running node's configuration: parameters, new code, the hand-over", "tickmesh.ops.bench_config",
         "bench_config", _config_rows, {"parameters": 30, "filters": 10},
     ),
+    Bench(
+        "replication", "a journal to a standby over TCP, against a plain copy of the same bytes", "tickmesh.ops.bench_replication",
+        "bench_replication", _given_rows, {"events": 300_000, "trips": 300, "repeats": 1},
+    ),
 )  # fmt: skip
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,6 +57,67 @@ def test_a_journal_is_not_cut_where_it_is_not(tmp_path: Path) -> None:
         truncate(tmp_path, 10)
     with pytest.raises(ValueError, match="cannot end at 101"):
         truncate(tmp_path, 101)
+
+
+class Crash(Exception):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("end", [SEGMENT + 100, 2 * SEGMENT, 0])
+def test_a_crash_while_it_is_cut_leaves_a_journal_that_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: int) -> None:
+    """Ended before each of its steps in turn."""
+    total = 3 * SEGMENT + 50
+    for step in itertools.count():
+        folder = tmp_path / str(step)
+        with Journal.create(folder, SHARD, segment_records=SEGMENT) as journal:
+            journal.append(events(0, total))
+        left = [step]
+        with monkeypatch.context() as patched:
+            for module, name in ((os, "fsync"), (os, "fdatasync"), (os, "pwrite"), (Path, "unlink")):
+                patched.setattr(module, name, crashing(getattr(module, name), left))
+            try:
+                truncate(folder, end)
+                break
+            except Crash:
+                pass
+        reached = find_end(folder).next_sequence
+        assert end <= reached <= total
+        with Journal.open(folder, SHARD) as journal:
+            assert journal.next_sequence == reached
+        assert verify(folder).ok
+        assert truncate(folder, end).next_sequence == end
+    assert step > 3
+
+
+def crashing(step: Callable[..., Any], left: list[int]) -> Callable[..., Any]:
+    def call(*arguments: Any, **named: Any) -> Any:
+        if left[0] == 0:
+            raise Crash
+        left[0] -= 1
+        return step(*arguments, **named)
+
+    return call
+
+
+@settings(deadline=None, max_examples=60)
+@given(end=st.integers(0, SEGMENT - 1), pages=st.sets(st.integers(0, 8)))
+def test_a_power_cut_while_it_is_cut(tmp_path_factory: pytest.TempPathFactory, end: int, pages: set[int]) -> None:
+    """Of the pages that were cleared only some are on disk; what was said in the header before is."""
+    folder = tmp_path_factory.mktemp("power")
+    with Journal.create(folder, SHARD, segment_records=SEGMENT) as journal:
+        journal.append(events(0, SEGMENT))
+    file = folder / "0000000000.journal"
+    before = file.read_bytes()
+    truncate(folder, end)
+    after = bytearray(file.read_bytes())
+    for page in pages:
+        place = slice(4096 * (1 + page), 4096 * (2 + page))
+        after[place] = before[place]
+    file.write_bytes(after)
+    reached = find_end(folder).next_sequence
+    assert end <= reached <= SEGMENT
+    assert truncate(folder, end).next_sequence == end
+    assert verify(folder).ok
 
 
 @settings(deadline=None, max_examples=200)
@@ -464,7 +528,7 @@ class Watching(Alone):
 
 def test_the_document_comes_before_the_event_that_names_it(tmp_path: Path) -> None:
     with pair(tmp_path, 10) as both:
-        big = "x" * 600_000
+        big = "x" * 3_000_000
         both.new_follower(Watching(both.standby))
         document(both.leader, 7, big)
         both.journal.append(config_event(7))
@@ -513,7 +577,7 @@ def test_snapshot_and_tail(tmp_path: Path, had: int) -> None:
         both.append(5 * SEGMENT + 40)
         dropped(both, 2)
         file = tmp_path / "snapshot-1900.bin"
-        file.write_bytes(np.random.default_rng(1).bytes(900_001))
+        file.write_bytes(np.random.default_rng(1).bytes(3_900_001))
         document(both.leader, 3, "{}")
         at = 3 * SEGMENT + 364
         both.server.lead(SHARD, Leading(both.journal, 1, snapshot=lambda: SnapshotFile(file, at)))
@@ -550,7 +614,7 @@ def test_a_bad_line(tmp_path: Path, toxiproxy: Toxiproxy) -> None:
             {"type": "timeout", "attributes": {"timeout": 0}},
         ):
             with proxy.toxic(toxic):
-                both.append(500)
+                both.append(30_000 if toxic["type"] == "bandwidth" else 500)  # a frame that takes longer than the timeout
                 if toxic["type"] in ("latency", "slicer", "bandwidth"):
                     both.caught_up()
                 else:

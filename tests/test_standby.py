@@ -10,16 +10,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from nodes import PROCESSING, cluster, simulator_source, until  # noqa: F401
 from replicas import options, shard_digest
 
 from tickmesh.control.config import Config, parse_config
 from tickmesh.node.beginning import begin_shard
-from tickmesh.node.event import EVENT
+from tickmesh.node.event import ANY_VIEW, EVENT
 from tickmesh.node.journal import Journal, JournalReader, truncate, verify
 from tickmesh.node.process import Node
-from tickmesh.node.replication import Leading, ReplicationServer
+from tickmesh.node.replication import Leading, ReplicationServer, SnapshotFile
 from tickmesh.node.standby import Built, Standby, StandbyError
 from tickmesh.node.telemetry import Telemetry
 from tickmesh.node.versions import Document
@@ -100,10 +101,14 @@ class Replica:
 
     def build(self, snapshot: Path | None) -> Built:
         ring = Ring.create(None, self.config.cluster.ring_capacity, EVENT, reader_timeout_ms=60_000)
-        shard = begin_shard(self.config, Document.of(self.config, 0, {}), ring, None)
+        shard = begin_shard(self.config, Document.of(self.config, 0, {}, "sequential"), ring, None)
         self.readers.append(ring.reader("test"))
         self.snapshots.append(snapshot)
-        return Built(shard, ring)
+        if snapshot is None:
+            return Built(shard, ring)
+        events = np.fromfile(snapshot, EVENT)  # a snapshot of this test: the events that led to the state
+        assert shard.step(events.view(ANY_VIEW), 0, len(events)) == len(events)
+        return Built(shard, ring, len(events))
 
 
 @contextmanager
@@ -214,6 +219,40 @@ def test_a_standby_starts_over_when_its_tail_is_cut_and_after_a_restart(cluster:
         again.standby.start()
         until(lambda: again.standby.taken == end - cut, "its own journal, without a leader", 60)
         assert shard_digest(again.standby.shard) == state  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_standby_begins_from_a_snapshot(cluster: str, tmp_path: Path) -> None:  # noqa: F811
+    """The leader's oldest segment is gone: what it has in place of it is a file, from which the shard is made; after a restart again."""
+    with ExitStack() as stack:
+        folder = tmp_path / "leader"
+        with journal_of_a_run(cluster, tmp_path) as run:
+            batch = np.concatenate([part.copy() for part in JournalReader(run.folder).batches()])
+        journal = stack.enter_context(Journal.create(folder, 0, segment_records=512, sync="none"))
+        journal.append(batch)
+        until(lambda: len(journal.finished()) >= 4, "the helper")
+        at = 3 * 512 + 100
+        file = tmp_path / f"{at}.events"
+        file.write_bytes(batch[:at].tobytes())
+        assert journal.drop_before(2 * 512) == 2
+        server = ReplicationServer(options("leader")).start()
+        stack.callback(server.stop)
+        server.lead(0, Leading(journal, 1, snapshot=lambda: SnapshotFile(file, at)))
+        states = []
+        for node in ("standby", "standby2"):
+            replica = Replica(node_text(cluster, node, tmp_path / "s", 1, capacity=65536), tmp_path / "standby", stack)
+            replica.standby.start()
+            if node == "standby":
+                replica.standby.follow(server.address)
+            until(lambda: replica.standby.taken == journal.next_sequence, "all events", 60)  # noqa: B023
+            replica.standby.check()
+            assert replica.snapshots == [tmp_path / "standby" / "snapshots" / file.name]
+            assert JournalReader(tmp_path / "standby").first_sequence == 3 * 512
+            states.append(shard_digest(replica.standby.shard))  # type: ignore[arg-type]
+            replica.standby.stop()
+        whole = Replica(node_text(cluster, "whole", tmp_path / "s", 1, capacity=65536), tmp_path / "none", stack).build(None)
+        whole.shard.step(batch.view(ANY_VIEW), 0, len(batch))
+        assert states == [shard_digest(whole.shard)] * 2
 
 
 def server_of(stack: ExitStack, journal: Journal, epoch: int) -> ReplicationServer:

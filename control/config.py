@@ -610,6 +610,15 @@ class Journal(Table):
         ge=0,
         le=1 << 30,
     )
+    snapshot_interval_s: float = key(
+        300.0,
+        "How often a live node's shards are written down, by a process beside them; a restart goes on from there, and older segments may "
+        "go. 0: never.",
+        live=True,
+        unit="s",
+        ge=0,
+        le=1e7,
+    )
     keep_hours: int = key(
         0, "Longest time that a full segment is kept, under the same condition; 0: no limit.", live=True, unit="h", ge=0, le=1 << 20
     )

@@ -5,21 +5,25 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import structlog
 
 from tickmesh.control.config import Config
 from tickmesh.node.errors import NodeError
 from tickmesh.node.frames import CalculationNames
 from tickmesh.node.gateways import signal_names
 from tickmesh.node.journal import Journal, JournalReader
-from tickmesh.node.journal_replay import Follower, begin_version
+from tickmesh.node.journal_replay import Follower
 from tickmesh.node.pipeline import make_shard, risk_limits
+from tickmesh.node.restore import RestoredShard
 from tickmesh.node.shard import Shard
 from tickmesh.node.shard_thread import ShardThread
+from tickmesh.node.snapshot import SnapshotError
+from tickmesh.node.snapshotter import Start, load_start, starts
 from tickmesh.node.versions import Document, Documents
 from tickmesh.transports.ring import Ring
 
@@ -27,6 +31,7 @@ Progress = Callable[[str], None] | None
 _RECORD_BYTES = 72
 _WAIT_S = 0.001
 _PAGE_BYTES = 4096
+_log = structlog.get_logger("node")
 
 
 class BeginningError(NodeError):
@@ -84,7 +89,6 @@ def open_journals(config: Config, document: Document, journals: list[Journal]) -
     for number, folder in enumerate(journal_folders(config)):
         if folder.exists() and any(folder.iterdir()):
             if goes_on(config):
-                _check_whole(folder)
                 journals.append(Journal.open(folder, number, config_version=document.version, sync=settings.sync))
                 continue
             previous = folder.with_name(folder.name + ".previous")
@@ -94,46 +98,73 @@ def open_journals(config: Config, document: Document, journals: list[Journal]) -
         journals.append(Journal.create(folder, number, segment_records=records, config_version=version, sync=settings.sync))
 
 
-def _check_whole(folder: Path) -> None:
-    """Raise unless a journal has its beginning, which a restart needs."""
-    first = JournalReader(folder).first_sequence
-    if first > 0:
-        advice = "move it away, or set journal.restore = false"
-        raise BeginningError(f"the journal in {folder} begins at sequence {first}, its older segments were deleted: {advice}")
+def possible_starts(document: Document, journal: Journal) -> list[Start]:
+    """Where a shard can begin, the earliest first: with its journal, and at its snapshots.
+
+    Args:
+        document: what a journal that knows no configuration yet begins under; it is then written beside it.
+        journal: the shard's.
+    """
+    documents = Documents(journal.folder)
+    version = JournalReader(journal.folder).config_version
+    if version not in documents.versions():
+        documents.write(replace(document, version=version))
+    return starts(journal.folder)
 
 
-def first_documents(document: Document, journals: list[Journal]) -> list[Document]:
-    """What each shard begins under: the first configuration of its journal, or `document`, which is then written beside it."""
-    found = []
-    for journal in journals:
-        documents = Documents(journal.folder)
-        version = JournalReader(journal.folder).config_version
-        if version in documents.versions():
-            found.append(documents.read(version))
-        else:
-            begun = replace(document, version=version)
-            documents.write(begun)
-            found.append(begun)
-    return found
+def begin_at(config: Config, possible: Sequence[Start], delivered: int | None, output: Ring, progress: Progress) -> tuple[Start, Shard]:
+    """A shard at the latest start that is good.
+
+    What a snapshot contains is not made again, so all its outputs must have been delivered. The earliest start is always good, since
+    nothing was deleted that it needs.
+
+    Args:
+        config: with the sizes that are configured now.
+        possible: starts, the earliest first.
+        delivered: the last output that every output stream holds; None: that is not known now.
+        output: takes the shard's outputs.
+
+    Raises:
+        BeginningError: there is no start, or none that can be loaded.
+    """
+    reason = "it has lost its oldest segments, and no snapshot fits it"
+    good = [start for start in possible[1:] if delivered is not None and start.document.outputs <= delivered]
+    for start in reversed([*possible[:1], *good]):
+        try:
+            return start, shard_at(config, start, output, progress)
+        except SnapshotError as error:
+            _log.warning("a snapshot cannot be used", reason=str(error))
+            reason = str(error)
+    raise BeginningError(f"a shard cannot go on from its journal ({reason}): move it away, or set journal.restore = false")
 
 
 def begin_shard(config: Config, document: Document, output: Ring, progress: Progress) -> Shard:
     """A fresh shard under its first configuration, of the sizes that are configured now."""
+    return shard_at(config, Start(document, 0, RestoredShard()), output, progress)
+
+
+def shard_at(config: Config, start: Start, output: Ring, progress: Progress) -> Shard:
+    """A shard as it was at a start, of the sizes that are configured now.
+
+    Raises:
+        SnapshotError: the snapshot is damaged, or the sizes are others now.
+    """
+    document = start.document
     shard = make_shard(config, document.plan(), output, document.order_ids, progress)
     shard.arrays.limits[:] = np.repeat(risk_limits(document.config), 2)
-    begin_version(shard, document.version, document.outputs)
     shard.arrays.books.orders.view(np.uint8)[::_PAGE_BYTES] = 0  # spread all over: not a page fault for each of the first orders
+    load_start(start, shard)
     return shard
 
 
 def replay(
-    thread: ShardThread, first: Document, target: Document, know: Callable[[Mapping[int, CalculationNames]], None],
+    thread: ShardThread, start: Start, target: Document, know: Callable[[Mapping[int, CalculationNames]], None],
     stop: threading.Event, progress: Progress,
 ) -> None:  # fmt: skip
     """Bring a shard that does not run yet to where its journal ends, and then to the configuration that the node is to run.
 
     Args:
-        first: what its journal begins under.
+        start: where the shard is.
         target: what the node is to run.
         know: told how the calculations of a version are called.
         stop: ends it early.
@@ -141,10 +172,12 @@ def replay(
     journal, documents = thread.journal, thread.documents
     assert journal is not None
     assert documents is not None
-    follower = Follower(thread.shard, first, documents)
-    if journal.next_sequence and progress:
-        progress(f"shard {thread.number}: replaying {journal.next_sequence:,} events of the journal")
-    for batch in JournalReader(journal.folder).batches() if journal.next_sequence else ():
+    follower = Follower(thread.shard, start.document, documents)
+    left = journal.next_sequence - start.sequence
+    if left and progress:
+        snapshot = f" after the snapshot at {start.sequence:,}" if start.path else ""
+        progress(f"shard {thread.number}: replaying {left:,} events of the journal{snapshot}")
+    for batch in JournalReader(journal.folder).batches(start.sequence) if left else ():
         mine = batch.copy()  # a shard completes events in place
         for begin, end in follower.pieces(mine):
             _adopt(thread, follower, know)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,24 +62,24 @@ def latencies_of(telemetry: Telemetry, name: str, shards: int) -> dict[int, Valu
     return {number: telemetry.delivery(name, number).receive_to_stored for number in range(shards)}
 
 
-def stream_ends(config: Config, targets: Mapping[str, str]) -> list[int]:
+def stream_ends(config: Config, targets: Mapping[str, str], which: Callable[[Sequence[int]], int] = max) -> list[int]:
     """By shard, the last output that a stream of the node's deliveries holds; 0 if there is none.
 
     Args:
         targets: addresses in place of configured ones, by delivery.
+        which: of several deliveries' last outputs; `min`: what all of them hold.
 
     Raises:
         StreamUnknown: a server is not there.
     """
-    ends = [0] * config.cluster.shards
+    found: list[list[int]] = []
     for name, delivery in nats_deliveries(config).items():
         try:
-            last = asyncio.run(_last_outputs(config, targets.get(name, delivery.target), delivery))
+            found.append(asyncio.run(_last_outputs(config, targets.get(name, delivery.target), delivery)))
         except (LinkError, nats.errors.Error, OSError) as error:
             reason = "NATS must be there when a node without a journal to replay starts, to know where its output stream ends"
             raise StreamUnknown(f"delivery.{name}: {reason} ({error})") from error
-        ends = [max(pair) for pair in zip(ends, last)]
-    return ends
+    return [which(ends) for ends in zip(*found)] if found else [0] * config.cluster.shards
 
 
 async def _last_outputs(config: Config, target: str, delivery: Delivery) -> list[int]:

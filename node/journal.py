@@ -1076,6 +1076,28 @@ class JournalReader:
         """Configuration under which its first segment was made: the one that a whole journal begins under."""
         return self._first.config_version
 
+    @property
+    def journal_id(self) -> int:
+        """Which journal it is."""
+        return self._first.journal_id
+
+    def chain_before(self, sequence: int) -> int | None:
+        """Checksum of the record before `sequence`, of which that one's depends; None if it is not kept, or not written yet."""
+        first = self._first
+        at = sequence - first.journal_first_sequence
+        index, record = divmod(at, first.segment_records)
+        if sequence < self.first_sequence or at < 0:
+            return None
+        if record == 0 and index > first.index:  # the segment may not have been made yet
+            index, record = index - 1, first.segment_records
+        try:
+            segment = _Segment(segment_path(self.folder, index))
+        except (FileNotFoundError, JournalForeignFile):
+            return None
+        if record == 0:
+            return segment.header.seed if index == 0 else segment.previous or None
+        return int(segment.checksums[record - 1]) or None
+
     def batches(self, start: int | None = None, size: int = 4096) -> Iterator[EventArray]:
         """Batches of up to `size` events from sequence `start` on (default: the oldest), as read-only arrays that need no copy.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -16,24 +16,26 @@ from typing import Any
 import structlog
 
 from tickmesh.control.config import Config
-from tickmesh.node.beginning import begin_shard, choose_document, first_documents, goes_on, open_journals, replay
+from tickmesh.node.beginning import begin_at, begin_shard, choose_document, goes_on, open_journals, possible_starts, replay
 from tickmesh.node.delivery import Changes, Gateway
 from tickmesh.node.errors import NodeError
 from tickmesh.node.event import EVENT
 from tickmesh.node.frames import CalculationNames
-from tickmesh.node.gateways import delivery_numbers, latencies_of, make_gateway, nats_deliveries, signal_names, stream_ends
+from tickmesh.node.gateways import StreamUnknown, delivery_numbers, latencies_of, make_gateway, nats_deliveries, signal_names, stream_ends
 from tickmesh.node.journal import Journal
 from tickmesh.node.logs import set_log_level
 from tickmesh.node.pipeline import make_table
 from tickmesh.node.receivers import BlockSourceMaker, Receiver, ReceiverContext, make_receiver
 from tickmesh.node.reload import Reload
-from tickmesh.node.restore import read_restored
+from tickmesh.node.restore import RestoredShard, read_restored
 from tickmesh.node.retention import Retention
+from tickmesh.node.shard import Shard
 from tickmesh.node.shard_state import CHANGES_KEPT
 from tickmesh.node.shard_thread import Input, ShardThread, shard_numbers
+from tickmesh.node.snapshotter import Snapshotter, Start, oldest_kept
 from tickmesh.node.succession import common_numbering, numbering_after
 from tickmesh.node.telemetry import NodeState, Telemetry
-from tickmesh.node.versions import Document
+from tickmesh.node.versions import Documents
 from tickmesh.transports.codecache import watched_compiles
 from tickmesh.transports.ring import Ring, ring_path
 from tickmesh.transports.toolbox import IDLE_MODES
@@ -42,6 +44,7 @@ Progress = Callable[[str], None] | None
 _MIRROR_S = 0.1
 _TRIM_S = 1.0
 _STOP_S = 5.0
+_EVERYTHING = 1 << 62
 _log = structlog.get_logger("node")
 
 
@@ -92,6 +95,7 @@ class Node:
         self._reload = Reload(self)
         self._ids: list[dict[int, int]] = []
         self._replays = False
+        self._snapshotter: Snapshotter | None = None
         self._stopped = False
         try:
             self.document = choose_document(config, version)
@@ -122,15 +126,12 @@ class Node:
         self.telemetry.set_state(NodeState.STARTING)
         self._create_outputs()
         self._replays = goes_on(config)
-        if not self._replays:
-            ends = stream_ends(config, self.targets)
-        beginnings = self._open_journals() if config.journal.enabled else [self.document] * cluster.shards
+        begun = self._begin_shards()
         for rules in self._filters:
             self.table.let_through(*rules)
-        if not self._replays:
-            beginnings = [replace(one, outputs=last) for one, last in zip(beginnings, ends)]
-        for number, (first, output) in enumerate(zip(beginnings, self.outputs)):
-            shard = begin_shard(config, first, output, self.progress)
+        if self._replays:
+            self._remember_instruments([start for start, _ in begun])
+        for number, ((start, shard), output) in enumerate(zip(begun, self.outputs)):
             journal = self.journals[number] if self.journals else None
             mine = [Input(rings[number], self.document.sources[name]) for name, rings in self.inputs.items()]
             thread = ShardThread(number, shard, mine, output, journal, self.telemetry, idle, self.progress)
@@ -139,11 +140,12 @@ class Node:
             self.shards.append(thread)
             if journal and thread.documents:
                 thread.retention = self._retention(journal)
-                thread.documents.write(first)
-                thread.documents.switched(0, first.version)
-        self._beginnings = beginnings
+                thread.documents.switched(start.sequence, start.document.version)
+        self._starts = [start for start, _ in begun]
+        if self._replays:
+            self._snapshotter = Snapshotter([journal.folder for journal in self.journals], config.journal.snapshot_interval_s)
         self.telemetry.set_state(NodeState.STARTING)
-        self.names = {first.version: signal_names(thread.shard.plan) for first, thread in zip(beginnings, self.shards)}
+        self.names = {start.document.version: signal_names(shard.plan) for start, shard in begun}
         for name in nats_deliveries(config):
             self.gateways[name] = self.make_gateway(config, name)
             self.gateways[name].take_latencies(latencies_of(self.telemetry, name, cluster.shards))
@@ -185,20 +187,44 @@ class Node:
 
     # ---- the journal
 
-    def _open_journals(self) -> list[Document]:
-        """Open the journals; gives what each shard begins under."""
-        open_journals(self.config, self.document, self.journals)
+    def _begin_shards(self) -> list[tuple[Start, Shard]]:
+        """Open the journals, and make each shard as it is where it begins: at its journal's beginning, at a snapshot, or afresh."""
+        config = self.config
+        ends = [] if self._replays else stream_ends(config, self.targets)
+        if config.journal.enabled:
+            open_journals(config, self.document, self.journals)
         if self._replays:
-            self._remember_instruments()
-        return first_documents(self.document, self.journals)
+            possible = [possible_starts(self.document, journal) for journal in self.journals]
+            delivered = self._delivered() if any(len(starts) > 1 for starts in possible) else None
+            limits: Sequence[int | None] = delivered or [None] * len(possible)
+            chosen = zip(possible, limits, self.outputs)
+            return [begin_at(config, starts, last, output, self.progress) for starts, last, output in chosen]
+        begun = []
+        for number, (last, output) in enumerate(zip(ends, self.outputs)):
+            document = replace(self.document, outputs=last)
+            if self.journals:
+                Documents(self.journals[number].folder).write(document)
+            begun.append((Start(document, 0, RestoredShard()), begin_shard(config, document, output, self.progress)))
+        return begun
+
+    def _delivered(self) -> list[int] | None:
+        """By shard, the last output that every stream holds; None: a server is not there."""
+        if not nats_deliveries(self.config):
+            return [_EVERYTHING] * self.config.cluster.shards
+        try:
+            return stream_ends(self.config, self.targets, min)
+        except StreamUnknown as error:
+            _log.warning("snapshots are not used: it cannot be seen what was delivered", reason=str(error))
+            return None
 
     def _retention(self, journal: Journal) -> Retention:
         settings = self.config.journal
         return Retention(journal, keep_bytes=settings.keep_mb << 20, keep_s=settings.keep_hours * 3600.0, needed_whole=self._replays)
 
-    def _remember_instruments(self) -> None:
+    def _remember_instruments(self, starts: Sequence[Start]) -> None:
         """Make the instruments of the journals known again, and tell the receivers how far their sources had come."""
-        restored = read_restored(journal.folder for journal in self.journals)
+        begun = [(start.sequence, start.known) for start in starts]
+        restored = read_restored([journal.folder for journal in self.journals], begun)
         self._ids, codes = restored.intern(self.table)
         for rules in self._filters:
             self.table.let_through(*rules)
@@ -218,8 +244,8 @@ class Node:
         stop = stop or threading.Event()
         for gateway in self.gateways.values():
             gateway.start()
-        for thread, first in zip(self.shards, self._beginnings) if self._replays else ():
-            replay(thread, first, self.document, self.know, stop, self.progress)
+        for thread, begun in zip(self.shards, self._starts) if self._replays else ():
+            replay(thread, begun, self.document, self.know, stop, self.progress)
         if stop.is_set():
             return
         for shard in self.shards:
@@ -315,6 +341,7 @@ class Node:
     def trim_journals(self) -> None:
         """Delete what `journal.keep_mb` and `keep_hours` do not want kept and nothing needs."""
         statuses = [gateway.status() for gateway in self.gateways.values()]
+        self._see_to_snapshots()
         for thread in self.shards:
             if thread.retention is not None:
                 core = thread.shard.arrays.core[0]
@@ -322,6 +349,18 @@ class Node:
                 thread.retention.trim(min((status[thread.number]["last_out_seq"] for status in statuses), default=None))
             if thread.documents is not None and thread.journal is not None:
                 thread.documents.prune(thread.journal.first_sequence)
+
+    def _see_to_snapshots(self) -> None:
+        """Have snapshots taken when they are due, and tell the journals what need not be kept any more."""
+        if self._snapshotter is None:
+            return
+        taken = self._snapshotter.taken
+        self._snapshotter.set_interval(self.config.journal.snapshot_interval_s)
+        self._snapshotter.tick()
+        if self._snapshotter.taken != taken:
+            for thread in self.shards:
+                if thread.retention is not None and thread.journal is not None:
+                    thread.retention.covered = oldest_kept(thread.journal.folder)
 
     def mirror(self) -> None:
         """Write the numbers that no loop writes itself into the counters, and look after the rings."""
@@ -365,6 +404,8 @@ class Node:
                 closing.callback(gateway.stop)
             for shard in self.shards:
                 closing.callback(shard.end)
+            if self._snapshotter is not None:
+                closing.callback(self._snapshotter.close)
             closing.callback(self._finish)
 
     def _finish(self) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tickmesh.node.event import ALL_INSTRUMENTS, EventArray, Kind
+from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, EventArray, Kind
 from tickmesh.node.instruments import InstrumentTable, InstrumentTableFull, SymbolFiltered
 from tickmesh.node.journal import JournalReader
 
@@ -27,10 +27,31 @@ class RestoredShard:
     Attributes:
         references: the last REFERENCE event of each instrument, by the shard's id.
         codes: the venue's numeric code, by the same.
+        sequences: per source, the last sequence that was processed; 0 if there is none.
     """
 
     references: dict[int, Any] = field(default_factory=dict)
     codes: dict[int, int] = field(default_factory=dict)
+
+    sequences: dict[int, int] = field(default_factory=dict)
+
+    def take(self, batch: EventArray) -> None:
+        """Take note of events of the journal."""
+        _take_definitions(self, batch)
+        _take_sequences(self.sequences, {number: int(event["flags"]) for number, event in self.references.items()}, batch)
+
+    def as_json(self) -> dict[str, Any]:
+        """For the facts of a snapshot."""
+        references = {str(number): event.tobytes().hex() for number, event in self.references.items()}
+        codes, sequences = ({str(k): v for k, v in table.items()} for table in (self.codes, self.sequences))
+        return {"references": references, "codes": codes, "sequences": sequences}
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> RestoredShard:
+        """From :meth:`as_json`."""
+        references = {int(number): np.frombuffer(bytes.fromhex(text), EVENT)[0] for number, text in facts["references"].items()}
+        codes, sequences = ({int(k): int(v) for k, v in facts[name].items()} for name in ("codes", "sequences"))
+        return cls(references, codes, sequences)
 
     def symbol(self, number: int) -> tuple[int, str]:
         """Source and symbol of an instrument."""
@@ -85,28 +106,30 @@ def _intern(table: InstrumentTable, shard: int, event: Any, source: int, symbol:
     return node
 
 
-def read_restored(folders: Iterable[Path]) -> Restored:
-    """Read the journals of a node's shards, in order."""
+def read_restored(folders: Iterable[Path], begun: Sequence[tuple[int, RestoredShard]] = ()) -> Restored:
+    """Read the journals of a node's shards, in order.
+
+    Args:
+        folders: of the journals.
+        begun: for each, the sequence from which on to read, and what is known of the events before it; default: from the oldest.
+    """
     restored = Restored()
-    for folder in folders:
-        shard, sequences, sources = RestoredShard(), dict[int, int](), dict[int, int]()
-        for batch in JournalReader(folder).batches():
-            _take_definitions(shard, sources, batch)
-            _take_sequences(sequences, sources, batch)
+    for place, folder in enumerate(folders):
+        start, shard = begun[place] if begun else (None, RestoredShard())
+        for batch in JournalReader(folder).batches(start):
+            shard.take(batch)
         restored.shards.append(shard)
-        for source, sequence in sequences.items():
+        for source, sequence in shard.sequences.items():
             restored.sequences[source] = max(restored.sequences.get(source, 0), sequence)
     return restored
 
 
-def _take_definitions(shard: RestoredShard, sources: dict[int, int], batch: EventArray) -> None:
+def _take_definitions(shard: RestoredShard, batch: EventArray) -> None:
     for event in batch[np.isin(batch["kind"], (int(Kind.REFERENCE), int(Kind.CODE)))]:
-        number = int(event["instrument"])
         if event["kind"] == Kind.REFERENCE:
-            shard.references[number] = event.copy()
-            sources[number] = int(event["flags"])
+            shard.references[int(event["instrument"])] = event.copy()
         else:
-            shard.codes[number] = int(event["id"])
+            shard.codes[int(event["instrument"])] = int(event["id"])
 
 
 def _take_sequences(sequences: dict[int, int], sources: dict[int, int], batch: EventArray) -> None:

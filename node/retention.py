@@ -1,7 +1,8 @@
 """How much of a shard's journal is kept: the oldest segments go when there are too many or they are too old, but none that is needed.
 
-A journal that a restart replays is needed whole, since a shard has no snapshots yet; then nothing goes, and the node says so. Otherwise
-(recordings, simulations, ``journal.restore = false``) a segment may go once what its events have put out is in every output stream.
+A journal that a restart goes on from is needed from the older of two snapshots on (:attr:`Retention.covered`), once what that contains has
+been delivered; before there are two it is needed whole, and the node says so if that is too much. Otherwise (recordings, simulations,
+``journal.restore = false``) a segment may go once what its events have put out is in every output stream.
 The journal of the run before, which a fresh start has put aside, goes first, as a whole.
 """
 
@@ -25,6 +26,7 @@ class Retention:
     """Trims one shard's journal. :meth:`mark` and :meth:`trim` now and then, from one thread.
 
     Attributes:
+        covered: sequence and outputs of the older of two snapshots; None: there are none.
         dropped: segments deleted so far.
         short: whether the limits cannot be kept because what is too much is needed.
     """
@@ -35,6 +37,7 @@ class Retention:
         self._marks: deque[tuple[int, int]] = deque()
         self._taken = 0
         self._safe = 0
+        self.covered: tuple[int, int] | None = None
         self.dropped = 0
         self.short = False
 
@@ -72,7 +75,7 @@ class Retention:
         dropped = self._drop_previous(now_s or time.time())
         until = None
         for segment in self._excess(now_s or time.time()):
-            if self._needed_whole or segment.next_sequence > self.journal.first_sequence + self._safe:
+            if segment.next_sequence > self._needed_from(delivered):
                 self._say_short()
                 break
             until = segment.next_sequence
@@ -82,6 +85,13 @@ class Retention:
             self.dropped += dropped
             _log.info("journal trimmed", shard=self.journal.shard, segments=dropped, oldest=until)
         return dropped
+
+    def _needed_from(self, delivered: int | None) -> int:
+        if not self._needed_whole:
+            return self.journal.first_sequence + self._safe
+        if self.covered is None or (delivered is not None and self.covered[1] > delivered):
+            return 0
+        return self.covered[0]
 
     def _excess(self, now_s: float) -> Iterator[FinishedSegment]:
         """Finished segments beyond a limit, oldest first."""
@@ -109,7 +119,7 @@ class Retention:
             return
         self.short = True
         advice = (
-            "a restart needs all of it: give it more room (journal.keep_mb), or set journal.restore = false and start again"
+            "a restart needs it, since there are no two snapshots after it yet: lower journal.snapshot_interval_s, or raise keep_mb"
             if self._needed_whole
             else "its outputs are not delivered yet: look at the delivery"
         )

@@ -14,19 +14,18 @@ from pathlib import Path
 
 import pytest
 from nats_logins import make_authority, make_certificate
+from programs import require
 from store_servers import contract, until
 
 from tickmesh.control.consul_store import ConsulOptions, ConsulStore
 from tickmesh.control.store import Put, Service, StoreRefused, StoreUnavailable
-from tickmesh.ops.servers import ConsulServer, ConsulServerOptions, ServerBinaryMissing, free_ports
+from tickmesh.ops.servers import ConsulServer, ConsulServerOptions, free_ports
 
 
 def started(server: ConsulServer, stack: ExitStack) -> ConsulServer:
-    """The server, running; skips the test if this host has no Consul."""
-    try:
-        return stack.enter_context(server)
-    except ServerBinaryMissing as missing:
-        pytest.skip(str(missing))
+    """The server, running."""
+    require("consul")
+    return stack.enter_context(server)
 
 
 @pytest.fixture

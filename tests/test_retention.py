@@ -22,7 +22,7 @@ from tickmesh.ops.up import GENERATORS
 
 def filled(folder: Path, segments: int) -> Journal:
     """A journal with so many full segments and one event in the next."""
-    journal = Journal.create(folder, 3, segment_records=SEGMENT, sync="none")
+    journal = Journal.create(folder, int(folder.name[-1]), segment_records=SEGMENT, sync="none")
     journal.append(events(0, segments * SEGMENT + 1))
     until(lambda: len(journal.finished()) == segments, "the helper")
     return journal
@@ -92,6 +92,16 @@ def test_what_a_restart_needs_stays_and_the_run_before_goes_first(tmp_path: Path
     assert sequences(journal.folder) == list(range(3 * SEGMENT + 1))
 
 
+def test_what_lies_before_two_snapshots_goes_once_it_is_delivered(tmp_path: Path) -> None:
+    with filled(tmp_path / "shard-3", 3) as journal:
+        retention = Retention(journal, keep_bytes=1, needed_whole=True)
+        all_taken(retention)
+        retention.covered = (2 * SEGMENT + 5, 70)
+        assert retention.trim(69) == 0
+        assert retention.trim(70) == 2
+        assert sequences(journal.folder)[0] == 2 * SEGMENT
+
+
 def test_a_running_node_trims_its_journal(nats_server: NatsServer, cluster: str, tmp_path: Path) -> None:  # noqa: F811
     """Segments of 1 MiB, of which a long simulation fills many; what the stream holds is whole nevertheless."""
     config = node_config(cluster, tmp_path, simulator_source(60_000), extra="", cluster_extra="")
@@ -121,7 +131,7 @@ def test_a_journal_without_its_beginning_is_not_restored(nats_server: NatsServer
     with filled(folder, 3) as journal:
         assert journal.drop_before(SEGMENT) == 1
     config = node_config(cluster, tmp_path, multicast_source(("udp://239.77.1.1:23456",)))
-    with pytest.raises(NodeError, match=r"begins at sequence 512, .* journal\.restore = false"):
+    with pytest.raises(NodeError, match=r"oldest segments, and no snapshot fits it\): .* journal\.restore = false"):
         Node(config, GENERATORS, {"events": nats_server.url})
     afresh = config.model_copy(update={"journal": config.journal.model_copy(update={"restore": False})})
     with running(afresh, nats_server.url) as node:

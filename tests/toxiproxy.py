@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 from nodes import until
+from programs import require
 
-from tickmesh.ops.servers import ServerBinaryMissing, free_ports, toxiproxy_binary
+from tickmesh.ops.servers import free_ports, toxiproxy_binary
 
 
 class Proxy:
@@ -65,11 +66,9 @@ def _ask(url: str, method: str, body: dict[str, Any] | None = None) -> Any:
 
 @pytest.fixture
 def toxiproxy(tmp_path: Path) -> Iterator[Toxiproxy]:
-    """A Toxiproxy of the test's own; skips where this host has none."""
-    try:
-        program = toxiproxy_binary()
-    except ServerBinaryMissing as missing:
-        pytest.skip(str(missing))
+    """A Toxiproxy of the test's own."""
+    require("toxiproxy")
+    program = toxiproxy_binary()
     [port] = free_ports("127.0.0.1", 1)
     with (tmp_path / "toxiproxy.log").open("w") as log:
         process = subprocess.Popen([program, "-host", "127.0.0.1", "-port", str(port)], stdout=log, stderr=log)

@@ -95,7 +95,7 @@ class Follower:
     def change_to(self, document: Document, now_ns: int) -> tuple[EventArray, Callable[[], None]]:
         """Change between two events, with no loop running: the CONFIG event to journal and step over, and what to do after it."""
         plan, slot = document.plan(), 1 - int(self.shard.arrays.core["parameters"][0])
-        if same_loop(self.shard.plan, plan) and numbering_of(self.shard.arrays.books) == document.order_ids:
+        if same_loop(self.shard.plan, plan) and document.order_ids in ("", numbering_of(self.shard.arrays.books)):
             self._set(document, slot)
             return config_event(document.version, slot, False, now_ns), lambda: None
         return config_event(document.version, slot, True, now_ns), lambda: self.turn_to(document)

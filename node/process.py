@@ -127,10 +127,10 @@ class Node:
         self._create_outputs()
         self._replays = goes_on(config)
         begun = self._begin_shards()
+        if self._replays:  # before the filters: what was let through once is known
+            self._remember_instruments([start for start, _ in begun])
         for rules in self._filters:
             self.table.let_through(*rules)
-        if self._replays:
-            self._remember_instruments([start for start, _ in begun])
         for number, ((start, shard), output) in enumerate(zip(begun, self.outputs)):
             journal = self.journals[number] if self.journals else None
             mine = [Input(rings[number], self.document.sources[name]) for name, rings in self.inputs.items()]

@@ -558,6 +558,10 @@ class Shard:
         """Events so far by kind, inputs and outputs."""
         return {Kind(k).name.lower(): int(n) for k, n in enumerate(self.arrays.counts) if n and k in Kind._value2member_map_}
 
+    def symbol(self, instrument: int) -> str:
+        """Symbol of one of the shard's instruments."""
+        return bytes(self.arrays.info["symbol"][instrument]).rstrip(b"\0").decode("ascii")
+
     def seen_instruments(self) -> list[int]:
         """Ids of the instruments that this shard has been told of."""
         return [int(i) for i in np.flatnonzero(self.arrays.info["tick_size"])]

@@ -34,8 +34,9 @@ def succeed(shard: Shard, plan: ShardPlan, limits: Any, order_ids: str) -> tuple
         shard: the one before; it runs on until the hand-over.
         plan: what the next loop is made of.
         limits: LIMITS record array of one.
-        order_ids: how orders are numbered from then on: as before, or per instrument.
+        order_ids: how orders are numbered from then on: as before (also if it is empty), or per instrument.
     """
+    order_ids = order_ids or numbering_of(shard.arrays.books)
     before = {instance.name: instance for instance in shard.plan.instances}
     kept = [before[i.name].index if i.name in before and keeps_state(before[i.name], i) else None for i in plan.instances]
     states = {k: getattr(shard.arrays, f"s{place}") for k, place in enumerate(kept) if place is not None}

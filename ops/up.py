@@ -264,7 +264,7 @@ def rows(node: Node) -> list[tuple[str, str | None, str, str | None, str, str, s
             bid, bid_qty, ask, ask_qty = (int(v) for v in statistics["last_bbo"])
             signals = "  ".join(f"{name} {value:.6g}" for name, value in shard.last_signals(i).items())
             sizes = ["" if price == NO_PRICE else quantity_text(qty, exponent) for price, qty in ((bid, bid_qty), (ask, ask_qty))]
-            row = (node.table.symbol(i), price_text(bid), sizes[0], price_text(ask), sizes[1], f"{int(statistics['trades']):,}", signals)
+            row = (shard.symbol(i), price_text(bid), sizes[0], price_text(ask), sizes[1], f"{int(statistics['trades']):,}", signals)
             found.append((int(statistics["trades"]), row))
     return [row for _, row in sorted(found, key=lambda pair: -pair[0])]
 

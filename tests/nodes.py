@@ -163,7 +163,7 @@ def books(node: Node) -> dict[str, dict[str, object]]:
         for i in shard.seen_instruments():
             bids, asks = book.top(shard.arrays.books, i, 10_000)
             statistics = shard.arrays.statistics[i]
-            found[node.table.symbol(i)] = {
+            found[shard.symbol(i)] = {
                 "bids": [[price // 100_000, qty, orders] for price, qty, orders in bids],
                 "asks": [[price // 100_000, qty, orders] for price, qty, orders in asks],
                 "orders": book.resting_orders(shard.arrays.books, i),

@@ -132,7 +132,7 @@ def test_two_shards_make_of_each_instrument_what_one_makes(nats_server: NatsServ
             finish(node)
             found.append((books(node), by_symbol(node, nats_server.url, name)))
             if shards == 2:
-                owners = {node.table.symbol(i): number for number, s in enumerate(node.shards) for i in s.shard.seen_instruments()}
+                owners = {s.shard.symbol(i): number for number, s in enumerate(node.shards) for i in s.shard.seen_instruments()}
     assert found[0][0] == found[1][0]
     assert found[0][1].keys() == found[1][1].keys() == set(SYMBOLS)
     for symbol in SYMBOLS:
@@ -144,14 +144,14 @@ def test_two_shards_make_of_each_instrument_what_one_makes(nats_server: NatsServ
 def by_symbol(node: Node, url: str, name: str) -> dict[str, list[tuple[int, ...]]]:
     """Trades and BBOs per symbol, without ids, receive times and output sequences."""
     found: dict[str, list[tuple[int, ...]]] = {}
-    for number, _ in enumerate(node.shards):
+    for number, thread in enumerate(node.shards):
         made = outputs_made(node, number)
         outputs, missing = stream(url, name, made, number)
         assert_whole(outputs, made)
         assert not missing
         for event in outputs[np.isin(outputs["kind"], (Kind.BBO, Kind.TRADE, Kind.BAR))]:
             fields = ("kind", "side", "flags", "ts_event", "price", "qty", "id", "aux")
-            found.setdefault(node.table.symbol(int(event["instrument"])), []).append(tuple(int(event[name]) for name in fields))
+            found.setdefault(thread.shard.symbol(int(event["instrument"])), []).append(tuple(int(event[name]) for name in fields))
     return found
 
 

@@ -92,6 +92,7 @@ def test_documents_go_when_no_segment_needs_them(document: Document, tmp_path: P
     assert documents.versions() == []
 
 
+ALL_RESTART = ("[cluster]", "[replication]", "[store]")
 RESTART = {
     "[journal]": {"enabled", "segment_mb", "sync", "restore"},
     "[processing]": {"timer_interval_ms"},
@@ -101,11 +102,11 @@ RESTART = {
 
 def test_the_keys_that_need_a_restart() -> None:
     """What is declared live is what Node.apply takes (tests/test_live_config.py); a key that is added here is a decision."""
-    rows = [row for row in schema_rows() if row.section != "[cluster]"]
+    rows = [row for row in schema_rows() if row.section not in ALL_RESTART]
     found = {section: {row.key for row in rows if row.section == section and row.change == "restart"} for section in RESTART}
     assert found == RESTART
     assert {row.section for row in rows if row.change == "restart"} == set(RESTART)
-    assert {row.change for row in schema_rows() if row.section == "[cluster]"} == {"restart"}
+    assert {row.change for row in schema_rows() if row.section in ALL_RESTART} == {"restart"}
 
 
 def test_what_needs_a_restart(document: Document) -> None:

@@ -180,6 +180,8 @@ class _Store:
                 return ""
         except urllib.error.HTTPError as error:
             return f"{error.code} {error.read().decode(errors='replace').strip()}"
+        except urllib.error.URLError as error:  # it hangs up in the middle of what is too large
+            return str(error.reason)
 
     def _get(self, key: str) -> bytes:
         assert self._consul is not None

@@ -413,6 +413,8 @@ def _unusable(name: str, value: bytes) -> tuple[str, str] | None:
         return "is no section", f"{known}; remove the key"
     if ".." in name.split("/"):
         return "is no file name", "remove the key"
+    if len(value) > VALUE_BYTES_MAX:
+        return f"has {len(value)} bytes, at most {VALUE_BYTES_MAX} can be kept in its history", "shorten it"
     try:
         value.decode()
     except UnicodeDecodeError:

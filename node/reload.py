@@ -174,11 +174,20 @@ class Reload:
         return document, plan
 
     def _compile(self, plan: ShardPlan, sources: int) -> None:
-        """Have the plan's loop compiled, in a helper process, unless it is the one that runs."""
+        """Have the plan's loop compiled, in a helper process, unless it is the one that runs.
+
+        Raises:
+            PlanError: a calculation of the user does not compile; tried first and by itself, since the whole loop takes long.
+            CompileError: the loop does not compile.
+        """
         node = self._node
         module = import_generated(write_generated("shard_parts", generate(plan)))
         room = inputs_room(sources + 1)
         if module is not node.shards[0].shard.module or room != inputs_room(len(node.inputs) + 1):
+            known = {(i.module, i.function) for i in node.shards[0].shard.plan.instances}
+            problems = compile_problems(i for i in plan.instances if (i.module, i.function) not in known)
+            if problems:
+                raise PlanError(problems)
             live_loop(module, room, BATCH_EVENTS, node.progress)
 
 

@@ -125,6 +125,7 @@ class ConfigFollower:
         *,
         running: tuple[int, Documents] | None = None,
         facts: Callable[[], Mapping[str, Any]] | None = None,
+        told: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
         """Nothing is asked yet.
 
@@ -134,8 +135,9 @@ class ConfigFollower:
             try_out: compiles and checks one, and applies nothing.
             running: version and documents that the node runs already, from its journal.
             facts: further facts for the status; asked at each heartbeat, in the follower's thread.
+            told: told of every other status, also while the store is away.
         """
-        self.options, self._apply, self._try_out, self._facts = options, apply, try_out, facts
+        self.options, self._apply, self._try_out, self._facts, self._told = options, apply, try_out, facts, told
         self.keys, self.node = Keys(options.own.cluster.name), options.own.cluster.node
         self._good: Documents | None = running[1] if running else None
         self._handled: tuple[str, int, str, str] | None = None
@@ -326,6 +328,8 @@ class ConfigFollower:
         if made != self.status:
             self.status = made
             self._said.set()
+            if self._told:
+                self._told(made)
 
     async def _keep_status(self, store: Store, watch: Watch) -> None:
         """Write the status when it changes and at each heartbeat; and history that is due."""

@@ -11,6 +11,7 @@ higher than the journal's: then the change gets the next number there, which the
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from tickmesh.node.config_checks import config_checks
 from tickmesh.node.process import Node
 from tickmesh.node.reload import ChangeRefused, ChangeUnderWay
 from tickmesh.node.store_link import open_store
+from tickmesh.node.telemetry import configuration_path
 
 Start = Callable[[Config, int | None], Node]
 """Makes a node of a configuration and its version (None: of the node's own file), and starts it."""
@@ -51,7 +53,8 @@ class Following:
         self._lock = threading.Lock()
         self._begun = threading.Event()
         options = FollowerOptions(own, own.cluster.data_path / "code", config_checks, service={"meta": {"node": own.cluster.node}})
-        self.follower = ConfigFollower(options, self._apply, self._try_out, facts=self._facts)
+        self._shown = configuration_path(own.cluster.name, own.cluster.node)
+        self.follower = ConfigFollower(options, self._apply, self._try_out, facts=self._facts, told=self._show)
         self._thread = FollowerThread(self.follower, partial(open_store, own.store, own.resolve, name=f"tickmesh {own.cluster.node}"))
 
     node: Node | None
@@ -91,6 +94,7 @@ class Following:
     def stop(self) -> None:
         """Follow no more; the node is the caller's to stop."""
         self._thread.stop()
+        self._shown.unlink(missing_ok=True)
 
     # -- from the follower
 
@@ -136,6 +140,15 @@ class Following:
             self.node = self._start(config, None)
         self._begun.set()
         return self.node
+
+    def _show(self, status: Mapping[str, Any]) -> None:
+        """Let `tickmesh status` on this host see it, also while the store is away."""
+        temporary = self._shown.with_suffix(".new")
+        try:
+            temporary.write_text(json.dumps(status), encoding="utf-8")
+            temporary.replace(self._shown)
+        except OSError as error:
+            _log.warning("the configuration's state cannot be shown", reason=str(error))
 
     def _facts(self) -> Mapping[str, Any]:
         node = self.node

@@ -201,6 +201,11 @@ def telemetry_path(cluster: str, node: str) -> Path:
     return counters_path(f"{cluster}.{node}")
 
 
+def configuration_path(cluster: str, node: str) -> Path:
+    """Where a node that follows a store says what it runs and what it has refused, as JSON, for `tickmesh status`."""
+    return telemetry_path(cluster, node).with_suffix(".config")
+
+
 def find_nodes() -> list[NodeName]:
     """The nodes that have, or had, counters on this host, sorted."""
     found = [name.split(".") for name in list_counters()]

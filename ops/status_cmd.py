@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tickmesh.node.telemetry import NodeName, Telemetry, find_nodes, read_telemetry
+from tickmesh.node.telemetry import NodeName, Telemetry, configuration_path, find_nodes, read_telemetry
 from tickmesh.transports.counters import CounterFile, CountersError, Values, percentile
 from tickmesh.transports.ring import RingError, list_rings, ring_path, ring_stat
 
@@ -70,6 +70,8 @@ def advice(reading: Mapping[str, Any]) -> str:
 def node_statuses(cluster: str | None = None, node: str | None = None) -> list[dict[str, Any]]:
     """What :func:`tickmesh.node.telemetry.read_telemetry` gives for each node, with `advice`; a file that cannot be read gives `error`.
 
+    Of a node that follows a store, `configuration` is what it says under ``status/<node>`` there: what it runs, and what it has refused.
+
     Raises:
         NoSuchNode: names were given and none matches.
     """
@@ -80,8 +82,15 @@ def node_statuses(cluster: str | None = None, node: str | None = None) -> list[d
         except (CountersError, OSError) as error:
             found.append({"cluster": name.cluster, "node": name.node, "path": str(name.path), "error": str(error)})
             continue
-        found.append({**reading, "advice": advice(reading)})
+        found.append({**reading, "advice": advice(reading), "configuration": _configuration(name)})
     return found
+
+
+def _configuration(name: NodeName) -> dict[str, Any] | None:
+    with contextlib.suppress(OSError, ValueError):
+        found: dict[str, Any] = json.loads(configuration_path(name.cluster, name.node).read_text(encoding="utf-8"))
+        return found
+    return None
 
 
 def ring_statuses(pids: set[int] | None = None) -> list[dict[str, Any]]:
@@ -174,10 +183,24 @@ def _head(reading: Mapping[str, Any]) -> Text:
     return head.append(f"\n  {reading['advice']}", style="yellow") if reading["advice"] else head
 
 
+def _configuration_text(status: Mapping[str, Any]) -> Text:
+    """What a node runs of its cluster's store, and what it has refused and why."""
+    text = Text(f"  configuration {status['version']} of the store ({status['source'] or 'none yet'}), {status['state']}")
+    if status["store"]["stale"]:
+        text.append(f"\n  the store cannot be read: {status['store']['reason']}; the last good configuration holds", style="yellow")
+    if status["refused"]:
+        text.append(f"\n  configuration {status['refused']['version']} is REFUSED, the one before runs on:", style="red")
+        for reason in status["refused"]["reasons"]:
+            text.append(f"\n    {reason}", style="red")
+    return text
+
+
 def _node_view(reading: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield _head(reading)
     if "error" in reading:
         return
+    if reading["configuration"]:
+        yield _configuration_text(reading["configuration"])
     yield from (table for table in (_source_table(reading), _shard_table(reading), _delivery_table(reading)) if table.row_count)
 
 

@@ -149,6 +149,10 @@ def test_what_is_wrong_is_refused_and_the_node_runs_on(followed: Followed) -> No
     until(lambda: followed.status()["refused"], "the refusal")
     refused = followed.status()["refused"]
     assert any("max_qty" in reason for reason in refused["reasons"])
+    command = [sys.executable, "-m", "tickmesh.ops.cli", "status", "--cluster", followed.cluster]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "REFUSED" in shown
+    assert "max_qty" in shown
     followed.grows()
     by_hand(followed, "cluster", b"instruments_max = 2048\n")
     until(lambda: followed.status()["refused"]["version"] > refused["version"], "another refusal")

@@ -25,10 +25,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
+import structlog
+
 from tickmesh.control.heartbeats import Heartbeats
 from tickmesh.control.placement import replicas_of
 from tickmesh.control.store import Backoff, Delete, Lease, LeaseHeld, Put, Snapshot, Store, StoreError, Watch, end_task
 
+_log = structlog.get_logger("leadership")
 LeaderState = Literal["standby", "campaigning", "leading", "leading_without_store", "draining"]
 
 
@@ -283,8 +286,10 @@ class Leadership:
         """Place the shards again whenever the members change."""
         pause = Backoff(first_s=0.1, last_s=1.0)
         while True:
-            with contextlib.suppress(StoreError):  # then as before
+            try:
                 await self._place(await self._members())
+            except Exception as error:  # of the store or of the node: it stays as it was until the next look
+                _log.warning("shards cannot be placed now", reason=str(error) or type(error).__name__)
             await pause.wait()
 
     async def _place(self, members: Mapping[str, float]) -> None:
@@ -294,14 +299,17 @@ class Leadership:
         placed = {s: replicas_of(s, members, self.options.replicas, wished.get(s)) for s in range(self.options.shards)}
         if placed == self._placed:
             return
-        self._placed = placed
         mine = {shard for shard, nodes in placed.items() if self._beats.node in nodes}
         keep = {one.number for one in self._tended.values() if one.leading}  # a leader leaves by handing over, not by arithmetic
         await self._replicas.host(frozenset(mine | keep))
+        self._placed = placed
         for shard in mine - set(self._tended):
             one = self._tended[shard] = _Tended(shard)
             one.task = asyncio.create_task(self._tend(one), name=f"leadership of shard {shard}")
-        for shard in set(self._tended) - mine - keep:
+        for shard in set(self._tended) - mine:
+            if self._tended[shard].leading or self._tended[shard].status.state == "campaigning":
+                self._placed = {}  # it has begun to lead meanwhile: place again
+                continue
             one = self._tended.pop(shard)
             if one.task is not None:
                 await end_task(one.task)
@@ -538,14 +546,18 @@ class Leadership:
     async def _leave(self, one: _Tended, hand_over: bool) -> None:
         """Before the node stops."""
         to = self._successor(one.number) if hand_over else None
-        if to is not None and one.lease is not None and one.lease.held:
-            with contextlib.suppress(StoreError):
+        try:
+            if to is not None and one.lease is not None and one.lease.held:
                 wish = Put(move_key(self.options.root, one.number), Move(to, self._holder.node).encode())
                 await self._store.transaction([wish], lease=one.lease)
                 if await self._hand_over(one, to):
                     return
-        await self._replicas.stop_leading(one.number, "the node stops")
-        await self._give_up_lease(one)
+        except Exception as error:  # of the store or of the node: then without a successor
+            _log.warning("a shard could not be handed over", shard=one.number, to=to, reason=str(error) or type(error).__name__)
+        try:
+            await self._replicas.stop_leading(one.number, "the node stops")
+        finally:
+            await self._give_up_lease(one)
 
 
 async def request_move(store: Store, root: str, shard: int, to: str, by: str) -> None:

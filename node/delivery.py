@@ -413,6 +413,11 @@ class ShardDelivery:
 
     # -- REFERENCE events for subscribers that start later
 
+    def know_instruments(self, references: EventArray) -> None:
+        """Before the start: REFERENCE events of instruments that the ring does not bring any more."""
+        for one in self.names.learn(references):
+            self._references[int(one["instrument"])] = one.tobytes()
+
     async def _publish_references(self, news: EventArray) -> None:
         for one in news:
             self._references[int(one["instrument"])] = one.tobytes()
@@ -500,6 +505,7 @@ class Gateway:
         latencies: Mapping[int, Values] | None = None,
         changes: Mapping[int, Changes] | None = None,
         gates: Mapping[int, ReleaseGate] | None = None,
+        start: Literal["oldest", "newest"] = "oldest",
     ) -> None:
         """Registers a reader at each ring, which from then on holds a lossless ring's writer.
 
@@ -511,11 +517,12 @@ class Gateway:
             latencies: by shard number, the histogram of times from receipt to the stream (:meth:`Telemetry.delivery`).
             changes: by shard number, where its configuration changed; :meth:`know` says how calculations are called then.
             gates: by shard number, what holds outputs back until their inputs are on standbys; without one they go at once.
+            start: from where on the rings are read; `newest` for rings that hold nothing yet, whatever number they begin at.
         """
         self.options = options
         self.error = ""
         self._login = login
-        self._readers = {shard: ring.reader("gateway", start="oldest") for shard, ring in rings.items()}
+        self._readers = {shard: ring.reader("gateway", start=start) for shard, ring in rings.items()}
         known, changed, held = latencies or {}, changes or {}, gates or {}
         self._names: dict[int, CalculationNames] = {}
         self.shards = {

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -33,6 +34,9 @@ from tickmesh.node.telemetry import configuration_path
 Start = Callable[[Config, int | None], Node]
 """Makes a node of a configuration and its version (None: of the node's own file), and starts it."""
 FIRST_WAIT_S = 5.0
+_LOOK_S = 0.05
+_RETRY_S = 60.0
+"""How long a change is tried again that is refused only because another one is under way."""
 _Made = TypeVar("_Made")
 _log = structlog.get_logger("config")
 
@@ -71,9 +75,9 @@ class Following:
         self._thread.start()
         limit_s = wait_s
         while not stop.is_set():
-            if self._begun.wait(min(0.05, limit_s)):
+            if self._begun.wait(_LOOK_S):
                 return self.node
-            limit_s -= 0.05
+            limit_s -= _LOOK_S
             if limit_s > 0:
                 continue
             reason = self._reason()
@@ -82,7 +86,8 @@ class Following:
                 return self._begin(self.own, None)
             if told:
                 told(f"waiting for a configuration in the store ({reason})")
-            self._begun.wait()
+            while not stop.is_set() and not self._begun.wait(_LOOK_S):
+                pass
         return None
 
     def _reason(self) -> str:
@@ -110,13 +115,18 @@ class Following:
             if node is None:
                 self._begin_locked(config, version)
                 return None
-        try:
-            node.apply(config, max(version, node.version + 1))
-        except ChangeRefused as refused:
-            return [str(reason) for reason in refused.reasons]
-        except ChangeUnderWay as waiting:
-            _log.warning("a change waits", reason=str(waiting))
-        return None
+        end = time.monotonic() + _RETRY_S
+        while True:
+            try:
+                node.apply(config, max(version, node.version + 1))
+            except ChangeRefused as refused:
+                if not refused.passing or time.monotonic() > end:
+                    return [str(reason) for reason in refused.reasons]
+                time.sleep(_LOOK_S)
+                continue
+            except ChangeUnderWay as waiting:
+                _log.warning("a change waits", reason=str(waiting))
+            return None
 
     def _trial(self, config: Config) -> list[str] | None:
         node = self.node

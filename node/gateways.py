@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nats.errors
 import nats.js.errors as js_errors
@@ -15,7 +15,7 @@ import nats.js.errors as js_errors
 from tickmesh.control.config import Config, Delivery
 from tickmesh.node.delivery import Changes, DeliveryOptions, Gateway
 from tickmesh.node.errors import NodeError
-from tickmesh.node.event import Kind
+from tickmesh.node.event import EventArray, Kind
 from tickmesh.node.frames import CalculationNames, stream_name, stream_subject
 from tickmesh.node.shard import ShardPlan
 from tickmesh.node.telemetry import Telemetry
@@ -40,6 +40,8 @@ def make_gateway(
     rings: Mapping[int, Ring],
     changes: Mapping[int, Changes],
     names: Mapping[int, CalculationNames],
+    references: Mapping[int, EventArray],
+    start: Literal["oldest", "newest"],
 ) -> Gateway:
     """The gateway of a delivery, which reads the rings from the oldest output that they hold.
 
@@ -48,10 +50,14 @@ def make_gateway(
         rings: output ring by shard number.
         changes: the shards' changes of configuration.
         names: of the calculations, by version.
+        references: REFERENCE events of each shard's instruments so far.
+        start: from where on the rings are read.
     """
     delivery = config.delivery[name]
     options = delivery_options(config, delivery, target or delivery.target)
-    gateway = Gateway(options, rings, login=login_of(delivery), changes=changes)
+    gateway = Gateway(options, rings, login=login_of(delivery), changes=changes, start=start)
+    for shard, events in references.items():
+        gateway.shards[shard].know_instruments(events)
     for version, calculations in names.items():
         gateway.know(version, calculations)
     return gateway

@@ -831,6 +831,11 @@ class Journal:
         return self._header.journal_first_sequence + int(self.arrays.words[W_NEXT])
 
     @property
+    def syncs(self) -> bool:
+        """Whether it forces anything to the disk at all."""
+        return self._sync != "none"
+
+    @property
     def synced_sequence(self) -> int:
         """Events below this sequence are known to be on disk."""
         return self._header.journal_first_sequence + int(self.arrays.words[W_SYNCED])

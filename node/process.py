@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import structlog
 
@@ -22,7 +22,7 @@ from tickmesh.node.errors import NodeError
 from tickmesh.node.event import EVENT
 from tickmesh.node.frames import CalculationNames
 from tickmesh.node.gateways import StreamUnknown, delivery_numbers, latencies_of, make_gateway, nats_deliveries, signal_names, stream_ends
-from tickmesh.node.journal import Journal
+from tickmesh.node.journal import Journal, JournalError
 from tickmesh.node.logs import set_log_level
 from tickmesh.node.pipeline import make_table
 from tickmesh.node.receivers import BlockSourceMaker, Receiver, ReceiverContext, make_receiver
@@ -32,7 +32,7 @@ from tickmesh.node.retention import Retention
 from tickmesh.node.shard import Shard
 from tickmesh.node.shard_state import CHANGES_KEPT
 from tickmesh.node.shard_thread import Input, ShardThread, shard_numbers
-from tickmesh.node.snapshotter import Snapshotter, Start, oldest_kept
+from tickmesh.node.snapshotter import Snapshotter, Start, keep_snapshots
 from tickmesh.node.succession import common_numbering, numbering_after
 from tickmesh.node.telemetry import NodeState, Telemetry
 from tickmesh.node.versions import Documents
@@ -143,11 +143,12 @@ class Node:
                 thread.documents.switched(start.sequence, start.document.version)
         self._starts = [start for start, _ in begun]
         if self._replays:
-            self._snapshotter = Snapshotter([journal.folder for journal in self.journals], config.journal.snapshot_interval_s)
+            sizes = cluster.instruments_max, cluster.orders_max
+            self._snapshotter = Snapshotter([journal.folder for journal in self.journals], config.journal.snapshot_interval_s, sizes)
         self.telemetry.set_state(NodeState.STARTING)
         self.names = {start.document.version: signal_names(shard.plan) for start, shard in begun}
         for name in nats_deliveries(config):
-            self.gateways[name] = self.make_gateway(config, name)
+            self.gateways[name] = self.make_gateway(config, name, "newest")
             self.gateways[name].take_latencies(latencies_of(self.telemetry, name, cluster.shards))
 
     def make_inputs(self) -> list[Ring]:
@@ -162,10 +163,12 @@ class Node:
         context = ReceiverContext(self.table, rings, chosen, idle, self.progress, timer_ns)
         return make_receiver(name, config, context, self.generators)
 
-    def make_gateway(self, config: Config, name: str) -> Gateway:
+    def make_gateway(self, config: Config, name: str, start: Literal["oldest", "newest"] = "oldest") -> Gateway:
         """The gateway of a configured delivery, which holds the output rings from now on, and is not started."""
         changes = {thread.number: Changes(thread.shard.arrays.changes) for thread in self.shards}
-        return make_gateway(config, name, self.targets.get(name), dict(enumerate(self.outputs)), changes, self.names)
+        references = {thread.number: thread.shard.references() for thread in self.shards}
+        rings = dict(enumerate(self.outputs))
+        return make_gateway(config, name, self.targets.get(name), rings, changes, self.names, references, start)
 
     def know(self, names: Mapping[int, CalculationNames]) -> None:
         """Tell the deliveries how the calculations of a version are called, before a shard turns to it."""
@@ -341,7 +344,7 @@ class Node:
     def trim_journals(self) -> None:
         """Delete what `journal.keep_mb` and `keep_hours` do not want kept and nothing needs."""
         statuses = [gateway.status() for gateway in self.gateways.values()]
-        self._see_to_snapshots()
+        self._see_to_snapshots(statuses)
         for thread in self.shards:
             if thread.retention is not None:
                 core = thread.shard.arrays.core[0]
@@ -350,7 +353,7 @@ class Node:
             if thread.documents is not None and thread.journal is not None:
                 thread.documents.prune(thread.journal.first_sequence)
 
-    def _see_to_snapshots(self) -> None:
+    def _see_to_snapshots(self, statuses: Sequence[Sequence[Mapping[str, Any]]]) -> None:
         """Have snapshots taken when they are due, and tell the journals what need not be kept any more."""
         if self._snapshotter is None:
             return
@@ -360,7 +363,11 @@ class Node:
         if self._snapshotter.taken != taken:
             for thread in self.shards:
                 if thread.retention is not None and thread.journal is not None:
-                    thread.retention.covered = oldest_kept(thread.journal.folder)
+                    delivered = min((status[thread.number]["last_out_seq"] for status in statuses), default=None)
+                    try:
+                        thread.retention.covered = keep_snapshots(thread.journal.folder, delivered, thread.shard.arrays)
+                    except JournalError as error:
+                        _log.warning("the journal cannot be read beside its writer", reason=str(error))
 
     def mirror(self) -> None:
         """Write the numbers that no loop writes itself into the counters, and look after the rings."""

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING
 
 from tickmesh.control.changes import restart_needed
 from tickmesh.control.config import Config, Problem
+from tickmesh.node.beginning import goes_on
 from tickmesh.node.calculation import PlanError, compile_problems
 from tickmesh.node.delivery import Gateway
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_SIDE, EventArray, Kind
 from tickmesh.node.fields import check_source
 from tickmesh.node.gateways import latencies_of, nats_deliveries, signal_names
+from tickmesh.node.journal import JournalReader
 from tickmesh.node.journal_replay import config_event
 from tickmesh.node.logs import set_log_level
 from tickmesh.node.loops import live_loop
@@ -49,10 +51,11 @@ class ChangeRefused(Exception):
     Attributes:
         version: of the configuration; None for a trial.
         reasons: every one.
+        passing: the only reason is that another change is under way.
     """
 
-    def __init__(self, version: int | None, reasons: list[Problem]) -> None:
-        self.version, self.reasons = version, reasons
+    def __init__(self, version: int | None, reasons: list[Problem], *, passing: bool = False) -> None:
+        self.version, self.reasons, self.passing = version, reasons, passing
         what = "the configuration" if version is None else f"configuration {version}"
         super().__init__(f"{what} is refused:\n" + "\n".join(str(reason) for reason in reasons))
 
@@ -98,7 +101,7 @@ class Reload:
             if not self._finish(wait_s):
                 reason = f"configuration {self._version} is accepted and not in force yet: the shards wait"
                 hint = "look at their output rings and deliveries, and apply it again then"
-                raise ChangeRefused(version, [Problem("", None, None, reason, hint)])
+                raise ChangeRefused(version, [Problem("", None, None, reason, hint)], passing=True)
             document, plan = self._checked(config, version)
             change = _Change(self._node, document, plan)
             change.prepare()
@@ -150,6 +153,9 @@ class Reload:
         if not config.data_sources:
             reasons.append(Problem("data_sources", None, None, "is empty", "add a [data_sources.NAME] table"))
         reasons += _source_problems(config)
+        if goes_on(config) and not goes_on(node.config) and any(JournalReader(j.folder).first_sequence > 0 for j in node.journals):
+            reason, hint = "a restart would go on from the journal, which has lost its beginning", "start the node anew with this source"
+            reasons.append(Problem("data_sources", None, None, reason, hint))
         behind = max((gateway.changes_behind for gateway in node.gateways.values()), default=0)
         if behind > CHANGES_KEPT - 2:
             reasons.append(Problem("", None, None, f"outputs of {behind} changes are not delivered yet", "look at the deliveries"))

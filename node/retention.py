@@ -91,6 +91,8 @@ class Retention:
             return self.journal.first_sequence + self._safe
         if self.covered is None or (delivered is not None and self.covered[1] > delivered):
             return 0
+        if self.journal.syncs and self.journal.synced_sequence < self.covered[0]:
+            return 0  # a power cut could take events that the snapshots are after
         return self.covered[0]
 
     def _excess(self, now_s: float) -> Iterator[FinishedSegment]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from tickmesh.node.book import FAR_AHEAD, NEAR_AHEAD
 from tickmesh.node.calculation import SERIES, Instance
-from tickmesh.node.event import Kind
+from tickmesh.node.event import EVENT, EventArray, Kind
 from tickmesh.node.loops import step_loop
 from tickmesh.node.shard_state import make_arrays
 from tickmesh.node.symbol_filter import pattern_table
@@ -561,6 +561,17 @@ class Shard:
     def symbol(self, instrument: int) -> str:
         """Symbol of one of the shard's instruments."""
         return bytes(self.arrays.info["symbol"][instrument]).rstrip(b"\0").decode("ascii")
+
+    def references(self) -> EventArray:
+        """A REFERENCE event, without times, of every instrument that this shard has been told of."""
+        seen = self.seen_instruments()
+        events, info = np.zeros(len(seen), EVENT), self.arrays.info[seen]
+        events["instrument"], events["kind"] = seen, Kind.REFERENCE
+        events["price"], events["flags"] = info["tick_size"], info["source"]
+        events["side"] = info["exponent"].astype(np.int8).view(np.uint8)
+        words = np.ascontiguousarray(info["symbol"]).view(np.uint64).reshape(-1, 3)
+        events["qty"], events["id"], events["aux"] = words[:, 0].view(np.int64), words[:, 1], words[:, 2].view(np.int64)
+        return events
 
     def seen_instruments(self) -> list[int]:
         """Ids of the instruments that this shard has been told of."""

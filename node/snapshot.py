@@ -17,7 +17,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -33,9 +33,6 @@ _CHUNK_BYTES = 64 << 10
 _SUFFIX = ".snapshot"
 _NOT_KEPT = frozenset({"scratch", "books.plans"})
 """Arrays whose content means nothing between two events."""
-KEPT = 2
-"""Snapshots of a shard that are kept: the newest, and one more in case it is damaged."""
-
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -101,7 +98,7 @@ def named_arrays(arrays: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def write_snapshot(folder: Path, arrays: Any, facts: SnapshotFacts) -> Path:
-    """Write a shard's arrays to ``<folder>/<sequence>.snapshot``; nothing may change them meanwhile. Older snapshots but one are removed.
+    """Write a shard's arrays to ``<folder>/<sequence>.snapshot``; nothing may change them meanwhile. Older snapshots stay.
 
     Raises:
         SnapshotError: the folder cannot be written to.
@@ -125,8 +122,6 @@ def write_snapshot(folder: Path, arrays: Any, facts: SnapshotFacts) -> Path:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise SnapshotError(path, f"cannot be written ({error.strerror}): free some space, or set cluster.data_dir") from error
-    for old in snapshots(folder)[:-KEPT]:
-        old.unlink(missing_ok=True)
     return path
 
 
@@ -171,10 +166,29 @@ def read_facts(path: Path) -> SnapshotFacts:
     """What a snapshot says about itself.
 
     Raises:
-        SnapshotDamaged: it is cut short or altered.
+        SnapshotDamaged, SnapshotUnfit: it is cut short or altered, or of another version.
     """
     with _opened(path) as file:
-        return SnapshotFacts(**_read_table(path, file)["facts"])
+        return _facts(path, _read_table(path, file))
+
+
+def _facts(path: Path, table: Mapping[str, Any]) -> SnapshotFacts:
+    try:
+        return SnapshotFacts(**table["facts"])
+    except (KeyError, TypeError) as error:
+        raise SnapshotUnfit(path, "it says other things of itself than this program expects") from error
+
+
+def fits(path: Path, arrays: Any) -> bool:
+    """Whether a snapshot is whole, as far as its table goes, and of a shard with such arrays."""
+    try:
+        with _opened(path) as file:
+            table = _read_table(path, file)
+            _facts(path, table)
+            _check_fit(path, {row["name"]: row for row in table["values"]}, dict(named_arrays(arrays)))
+    except (SnapshotError, KeyError):
+        return False
+    return True
 
 
 def load_into(path: Path, arrays: Any) -> SnapshotFacts:
@@ -192,7 +206,7 @@ def load_into(path: Path, arrays: Any) -> SnapshotFacts:
         for row in table["values"]:  # in the order of the file
             if "chunks" in row:
                 _read_array(path, file, row, present[row["name"]])
-        return SnapshotFacts(**table["facts"])
+        return _facts(path, table)
 
 
 def _opened(path: Path) -> BinaryIO:

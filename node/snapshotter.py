@@ -32,7 +32,7 @@ from tickmesh.node.journal_replay import Follower, begin_version
 from tickmesh.node.pipeline import make_shard
 from tickmesh.node.restore import RestoredShard
 from tickmesh.node.shard import Shard
-from tickmesh.node.snapshot import SnapshotError, SnapshotFacts, load_into, read_facts, snapshots, write_snapshot
+from tickmesh.node.snapshot import SnapshotError, SnapshotFacts, fits, load_into, read_facts, snapshots, write_snapshot
 from tickmesh.node.versions import Document, Documents
 from tickmesh.transports.ring import W_CLAIMED, W_GATE, W_PUBLISHED, Ring
 from tickmesh.transports.toolbox import zeros_aligned
@@ -42,6 +42,7 @@ _BATCH_EVENTS = 1 << 14
 _NICE = 10
 _PR_SET_PDEATHSIG = 1
 _END_S = 5.0
+_TAKES_S = 3600.0
 _log = structlog.get_logger("node")
 
 
@@ -107,14 +108,18 @@ def load_start(start: Start, shard: Shard) -> None:
 # ---------------------------------------------------------------- the process that takes one
 
 
-def take_snapshot(journal: Path) -> SnapshotFacts | None:
+def take_snapshot(journal: Path, sizes: tuple[int, int] | None = None) -> SnapshotFacts | None:
     """Make the shard of a journal as it is at the journal's present end, and write it down; None if nothing has come since the last one.
+
+    Args:
+        journal: its folder.
+        sizes: `instruments_max` and `orders_max`; None: those of the configuration that it begins under.
 
     Raises:
         JournalError, DocumentError, SnapshotError, PlanError, CompileError: it cannot be done.
     """
     ring = Ring.create(None, _RING_EVENTS, EVENT, mode="lossy")
-    start, shard = _begin(journal, ring)
+    start, shard = _begin(journal, ring, sizes)
     reader, follower, sequence = JournalReader(journal), Follower(shard, start.document, Documents(journal)), start.sequence
     for batch in reader.batches(sequence, _BATCH_EVENTS):
         mine = zeros_aligned(len(batch), EVENT)
@@ -136,11 +141,14 @@ def take_snapshot(journal: Path) -> SnapshotFacts | None:
     return facts
 
 
-def _begin(journal: Path, ring: Ring) -> tuple[Start, Shard]:
+def _begin(journal: Path, ring: Ring, sizes: tuple[int, int] | None) -> tuple[Start, Shard]:
     """The latest start whose snapshot can be loaded, and its shard."""
     failure: SnapshotError | None = None
     for start in reversed(starts(journal)):
         config = start.document.config
+        if sizes is not None:
+            chosen = {"instruments_max": sizes[0], "orders_max": sizes[1]}
+            config = config.model_copy(update={"cluster": config.cluster.model_copy(update=chosen)})
         shard = make_shard(config, start.document.plan(), ring, start.document.order_ids)
         try:
             load_start(start, shard)
@@ -157,7 +165,7 @@ def main() -> int:
         return 1
     with contextlib.suppress(OSError):
         os.nice(_NICE)
-    take_snapshot(Path(sys.argv[1]))
+    take_snapshot(Path(sys.argv[1]), (int(sys.argv[3]), int(sys.argv[4])))
     return 0
 
 
@@ -172,8 +180,10 @@ class Snapshotter:
         error: why the last one could not be taken; empty if it was.
     """
 
-    def __init__(self, journals: list[Path], interval_s: float) -> None:
+    def __init__(self, journals: list[Path], interval_s: float, sizes: tuple[int, int]) -> None:
+        """`sizes`: `instruments_max` and `orders_max` of the shards that run."""
         self.taken, self.error = 0, ""
+        self._sizes, self._limit_s = sizes, 0.0
         self._journals, self._interval_s = journals, interval_s
         self._due_s = time.monotonic() + interval_s
         self._waiting: list[Path] = []
@@ -185,6 +195,8 @@ class Snapshotter:
         if self._process is not None and self._process.poll() is not None:
             self._finish(self._process)
             self._process = None
+        if self._process is not None and now > self._limit_s:
+            self._process.kill()
         if self._interval_s > 0 and now >= self._due_s and not self._waiting:
             self._waiting, self._due_s = list(self._journals), now + self._interval_s
         if self._process is None and self._waiting:
@@ -204,32 +216,61 @@ class Snapshotter:
             self._process = None
 
     def _start(self, journal: Path) -> None:
+        self._limit_s = time.monotonic() + _TAKES_S
         code = "import sys; from tickmesh.node.snapshotter import main; sys.exit(main())"
         pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        command = [sys.executable, "-c", code, str(journal), str(os.getpid())]
-        self._process = subprocess.Popen(command, start_new_session=True, **pipes)
+        command = [sys.executable, "-c", code, str(journal), str(os.getpid()), *map(str, self._sizes)]
+        try:
+            self._process = subprocess.Popen(command, start_new_session=True, **pipes)
+        except OSError as error:
+            self._fail(f"its process cannot be started ({error.strerror})")
 
     def _finish(self, process: subprocess.Popen[str]) -> None:
-        _, said = process.communicate(timeout=_END_S)
+        try:
+            _, said = process.communicate(timeout=_END_S)
+        except subprocess.TimeoutExpired:
+            said = "its process has ended, and somebody holds its output"
         if process.returncode == 0:
             self.taken, self.error = self.taken + 1, ""
             return
-        self.error = (said.strip().splitlines() or [f"its process ended with {process.returncode}"])[-1]
-        _log.warning("no snapshot", reason=self.error)
+        self._fail((said.strip().splitlines() or [f"its process ended with {process.returncode}"])[-1])
+
+    def _fail(self, reason: str) -> None:
+        self.error = reason
+        _log.warning("no snapshot", reason=reason)
 
 
-def oldest_kept(journal: Path) -> tuple[int, int] | None:
-    """Sequence and outputs of the older of two snapshots, both of this journal: what lies before it is not needed. None: all is needed.
+def keep_snapshots(journal: Path, delivered: int | None, arrays: Any) -> tuple[int, int] | None:
+    """Delete snapshots that no restart needs, and say from where on the journal is needed.
+
+    Kept are the newest two of which every output has been delivered, since only from such a one may a restart begin, and the newest two of
+    those that are newer. What is not of this journal, or of a shard with other arrays, is no snapshot of it.
+
+    Args:
+        journal: its folder.
+        delivered: the last output that every output stream holds; None: there is no stream.
+        arrays: of the shard that runs.
+
+    Returns:
+        Sequence and outputs of the older of two delivered ones; None: the journal is needed as far back as it goes.
 
     Raises:
         JournalError: the journal cannot be read.
     """
-    reader, good = JournalReader(journal), []
+    reader = JournalReader(journal)
+    safe: list[tuple[int, int]] = []
+    keep: dict[bool, list[Path]] = {True: [], False: []}
     for path in snapshots(snapshot_folder(journal)):
         with contextlib.suppress(SnapshotError):
             facts = read_facts(path)
-            if facts.journal_id == reader.journal_id and reader.chain_before(facts.sequence) == facts.chain:
-                good.append((facts.sequence, facts.outputs))
-    return good[-2] if len(good) > 1 else None
-
-
+            mine = facts.journal_id == reader.journal_id and reader.chain_before(facts.sequence) == facts.chain
+            if mine and fits(path, arrays):
+                good = delivered is None or facts.outputs <= delivered
+                keep[good].append(path)
+                if good:
+                    safe.append((facts.sequence, facts.outputs))
+    wanted = {*keep[True][-2:], *keep[False][-2:]}
+    for path in snapshots(snapshot_folder(journal)):
+        if path not in wanted and wanted:
+            path.unlink(missing_ok=True)
+    return safe[-2] if len(safe) > 1 else None

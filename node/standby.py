@@ -67,7 +67,7 @@ Build = Callable[[Path | None], Built]
 
 
 class _Stepping:
-    """A shard being fed from the journal."""
+    """A shard being fed from the journal. `void`: it was stopped in the middle of a change, and nobody knows on which side of it."""
 
     def __init__(self, built: Built, number: int, capacity: int, telemetry: Telemetry, idle: int, progress: Progress) -> None:
         self.built = built
@@ -75,7 +75,7 @@ class _Stepping:
         self._telemetry = telemetry
         self.thread = ShardThread(number, built.shard, [Input(self.input, -1)], built.output, None, telemetry, idle, progress)
         self.held: Reader = built.output.reader("standby")
-        self.fed = built.sequence
+        self.fed, self.void = built.sequence, False
         self._before = built.sequence - int(built.shard.arrays.core[0]["events"])
         self.thread.start()
 
@@ -96,13 +96,19 @@ class _Stepping:
         plan, limits = document.plan(), risk_limits(document.config)
         if not int(event["flags"][0]) & Flag.NEW_CODE:
             set_parameters(thread.shard, plan, limits, int(event["aux"][0]) & 1)
+            self.void = True  # until it is seen to be in force
             thread.send(event)
             while thread.version != version and going_on():
                 time.sleep(_TURN_S)
+            self.void = thread.version != version
             thread.shard.plan = plan
-            return thread.version == version
+            return not self.void
         shard, carry = succeed(thread.shard, plan, limits, document.order_ids)
         leg = thread.park(shard, [Input(self.input, -1)], carry, self._telemetry)
+        if not going_on():
+            thread.call_off(leg)
+            return False
+        self.void = True  # until it is seen to be in force
         thread.wake(leg)
         thread.send(event)
         while not thread.handed_over(leg) and going_on():
@@ -110,7 +116,7 @@ class _Stepping:
         if not thread.handed_over(leg):
             return False
         thread.complete(leg)
-        self.built.shard = shard
+        self.built.shard, self.void = shard, False
         return True
 
     def let_go(self, outputs: int) -> None:
@@ -265,7 +271,7 @@ class Standby:
         """See :class:`tickmesh.node.follower.Replica`."""
         stepping = self._stepping
         oldest = JournalTail(journal).oldest()
-        if stepping is None or stepping.fed > valid or stepping.fed < oldest:
+        if stepping is None or stepping.void or stepping.fed > valid or stepping.fed < oldest:
             self._rebuild(snapshot)
         self.error = None
         if self.fed < oldest:  # a snapshot may be ahead of a journal that has just begun

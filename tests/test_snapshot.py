@@ -17,6 +17,7 @@ from tickmesh.node.snapshot import (
     SnapshotError,
     SnapshotFacts,
     SnapshotUnfit,
+    fits,
     load_into,
     named_arrays,
     read_facts,
@@ -66,10 +67,18 @@ def test_what_is_zero_takes_no_room(tmp_path: Path) -> None:
     assert write_snapshot(tmp_path, arrays, FACTS).stat().st_size < 200_000
 
 
-def test_the_newest_two_are_kept(tmp_path: Path) -> None:
+def test_snapshots_are_found_in_the_order_of_their_sequences(tmp_path: Path) -> None:
     for sequence in (30, 100, 9, 2000):
         write_snapshot(tmp_path, make(10), dataclasses.replace(FACTS, sequence=sequence))
-    assert [read_facts(path).sequence for path in snapshots(tmp_path)] == [100, 2000]
+    assert [read_facts(path).sequence for path in snapshots(tmp_path)] == [9, 30, 100, 2000]
+
+
+def test_a_snapshot_fits_arrays_of_its_kind_only(tmp_path: Path) -> None:
+    path = write_snapshot(tmp_path, make(1000), FACTS)
+    assert fits(path, make(1000))
+    assert not fits(path, make(1001))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert not fits(path, make(1000))
 
 
 def test_every_altered_byte_is_noticed(tmp_path: Path) -> None:

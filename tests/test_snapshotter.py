@@ -77,9 +77,9 @@ def test_a_killed_node_goes_on_from_its_snapshot_with_a_trimmed_journal(
             assert process.poll() is None, log(tmp_path)
             process.kill()
             process.wait()
-        assert len(snapshots(snapshot_folder(folder))) == 2
-        older = read_facts(snapshots(snapshot_folder(folder))[0])
-        assert older.sequence >= JournalReader(folder).first_sequence
+        kept = snapshots(snapshot_folder(folder))
+        assert 2 <= len(kept) <= 5
+        assert read_facts(kept[0]).sequence >= JournalReader(folder).first_sequence
         before = outputs_seen(cluster)
         with node_process(tmp_path, text) as process:
             until(lambda: process.poll() is not None or "after the snapshot at" in log(tmp_path), "a restart from a snapshot", 120)

@@ -17,6 +17,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import structlog
+
 from tickmesh.control.consul_store import ConsulOptions, ConsulStore
 from tickmesh.control.heartbeats import Beat, Heartbeats, ShardBeat, client_name
 from tickmesh.control.kv_store import KvStore
@@ -162,4 +164,5 @@ async def main(options: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # the test reads the other one
     asyncio.run(main(json.loads(sys.argv[1])))

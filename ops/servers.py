@@ -16,6 +16,7 @@ import fcntl
 import ipaddress
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -27,7 +28,7 @@ import time
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,8 @@ _POLL_S = 0.005
 _LOG_TAIL_BYTES = 2000
 TOKEN_VARIABLE = "TICKMESH_NATS_TOKEN"
 """Environment variable with the token that clients of the embedded server must show, if it is set."""
+SYSTEM_VARIABLES = ("TICKMESH_NATS_SYSTEM_USER", "TICKMESH_NATS_SYSTEM_PASSWORD")
+"""Environment variables with the login of the servers' system account: for the server, and for nodes that listen to its notices."""
 
 
 # ---------------------------------------------------------------- errors
@@ -152,31 +155,63 @@ class ServerOptions:
 
 
 @dataclass(frozen=True)
+class SystemLogin:
+    """A login of a nats-server's system account, which is told of every connection that ends (``$SYS.ACCOUNT.*.DISCONNECT``).
+
+    Attributes:
+        user, password: made anew each time; in the environment of processes only, never in a file or a log.
+    """
+
+    user: str = field(default_factory=lambda: f"system-{secrets.token_hex(4)}")
+    password: str = field(default_factory=lambda: f"p{secrets.token_hex(24)}", repr=False)  # p: it is no number
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables for a server, or a node, that is to know it."""
+        return dict(zip(SYSTEM_VARIABLES, (self.user, self.password)))
+
+
+@dataclass(frozen=True)
 class NatsServerOptions(ServerOptions):
     """How to run an embedded nats-server.
 
     Attributes:
         memory_bytes_max, store_bytes_max: limits of JetStream.
         sync_always: fsync every message before its acknowledgement (survives a power cut; far slower).
+        name: of the server, unique in a cluster.
+        system: with it the server has a system account with this login; everybody else needs none. Not together with a token.
+        route_port: where other servers of its cluster connect; 0: it is alone.
+        routes: ``host:port`` of the route ports of all servers of its cluster.
     """
 
     memory_bytes_max: int = 256 << 20
     store_bytes_max: int = 16 << 30
     sync_always: bool = False
+    name: str = "tickmesh"
+    system: SystemLogin | None = None
+    route_port: int = 0
+    routes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class ConsulServerOptions(ServerOptions):
-    """How to run an embedded Consul agent, a cluster of one.
+    """How to run an embedded Consul server.
 
     Attributes:
         keep_data: keep what is stored in the data folder; otherwise in memory, and a restart forgets it.
         settings: further settings of Consul's configuration, over ours.
+        name: of the server, unique in a cluster.
+        gossip_port, raft_port: for the other servers of its cluster; 0: free ones.
+        peers: ``host:port`` of the gossip ports of all servers of its cluster; none: it is alone.
     """
 
     ready_timeout_s: float = 30.0
     keep_data: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
+    name: str = "tickmesh"
+    gossip_port: int = 0
+    raft_port: int = 0
+    peers: Sequence[str] = ()
 
 
 class EmbeddedServer(ABC):
@@ -234,6 +269,11 @@ class EmbeddedServer(ABC):
         """
         if self.running:
             return self
+        self.launch()
+        return self.wait_ready()
+
+    def launch(self) -> None:
+        """Start the server and do not wait for it, as servers of one cluster need it; then :meth:`wait_ready`. Raises as :meth:`start`."""
         self._release()
         binary = self._binary()
         self._prepare_folder()
@@ -241,6 +281,13 @@ class EmbeddedServer(ABC):
             if self.port:
                 _check_port(self.options.host, self.port)
             self._spawn(self._command(binary))
+        except BaseException:
+            self.kill()
+            raise
+
+    def wait_ready(self) -> Self:
+        """Wait until clients can use a launched server. Raises as :meth:`start`."""
+        try:
             self._wait_ready()
         except BaseException:
             self.kill()
@@ -285,6 +332,10 @@ class EmbeddedServer(ABC):
     @abstractmethod
     def _ready(self) -> bool: ...
 
+    def _environment(self) -> Mapping[str, str]:
+        """Variables for the server, over ours."""
+        return {}
+
     def _release(self) -> None:
         atexit.unregister(self.stop)
         if self._lock is not None:
@@ -321,6 +372,7 @@ class EmbeddedServer(ABC):
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                env={**os.environ, **self._environment()},
                 start_new_session=True,
                 preexec_fn=_die_with(os.getpid()),
             )
@@ -371,7 +423,7 @@ class NatsServer(EmbeddedServer):
         lines = [
             f"host: {quoted(o.host)}",
             f"port: {self.port or -1}",
-            "server_name: tickmesh",
+            f"server_name: {o.name}",
             f"ports_file_dir: {quoted(str(o.data_dir.absolute()))}",
             f"log_file: {quoted(str(self.log.absolute()))}",
             "logfile_size_limit: 67108864",
@@ -384,9 +436,31 @@ class NatsServer(EmbeddedServer):
             *(["  sync_interval: always"] if o.sync_always else []),
             "}",
         ]
-        if os.environ.get(TOKEN_VARIABLE):
-            lines.append(f"authorization {{ token: ${TOKEN_VARIABLE} }}")  # the server reads its environment: no secret in the file
-        return "\n".join(lines) + "\n"
+        return "\n".join([*lines, *self._login_lines(), *self._cluster_lines()]) + "\n"
+
+    def _login_lines(self) -> list[str]:
+        """The server reads secrets from its environment: there is none in the file."""
+        token = bool(os.environ.get(TOKEN_VARIABLE))
+        if self.options.system is None:
+            return [f"authorization {{ token: ${TOKEN_VARIABLE} }}"] if token else []
+        if token:  # nats-server takes a token or users, not both
+            raise ServerError(f"a nats-server with a system account cannot have a token too: unset {TOKEN_VARIABLE}")
+        user, password = SYSTEM_VARIABLES
+        return [
+            f'accounts {{ "$SYS" {{ users: [{{ user: ${user}, password: ${password} }}] }} }}',
+            "authorization { users: [{ user: tickmesh, password: tickmesh }] }",  # no secret: it is who shows no login
+            "no_auth_user: tickmesh",
+        ]
+
+    def _cluster_lines(self) -> list[str]:
+        o = self.options
+        if not o.route_port:
+            return []
+        routes = ", ".join(f"nats://{route}" for route in o.routes)
+        return [f"cluster {{ name: tickmesh, host: {json.dumps(o.host)}, port: {o.route_port}, routes: [{routes}] }}"]
+
+    def _environment(self) -> Mapping[str, str]:
+        return self.options.system.environment if self.options.system else {}
 
     def _ready(self) -> bool:
         self.port = self.port or self._picked_port()
@@ -403,7 +477,7 @@ class NatsServer(EmbeddedServer):
 
 
 class ConsulServer(EmbeddedServer):
-    """An embedded Consul agent that is a cluster of its own."""
+    """An embedded Consul server, a cluster of its own unless it has peers."""
 
     program = "consul"
     options: ConsulServerOptions
@@ -427,12 +501,13 @@ class ConsulServer(EmbeddedServer):
         return [str(binary), "agent", *mode, f"-config-file={self._config_path}", "-config-format=json"]
 
     def _config(self) -> str:
+        o = self.options
         if not self._inner_ports:
-            first, *self._inner_ports = free_ports(self.options.host, 3)
-            self.port = self.port or first
-        o, (serf, server) = self.options, self._inner_ports
+            first, gossip, raft = free_ports(o.host, 3)
+            self.port, self._inner_ports = self.port or first, [o.gossip_port or gossip, o.raft_port or raft]
+        serf, server = self._inner_ports
         settings: dict[str, Any] = {
-            "node_name": "tickmesh",
+            "node_name": o.name,
             "bind_addr": "127.0.0.1" if o.host == "localhost" else o.host,
             "client_addr": "127.0.0.1" if o.host == "localhost" else o.host,
             "ports": {"http": self.port, "dns": -1, "grpc": -1, "serf_wan": -1, "serf_lan": serf, "server": server},
@@ -442,13 +517,19 @@ class ConsulServer(EmbeddedServer):
             "limits": {"http_max_conns_per_client": 1000},
         }
         if o.keep_data:
-            settings |= {"server": True, "bootstrap_expect": 1, "data_dir": str((o.data_dir / "consul").absolute())}
+            settings |= {"server": True, "bootstrap_expect": max(1, len(o.peers)), "data_dir": str((o.data_dir / "consul").absolute())}
+        if o.peers:
+            settings |= {"retry_join": list(o.peers), "retry_interval": "100ms", "leave_on_terminate": False}
         return json.dumps(settings | dict(o.settings), indent=1) + "\n"
 
     def _ready(self) -> bool:
         """Whether it leads, and knows itself as a node, without which it makes no sessions; with ACLs it does not tell strangers."""
         nodes = self._ask("catalog/nodes") if self._ask("kv/ready?consistent") is not None else None
         return bool(nodes) or (nodes is not None and "acl" in self.options.settings)
+
+    def peers_known(self) -> int:
+        """How many servers vote in its cluster, itself included, as it knows now; 0: it does not say."""
+        return len(self._ask("status/peers") or ())
 
     def _ask(self, path: str) -> Any:
         """The answer; None if it cannot serve yet."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 if TYPE_CHECKING:
     from tickmesh.control.config import Config
@@ -43,6 +43,8 @@ REFUSALS = (
     "tickmesh.ops.capture_kind.UnknownCapture",
     "tickmesh.ops.config_store_cmd.NoSuchKey",
     "tickmesh.ops.config_store_cmd.WrongPlace",
+    "tickmesh.ops.shards_cmd.NoSuchNode",
+    "tickmesh.ops.shards_cmd.NoSuchShard",
     "tickmesh.ops.journal_cmd.BadRange",
     "tickmesh.ops.simulator.SimulatorConfigError",
     "tickmesh.ops.subscribe_cmd.PatternError",
@@ -75,12 +77,13 @@ def _say(text: str) -> None:
         print(f"tickmesh: {line}", file=sys.stderr, flush=True)
 
 
-class _Command(TyperCommand):
-    """A command whose errors become lines and exit codes."""
+class _Explained:
+    """What a command's errors become: lines and exit codes."""
 
-    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Run it."""
         try:
-            return super().invoke(ctx)
+            return super().invoke(ctx)  # type: ignore[misc]
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except KeyboardInterrupt:
@@ -94,6 +97,14 @@ class _Command(TyperCommand):
             code, text = explained(error)
             _say(text)
             raise typer.Exit(code) from None
+
+
+class _Command(_Explained, TyperCommand):  # type: ignore[misc]
+    """A command."""
+
+
+class _Group(_Explained, TyperGroup):  # type: ignore[misc]
+    """A command that has others below it."""
 
 
 def _finish(code: int) -> None:
@@ -116,10 +127,12 @@ node_app = typer.Typer(help="Run a node.", no_args_is_help=True, rich_markup_mod
 config_app = typer.Typer(help="Look at configurations, and change a running cluster's.", no_args_is_help=True, rich_markup_mode=None)
 journal_app = typer.Typer(help="Look into journals.", no_args_is_help=True, rich_markup_mode=None)
 servers_app = typer.Typer(help="Programs of the servers that tickmesh starts itself.", no_args_is_help=True, rich_markup_mode=None)
+shards_app = typer.Typer(cls=_Group, rich_markup_mode=None, invoke_without_command=True, subcommand_metavar="[COMMAND]")
 app.add_typer(node_app, name="node")
 app.add_typer(config_app, name="config")
 app.add_typer(journal_app, name="journal")
 app.add_typer(servers_app, name="servers")
+app.add_typer(shards_app, name="shards")
 
 
 def _shown_version(asked: bool) -> None:
@@ -593,6 +606,65 @@ def _print_table(table: Any) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
+# ---------------------------------------------------------------- shards
+
+NatsUrl = Annotated[str | None, typer.Option("--server", metavar="URL", help="NATS of the heartbeats; none: the configured delivery's.")]
+
+
+@shards_app.callback()
+def shards(
+    ctx: typer.Context,
+    store: StoreUrl = None,
+    cluster: StoreCluster = None,
+    config: StoreFile = None,
+    server: NatsUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Who leads each shard of a cluster, and who could.
+
+    Leases and wished moves come from the store, the rest from a fifth of a second of the nodes' heartbeats.
+    """
+    import asyncio
+
+    if ctx.invoked_subcommand is not None:
+        return
+    from tickmesh.ops import config_store_cmd, shards_cmd
+
+    found = asyncio.run(shards_cmd.look(config_store_cmd.place_of(store, cluster, config), server))
+    if as_json:
+        _print_json([one.as_json() for one in found])
+    else:
+        _print_table(shards_cmd.table(found))
+
+
+@shards_app.command("move", cls=_Command)
+def shards_move(
+    shard: Annotated[int, typer.Argument(metavar="SHARD", min=0, help="Number of the shard.")],
+    to: Annotated[str, typer.Option("--to", metavar="NODE", help="The node that is to lead it.")],
+    wait_s: Annotated[float, typer.Option("--wait-s", min=0.1, max=3600, help="How long to wait; then the wish is withdrawn.")] = 30.0,
+    store: StoreUrl = None,
+    cluster: StoreCluster = None,
+    config: StoreFile = None,
+    server: NatsUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have another node lead a shard.
+
+    The leader lets it have everything first, so that nothing waits for a lease to run out. Exit code 4 if the leader withdraws the wish,
+    5 if it is not done in time. Ctrl-C withdraws it.
+    """
+    import asyncio
+
+    from tickmesh.ops import config_store_cmd, shards_cmd
+
+    done = asyncio.run(shards_cmd.move(config_store_cmd.place_of(store, cluster, config), shard, to, wait_s, server))
+    if as_json:
+        _print_json(done.as_json())
+    else:
+        print(done)
+    _finish(done.exit_code)
+
+
 # ---------------------------------------------------------------- looking
 
 
@@ -753,6 +825,8 @@ def commands(prefix: str = "tickmesh", group: Any = None) -> Iterator[tuple[str,
     found: Any = group or typer.main.get_command(app)
     for name, command in found.commands.items():
         if hasattr(command, "commands"):
+            if command.invoke_without_command:
+                yield f"{prefix} {name}", command
             yield from commands(f"{prefix} {name}", command)
         elif not command.hidden:
             yield f"{prefix} {name}", simulate_command() if name == "simulate" else command
@@ -818,7 +892,7 @@ for programs. `tickmesh --debug COMMAND …` (or `TICKMESH_DEBUG=1`) shows the t
 | 1 | failed: a file, a server or this host; `status` and `top --once`: no node lives |
 | 2 | wrong usage, or a configuration is refused |
 | 3 | a check found something wrong: `journal verify`, `doctor` |
-| 4 | `config apply`, `set`, `rollback`: a node refused the configuration, or the canary did |
+| 4 | `config apply`, `set`, `rollback`: a node refused the configuration, or the canary did; `shards move`: the leader did |
 | 5 | the same: a node did not answer in time |
 | 130 | ended by Ctrl-C; `up` and `node run` stop in order and end with 0 |"""
 

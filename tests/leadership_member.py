@@ -112,10 +112,10 @@ class Member:
             self.leadership.fenced(shard)
 
 
-async def open_store(kind: str, where: Any, link: NatsLink) -> Store:
+async def open_store(kind: str, where: Any, link: NatsLink, bucket: str) -> Store:
     """The store of the cluster."""
     if kind == "kv":
-        return await KvStore.open(link.client, "leadership", confirm_s=0.5, timeout_s=1.0)
+        return await KvStore.open(link.client, bucket, confirm_s=0.5, timeout_s=1.0)
     return ConsulStore(ConsulOptions(port=int(where), confirm_s=0.5, timeout_s=1.0))
 
 
@@ -129,8 +129,8 @@ async def main(options: Mapping[str, Any]) -> None:
     system = await connect(options["nats"], login=Login(user="sys", password="sys")) if options.get("system") else None
     member = Member(output, cluster, node)
     beats_link = await connect(options["nats"], name=client_name(cluster, node, member.incarnation), login=Login())
-    store = await open_store(*options["store"], kept)
-    root = f"{cluster}/"
+    store = await open_store(*options["store"], kept, options.get("bucket", "leadership"))
+    root = options.get("root", f"{cluster}/")
     registration = await store.register(Service(cluster, node), ttl_s=2.0)
 
     async def members() -> Mapping[str, float]:

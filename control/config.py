@@ -287,6 +287,9 @@ class Cluster(Table):
     name: str = key("local", "Name of the cluster; part of every NATS subject.", pattern=r"^[A-Za-z0-9_-]{1,32}$")
     node: str = key("node1", "Name of this node, unique in the cluster.", per_node=True, pattern=r"^[A-Za-z0-9_-]{1,32}$")
     shards: int = key(1, "Partitions of the instruments; each has its own thread, journal and output stream.", ge=1, le=64)
+    replicas: int = key(
+        2, "Nodes that hold each shard, its leader included; fewer if there are fewer. With [leadership].", live=True, ge=1, le=16
+    )
     shard_overrides: dict[Symbol, Annotated[int, Field(ge=0)]] = key({}, "Symbols that are placed by hand: symbol = shard (from 0).")
     data_dir: str = key(
         "~/.local/share/tickmesh", "Folder of journals, counters and the embedded server's data.", per_node=True, min_length=1
@@ -624,8 +627,27 @@ class Journal(Table):
     )
 
 
+class Leadership(Table):
+    """``[leadership]``: the nodes of a store share the shards, each led by one of them; needs live sources and a delivery over NATS."""
+
+    enabled: bool = key(False, "Share the shards among the nodes of the store; without it, every node runs all of them by itself.")
+    heartbeat_ms: float = key(20.0, "A node says so often that it is alive.", unit="ms", ge=1, le=10_000)
+    suspect_ms: float = key(100.0, "Silence after which a node is taken for dead.", unit="ms", ge=3, le=60_000)
+    lease_ttl_s: float = key(
+        10.0, "A leader that nobody watches loses its lease after this; Consul takes 10 s and more.", unit="s", ge=1, le=3600
+    )
+    grace_s: float = key(60.0, "How long leaders go on while the store is away.", unit="s", ge=0, le=86_400)
+
+    @model_validator(mode="after")
+    def _check(self) -> Leadership:
+        if self.suspect_ms < 3 * self.heartbeat_ms:
+            reason, hint = "is less than three heartbeats", "one late heartbeat must not look like a death"
+            _refused([Refusal("suspect_ms", reason, hint, ("heartbeat_ms",))])
+        return self
+
+
 class Replication(Table):
-    """``[replication]``: journals go to standbys, and outputs wait for that. There are no roles yet: a node does not start it."""
+    """``[replication]``: with ``[leadership]``, journals go to standbys, and outputs wait for that."""
 
     listen: str = key("127.0.0.1:0", "HOST:PORT at which standbys find this node's journals; port 0: any free one.")
     advertise: str | None = key(None, "HOST:PORT that other nodes are told; none: listen. Needed where listen is 0.0.0.0 or [::].")
@@ -787,9 +809,8 @@ class Config(Table):
     processing: Processing = Field(default_factory=Processing, description="What is computed, and what of it goes out.")
     risk: Risk = Field(default_factory=Risk, description="Limits on intents.")
     journal: Journal = Field(default_factory=Journal, description="The log of inputs.")
-    replication: Replication = Field(
-        default_factory=Replication, description="Standbys, and what waits for them; a node does not start this yet."
-    )
+    leadership: Leadership = Field(default_factory=Leadership, description="Which node leads which shard, and who takes over.")
+    replication: Replication = Field(default_factory=Replication, description="Standbys, and what waits for them.")
     delivery: dict[Name, Delivery] = Field({}, description="Where outputs go.")
     logging: Logging = Field(default_factory=Logging, description="What the node tells about itself.")
     store: StoreSettings = Field(default_factory=StoreSettings, description="What the nodes of a cluster agree by.")
@@ -977,6 +998,7 @@ def _checked(reading: _Reading, checks: Checks | None) -> Config:
     """The configuration, or ConfigError with every problem."""
     config = _validated(reading)
     _check_references(reading)
+    _check_shared(reading)
     if checks:
         _run_checks(reading, checks)
     if config is None or reading.problems:
@@ -1134,6 +1156,21 @@ def _named_tables(reading: _Reading, *path: str) -> Iterator[tuple[str, dict[str
     tables = _value_at(reading.document, path)
     if isinstance(tables, dict):
         yield from ((name, table) for name, table in tables.items() if isinstance(table, dict))
+
+
+def _check_shared(reading: _Reading) -> None:
+    """What nodes that share shards need: sources that every node receives alike, a journal, an output stream."""
+    if (reading.document.get("leadership") or {}).get("enabled") is not True:
+        return
+    for name, table in _named_tables(reading, "data_sources"):
+        if table.get("type") not in (None, "multicast"):
+            reason = "cannot go on at another node, as [leadership] wants it"
+            reading.add(("data_sources", name, "type"), reason, "receive it by multicast, or take enabled out of [leadership]")
+    deliveries = [table for _, table in _named_tables(reading, "delivery")]
+    if not any(table.get("method") == "nats" and not table.get("embedded") for table in deliveries):
+        reading.add(("delivery",), "has no NATS server that all nodes reach", 'add [delivery.events] with method = "nats" and its target')
+    if (reading.document.get("journal") or {}).get("enabled") is False:
+        reading.add(("journal", "enabled"), "is false, and standbys follow the journal", "take it out")
 
 
 def _check_references(reading: _Reading) -> None:

@@ -22,7 +22,7 @@ import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import structlog
@@ -252,6 +252,10 @@ class Leadership:
         """Heartbeats or members have changed: look at every shard now."""
         for one in self._tended.values():
             one.wake.set()
+
+    def set_replicas(self, count: int) -> None:
+        """Another number of replicas is wanted per shard."""
+        self.options = replace(self.options, replicas=count)
 
     def status(self, shard: int) -> ShardLeadership | None:
         """How a shard stands here; None if this node has no replica of it."""

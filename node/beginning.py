@@ -24,6 +24,7 @@ from tickmesh.node.shard import Shard
 from tickmesh.node.shard_thread import ShardThread
 from tickmesh.node.snapshot import SnapshotError
 from tickmesh.node.snapshotter import Start, load_start, starts
+from tickmesh.node.store_link import source_numbers
 from tickmesh.node.versions import Document, Documents
 from tickmesh.transports.ring import Ring
 
@@ -44,10 +45,14 @@ def goes_on(config: Config) -> bool:
     return settings.enabled and settings.restore and all(options.type == "multicast" for options in config.data_sources.values())
 
 
+def journal_folder(config: Config, shard: int) -> Path:
+    """The folder of a shard's journal."""
+    return config.cluster.data_path / "journal" / config.cluster.node / f"shard-{shard}"
+
+
 def journal_folders(config: Config) -> list[Path]:
     """The folder of each shard's journal."""
-    base = config.cluster.data_path / "journal" / config.cluster.node
-    return [base / f"shard-{number}" for number in range(config.cluster.shards)]
+    return [journal_folder(config, number) for number in range(config.cluster.shards)]
 
 
 def choose_document(config: Config, version: int | None) -> Document:
@@ -73,6 +78,20 @@ def choose_document(config: Config, version: int | None) -> Document:
     return Document.of(config, version, newest.sources, newest.order_ids)
 
 
+def shared_document(config: Config, version: int | None) -> Document:
+    """The document of a node that shares its shards with others; what a shard begins under, its journal says.
+
+    Sources have the numbers that the store gives, or, while it is away, those of this node's journals. Orders are numbered per instrument,
+    which never has to change.
+
+    Raises:
+        DocumentError: a file of it cannot be read.
+    """
+    newest = _newest(config)
+    known = dict(newest.sources) if newest else {}
+    return Document.of(config, version or (newest.version if newest else 0), known | source_numbers(config, known), "per_instrument")
+
+
 def _newest(config: Config) -> Document | None:
     found = [Documents(folder) for folder in journal_folders(config)]
     versions = [(max(documents.versions()), documents) for documents in found if documents.versions()]
@@ -85,7 +104,6 @@ def _newest(config: Config) -> Document | None:
 def open_journals(config: Config, document: Document, journals: list[Journal]) -> None:
     """Open or make each shard's journal, into `journals`; one of a run that does not go on is put aside."""
     settings = config.journal
-    records = 1 << max(9, (settings.segment_mb * (1 << 20) // _RECORD_BYTES).bit_length() - 1)
     for number, folder in enumerate(journal_folders(config)):
         if folder.exists() and any(folder.iterdir()):
             if goes_on(config):
@@ -94,22 +112,31 @@ def open_journals(config: Config, document: Document, journals: list[Journal]) -
             previous = folder.with_name(folder.name + ".previous")
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
-        version = document.version
-        journals.append(Journal.create(folder, number, segment_records=records, config_version=version, sync=settings.sync))
+        journals.append(make_journal(config, folder, number, document.version))
 
 
-def possible_starts(document: Document, journal: Journal) -> list[Start]:
+def make_journal(config: Config, folder: Path, shard: int, version: int) -> Journal:
+    """A new journal of a shard, that begins under a version of the configuration.
+
+    Raises:
+        JournalError: there is one already, or it cannot be made.
+    """
+    records = 1 << max(9, (config.journal.segment_mb * (1 << 20) // _RECORD_BYTES).bit_length() - 1)
+    return Journal.create(folder, shard, segment_records=records, config_version=version, sync=config.journal.sync)
+
+
+def possible_starts(document: Document, journal: Path) -> list[Start]:
     """Where a shard can begin, the earliest first: with its journal, and at its snapshots.
 
     Args:
         document: what a journal that knows no configuration yet begins under; it is then written beside it.
-        journal: the shard's.
+        journal: the shard's folder of it.
     """
-    documents = Documents(journal.folder)
-    version = JournalReader(journal.folder).config_version
+    documents = Documents(journal)
+    version = JournalReader(journal).config_version
     if version not in documents.versions():
         documents.write(replace(document, version=version))
-    return starts(journal.folder)
+    return starts(journal)
 
 
 def begin_at(config: Config, possible: Sequence[Start], delivered: int | None, output: Ring, progress: Progress) -> tuple[Start, Shard]:

@@ -21,7 +21,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
@@ -78,6 +78,8 @@ _PENDING_BYTES_MAX = 4 << 20
 """Per-event messages are skipped while the connection has more than this to send."""
 _MESSAGE_OVERHEAD_BYTES = 4096
 _NAMES_KEPT = 1024
+_ABANDON_S = 2.0
+"""How long an abandoned delivery may take to end."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,10 @@ class ShardDelivery:
         names: the instruments seen so far.
         changes: of the shard's configuration.
         changes_seen: how many of them it has come to.
+        epoch: of the leadership under which it publishes.
+        judged: set once the stream has been taken over or has refused that; `state` says which.
+        ended: set when there is nothing more to come of it.
+        abandoned: it ends without delivering what is left.
     """
 
     def __init__(
@@ -188,8 +194,14 @@ class ShardDelivery:
         changes: Changes | None = None,
         names_by_version: Mapping[int, CalculationNames] | None = None,
         gate: ReleaseGate | None = None,
+        epoch: int | None = None,
     ) -> None:
         self.shard, self.options = shard, options
+        self.epoch = options.epoch if epoch is None else epoch
+        self.judged, self.ended = threading.Event(), threading.Event()
+        self.abandoned = False
+        self.stopping: asyncio.Event | None = None
+        self.task: asyncio.Task[None] | None = None
         self.changes, self.changes_seen = changes, 0
         self._names_by_version = {} if names_by_version is None else names_by_version
         self._upcoming: deque[tuple[int, int]] = deque()
@@ -232,19 +244,24 @@ class ShardDelivery:
             await self.publisher.close()
             if self.state != "fenced":
                 self.state = "stopped"
+            self.judged.set()
 
     async def _serve_once(self, stopping: asyncio.Event) -> bool:
         """True when there is nothing more to do."""
         assert self.publisher is not None
         try:
             await self.publisher.open()
+            if self._references:
+                await self._publish_all_references()
             await self._publish_names()
             self.state, self.error = "delivering", ""
+            self.judged.set()
             await self._pump(stopping)
         except Fenced as error:
             self.state, self.error = "fenced", str(error)
         except LinkError as error:
             self.state, self.error = "refused", str(error)
+            self.judged.set()
             return False
         return True
 
@@ -259,11 +276,11 @@ class ShardDelivery:
             replicas=o.replicas,
         )
         window = min(o.window, WINDOW_MAX)
-        return OutputPublisher(link, stream, self._head, epoch=o.epoch, record_bytes=EVENT_SIZE, window=window, acked=self._on_acked)
+        return OutputPublisher(link, stream, self._head, epoch=self.epoch, record_bytes=EVENT_SIZE, window=window, acked=self._on_acked)
 
     def _head(self, first: int, count: int, missing: int) -> bytes:
         version = next((version for since, version in reversed(self._versions) if since <= first), self.config_version)
-        return encode_header(FrameHeader(self.shard, self.options.epoch, version, first, count, missing))
+        return encode_header(FrameHeader(self.shard, self.epoch, version, first, count, missing))
 
     # -- the ring's side
 
@@ -489,10 +506,13 @@ class ShardDelivery:
 
 
 class Gateway:
-    """Delivers the outputs of all shards of a node. Run it in an event loop (:meth:`run`) or in a thread of its own (:meth:`start`).
+    """Delivers the outputs of a node's shards. Run it in an event loop (:meth:`run`) or in a thread of its own (:meth:`start`).
+
+    Shards come and go while it runs (:meth:`take`, :meth:`drop`), as leadership does; the connection stays.
 
     Attributes:
         shards: one :class:`ShardDelivery` per shard, by shard number.
+        fenced: told of a shard whose stream has been taken by a later epoch, in the gateway's thread.
     """
 
     def __init__(
@@ -521,23 +541,95 @@ class Gateway:
         """
         self.options = options
         self.error = ""
-        self._login = login
-        self._readers = {shard: ring.reader("gateway", start=start) for shard, ring in rings.items()}
+        self.fenced: Callable[[int], None] = lambda _: None
+        self._login, self._calculations = login, calculations
         known, changed, held = latencies or {}, changes or {}, gates or {}
         self._names: dict[int, CalculationNames] = {}
-        self.shards = {
-            shard: ShardDelivery(
-                shard, reader, options, calculations, known.get(shard), changed.get(shard), self._names, held.get(shard)
-            )
-            for shard, reader in self._readers.items()
-        }
-        for shard, reader in self._readers.items():
-            reader.read(0)  # compiles or loads the ring's kernels now: later it could take longer than a lossless ring waits for us
-            self.shards[shard].show_alive()
+        self.shards: dict[int, ShardDelivery] = {}
+        self._link: NatsLink | None = None
         self._stopping: asyncio.Event | None = None
         self._stop_asked = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        for shard, ring in rings.items():
+            self.take(shard, ring, latency=known.get(shard), changes=changed.get(shard), gate=held.get(shard), start=start)
+
+    def take(
+        self,
+        shard: int,
+        ring: Ring,
+        *,
+        epoch: int | None = None,
+        latency: Values | None = None,
+        changes: Changes | None = None,
+        gate: ReleaseGate | None = None,
+        references: EventArray | None = None,
+        start: Literal["oldest", "newest"] = "oldest",
+    ) -> ShardDelivery:
+        """Deliver a shard's outputs from now on, under `epoch`; in place of the delivery that there was. From any thread.
+
+        The stream is taken over under that epoch, which fences earlier ones; `ShardDelivery.judged` says when that is known.
+        """
+        reader = ring.reader("gateway", start=start)  # before the one so far goes: a lossless ring is never without a reader
+        self.drop(shard)
+        made = ShardDelivery(shard, reader, self.options, self._calculations, latency, changes, self._names, gate, epoch)
+        if references is not None:
+            made.know_instruments(references)
+        reader.read(0)  # compiles or loads the ring's kernels now: later it could take longer than a lossless ring waits for us
+        made.show_alive()
+        self.shards = {**self.shards, shard: made}
+        self._in_loop(self._begin_all)
+        return made
+
+    def drop(self, shard: int, *, deliver_s: float = 0.0) -> bool:
+        """Deliver a shard's outputs no more; what is in its ring goes first, within `deliver_s`. False: not all of it did.
+
+        From any thread but the gateway's own.
+        """
+        delivery = self.shards.get(shard)
+        if delivery is None:
+            return True
+        delivery.abandoned = deliver_s <= 0
+        if delivery.task is not None:
+            self._in_loop(partial(self._end, delivery))
+            if not delivery.ended.wait(deliver_s or _ABANDON_S):
+                delivery.abandoned = True
+                self._in_loop(partial(self._end, delivery))
+                delivery.ended.wait(_ABANDON_S)
+        self.shards = {number: other for number, other in self.shards.items() if number != shard}
+        done = delivery._reader.lag == 0 and (delivery.publisher is None or not delivery.publisher.in_flight)
+        delivery._reader.close()
+        return done
+
+    def _in_loop(self, call: Callable[[], None]) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # it ends this moment
+                self._loop.call_soon_threadsafe(call)
+
+    def _end(self, delivery: ShardDelivery) -> None:
+        if delivery.stopping is not None:
+            delivery.stopping.set()
+        if delivery.abandoned and delivery.task is not None:
+            delivery.task.cancel()
+
+    def _begin_all(self) -> None:
+        """Begin to deliver the shards that came lately, once there is a connection."""
+        if self._link is None or self._stop_asked.is_set():
+            return
+        for delivery in self.shards.values():
+            if delivery.task is None:
+                delivery.stopping = asyncio.Event()
+                delivery.task = asyncio.ensure_future(self._deliver_shard(delivery, self._link, delivery.stopping))
+
+    async def _deliver_shard(self, delivery: ShardDelivery, link: NatsLink, stopping: asyncio.Event) -> None:
+        try:
+            await delivery.serve(link, stopping)
+        finally:
+            delivery._reader.close()
+            delivery.judged.set()
+            delivery.ended.set()
+        if delivery.state == "fenced":
+            self.fenced(delivery.shard)
 
     async def run(self) -> None:
         """Deliver until :meth:`ask_stop`. Waits for NATS as long as it takes; never raises for want of it."""
@@ -545,37 +637,36 @@ class Gateway:
         if self._stop_asked.is_set():
             self._stopping.set()
         alive = asyncio.create_task(self._show_alive())
-        link: NatsLink | None = None
         try:
-            link = await self._connect()
-            if link is not None:
-                await self._serve(link, self._stopping)
+            self._link = await self._connect()
+            if self._link is not None:
+                await self._serve(self._stopping)
         finally:
             alive.cancel()
-            for reader in self._readers.values():
-                reader.close()
-            if link is not None:
-                await link.close()
+            for delivery in self.shards.values():
+                delivery._reader.close()
+            if self._link is not None:
+                await self._link.close()
 
-    async def _serve(self, link: NatsLink, stopping: asyncio.Event) -> None:
-        serving = [asyncio.ensure_future(shard.serve(link, stopping)) for shard in self.shards.values()]
-        stopped = asyncio.ensure_future(stopping.wait())
-        everything: asyncio.Future[Any] = asyncio.gather(*serving)
-        await asyncio.wait({stopped, everything}, return_when=asyncio.FIRST_COMPLETED)
-        if stopping.is_set():
-            await asyncio.wait({everything}, timeout=self.options.drain_timeout_s + 1)
-        stopped.cancel()
-        if everything.done():
-            everything.result()
-        else:  # NATS is away: what is undelivered can be made again from the journal
-            everything.cancel()
-            await asyncio.wait(serving, timeout=2)
+    async def _serve(self, stopping: asyncio.Event) -> None:
+        self._begin_all()
+        await stopping.wait()
+        serving = [delivery.task for delivery in self.shards.values() if delivery.task is not None]
+        for delivery in self.shards.values():
+            self._end(delivery)
+        if not serving:
+            return
+        _, late = await asyncio.wait(serving, timeout=self.options.drain_timeout_s + 1)
+        for task in late:  # NATS is away: what is undelivered can be made again from the journal
+            task.cancel()
+        if late:
+            await asyncio.wait(late, timeout=2)
 
     def ask_stop(self) -> None:
         """End :meth:`run` after delivering what is in the rings, within `drain_timeout_s`. From any thread."""
         self._stop_asked.set()
-        if self._loop is not None and self._stopping is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._stopping.set)
+        if self._stopping is not None:
+            self._in_loop(self._stopping.set)
 
     def start(self) -> Gateway:
         """Run in a thread of its own."""
@@ -603,13 +694,14 @@ class Gateway:
 
     def take_latencies(self, latencies: Mapping[int, Values]) -> None:
         """Count into other histograms from now on, by shard number."""
-        for shard, histogram in latencies.items():
-            self.shards[shard]._latency = histogram
+        for shard, delivery in self.shards.items():
+            if shard in latencies:
+                delivery._latency = latencies[shard]
 
     def release(self) -> None:
         """Let go of the rings of a gateway that has not been started."""
-        for reader in self._readers.values():
-            reader.close()
+        for delivery in self.shards.values():
+            delivery._reader.close()
 
     def show_alive(self) -> None:
         """Keep lossless rings waiting for a gateway that does not run yet."""

@@ -244,6 +244,10 @@ class Follower:
                 self._failed("refused", error)
             except (LinkError, OSError, TooOld) as error:
                 self._failed("connecting", error)
+            except Exception as error:  # of who uses the journal: tried again, since what is wrong may be put right
+                self._failed("failed", error)
+                if self.journal is not None:
+                    self._close()
             attempt = 0 if self.counters.frames > frames else attempt + 1
             if not self._stopping:
                 pause = min(_BACKOFF_S_MAX, _BACKOFF_S_MIN * 2 ** min(attempt, 10))
@@ -297,7 +301,10 @@ class Follower:
             b=tail.oldest() if tail else 0,
             payload=json.dumps(said).encode(),
         )
-        while (frame := self._receive(link)).kind == FrameKind.PROBE:
+        while (frame := self._receive(link)).kind in (FrameKind.PROBE, FrameKind.DOCUMENT):
+            if frame.kind == FrameKind.DOCUMENT:  # the configuration that the journal begins under
+                self._take_document(link, frame)
+                continue
             assert tail is not None
             link.send(FrameKind.CHAIN, self.shard, self.epoch, first=frame.first, chain=tail.chain_at(frame.first))
         if frame.kind != FrameKind.WELCOME:

@@ -162,7 +162,9 @@ class Following:
 
     def _facts(self) -> Mapping[str, Any]:
         node = self.node
-        return {"journal_version": node.version} if node else {}
+        if node is None:
+            return {}
+        return {"journal_version": node.version, **({"shards": node.roles.status()} if node.roles else {})}
 
 
 async def _apart(call: Callable[[], _Made]) -> _Made:

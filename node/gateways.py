@@ -7,21 +7,20 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import nats.errors
 import nats.js.errors as js_errors
 
 from tickmesh.control.config import Config, Delivery
-from tickmesh.node.delivery import Changes, DeliveryOptions, Gateway
+from tickmesh.node.delivery import DeliveryOptions, Gateway
 from tickmesh.node.errors import NodeError
-from tickmesh.node.event import EventArray, Kind
+from tickmesh.node.event import Kind
 from tickmesh.node.frames import CalculationNames, stream_name, stream_subject
 from tickmesh.node.shard import ShardPlan
 from tickmesh.node.telemetry import Telemetry
 from tickmesh.transports.counters import Values
 from tickmesh.transports.nats import LinkError, Login, connect
-from tickmesh.transports.ring import Ring
 
 
 class StreamUnknown(NodeError):
@@ -33,39 +32,23 @@ def nats_deliveries(config: Config) -> dict[str, Delivery]:
     return {name: delivery for name, delivery in config.delivery.items() if delivery.method == "nats"}
 
 
-def make_gateway(
-    config: Config,
-    name: str,
-    target: str | None,
-    rings: Mapping[int, Ring],
-    changes: Mapping[int, Changes],
-    names: Mapping[int, CalculationNames],
-    references: Mapping[int, EventArray],
-    start: Literal["oldest", "newest"],
-) -> Gateway:
-    """The gateway of a delivery, which reads the rings from the oldest output that they hold.
+def make_gateway(config: Config, name: str, target: str | None, names: Mapping[int, CalculationNames]) -> Gateway:
+    """The gateway of a delivery, without shards yet.
 
     Args:
         target: address in place of the configured one.
-        rings: output ring by shard number.
-        changes: the shards' changes of configuration.
         names: of the calculations, by version.
-        references: REFERENCE events of each shard's instruments so far.
-        start: from where on the rings are read.
     """
     delivery = config.delivery[name]
-    options = delivery_options(config, delivery, target or delivery.target)
-    gateway = Gateway(options, rings, login=login_of(delivery), changes=changes, start=start)
-    for shard, events in references.items():
-        gateway.shards[shard].know_instruments(events)
+    gateway = Gateway(delivery_options(config, delivery, target or delivery.target), {}, login=login_of(delivery))
     for version, calculations in names.items():
         gateway.know(version, calculations)
     return gateway
 
 
-def latencies_of(telemetry: Telemetry, name: str, shards: int) -> dict[int, Values]:
-    """The histograms of a delivery by shard number."""
-    return {number: telemetry.delivery(name, number).receive_to_stored for number in range(shards)}
+def latency_of(telemetry: Telemetry, name: str, shard: int) -> Values:
+    """A shard's histogram of a delivery."""
+    return telemetry.delivery(name, shard).receive_to_stored
 
 
 def stream_ends(config: Config, targets: Mapping[str, str], which: Callable[[Sequence[int]], int] = max) -> list[int]:

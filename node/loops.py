@@ -37,7 +37,7 @@ def run(
     ids, given, positions, sources
 ):
     # Until stop[0] is set, then 0; or -1: handed over after a change of the configuration; or the errno for which the journal could not
-    # take events: what is not journalled is not processed. stop[1] counts rounds without input, stop[2] events processed.
+    # take events: what is not journalled is not processed. stop[1] counts rounds without input, stop[2] events taken.
     # inputs[0] is the control ring, read event by event. With turn > 0 it waits until the loop before hands over.
     # Events of source sources[s] get the shard's ids and, after a takeover, only what the journal lacks is taken; -1: they are taken as is.
     # After every batch a mark tells the release gate which inputs the outputs so far come from.
@@ -57,12 +57,12 @@ def run(
             count = ring_read_batch(inputs[s], readers[s], batch, {batch} if s > 0 else 1)
             if count == 0:
                 continue
+            taken += count
             source = sources[s]
             if source >= 0:
                 if positions[source].resuming != 0:
                     count = resume(positions[source : source + 1], batch, count)
                 localize(ids, given, batch, count)
-            taken += count
             histogram_record(batch_events, count)
             failure = np.int64(0)
             if journalled != 0:

@@ -6,6 +6,7 @@ the main thread, which only mirrors counters and waits for a signal.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,27 +17,39 @@ from typing import Any, Literal
 import structlog
 
 from tickmesh.control.config import Config
-from tickmesh.node.beginning import begin_at, begin_shard, choose_document, goes_on, open_journals, possible_starts, replay
+from tickmesh.node.beginning import (
+    begin_at,
+    begin_shard,
+    choose_document,
+    goes_on,
+    open_journals,
+    possible_starts,
+    replay,
+    shared_document,
+)
 from tickmesh.node.delivery import Changes, Gateway
 from tickmesh.node.errors import NodeError
 from tickmesh.node.event import EVENT
 from tickmesh.node.frames import CalculationNames
-from tickmesh.node.gateways import StreamUnknown, delivery_numbers, latencies_of, make_gateway, nats_deliveries, signal_names, stream_ends
+from tickmesh.node.gateways import StreamUnknown, delivery_numbers, latency_of, make_gateway, nats_deliveries, signal_names, stream_ends
 from tickmesh.node.journal import Journal, JournalError
+from tickmesh.node.known_instruments import KnownInstruments
 from tickmesh.node.logs import set_log_level
+from tickmesh.node.loops import live_loop
 from tickmesh.node.pipeline import make_table
 from tickmesh.node.receivers import BlockSourceMaker, Receiver, ReceiverContext, make_receiver
 from tickmesh.node.reload import Reload
 from tickmesh.node.restore import RestoredShard, read_restored
 from tickmesh.node.retention import Retention
-from tickmesh.node.shard import Shard
+from tickmesh.node.roles import Roles
+from tickmesh.node.shard import BATCH_EVENTS, Shard, ShardPlan, generate
 from tickmesh.node.shard_state import CHANGES_KEPT
-from tickmesh.node.shard_thread import Input, ShardThread, shard_numbers
+from tickmesh.node.shard_thread import Input, ShardThread, inputs_room, shard_numbers
 from tickmesh.node.snapshotter import Snapshotter, Start, keep_snapshots
 from tickmesh.node.succession import common_numbering, numbering_after
 from tickmesh.node.telemetry import NodeState, Telemetry
 from tickmesh.node.versions import Documents
-from tickmesh.transports.codecache import watched_compiles
+from tickmesh.transports.codecache import import_generated, watched_compiles, write_generated
 from tickmesh.transports.ring import Ring, ring_path
 from tickmesh.transports.toolbox import IDLE_MODES
 
@@ -62,6 +75,9 @@ class Node:
     Attributes:
         config: the configuration; another one after :meth:`apply`.
         document: the same with its version, its code, and the numbers of the sources.
+        shards: those that this node runs as their leader: all, or with `[leadership]` those that it leads.
+        swap: held while what is read by :meth:`mirror` is exchanged.
+        changing: held while a change of the configuration, or of a shard's role, is carried out.
 
     Raises:
         CompileStopped: `stop` was set during a compile.
@@ -91,19 +107,27 @@ class Node:
         self.outputs: list[Ring] = []
         self.gateways: dict[str, Gateway] = {}
         self.journals: list[Journal] = []
-        self.swap = threading.RLock()
+        self.swap, self.changing = threading.RLock(), threading.RLock()
+        self.roles: Roles | None = None
+        self.plan: ShardPlan | None = None
         self._reload = Reload(self)
         self._ids: list[dict[int, int]] = []
         self._replays = False
         self._snapshotter: Snapshotter | None = None
         self._stopped = False
         try:
-            self.document = choose_document(config, version)
+            self.document = shared_document(config, version) if self.shared else choose_document(config, version)
+            self.plan = self.document.plan()
             with watched_compiles(lambda: self._compiles(stop)):
                 self._build()
         except BaseException:
             self.stop()
             raise
+
+    @property
+    def shared(self) -> bool:
+        """Whether the nodes of a store share the shards."""
+        return self.config.leadership.enabled
 
     def _compiles(self, stop: threading.Event | None) -> bool:
         """Tell the world that a compile is under way; returns whether it is to end."""
@@ -124,7 +148,10 @@ class Node:
         needed = common_numbering([receiver.order_ids for receiver in self.receivers])
         self.document = replace(self.document, order_ids=numbering_after(self.document.order_ids, needed))
         self.telemetry.set_state(NodeState.STARTING)
-        self._create_outputs()
+        if self.shared:
+            self._build_shared()
+            return
+        self.outputs = [self.make_output(number) for number in range(cluster.shards)]
         self._replays = goes_on(config)
         begun = self._begin_shards()
         if self._replays:  # before the filters: what was let through once is known
@@ -149,7 +176,24 @@ class Node:
         self.names = {start.document.version: signal_names(shard.plan) for start, shard in begun}
         for name in nats_deliveries(config):
             self.gateways[name] = self.make_gateway(config, name, "newest")
-            self.gateways[name].take_latencies(latencies_of(self.telemetry, name, cluster.shards))
+
+    def _build_shared(self) -> None:
+        """Nothing is led yet: roles bring the shards."""
+        for rules in self._filters:
+            self.table.let_through(*rules)
+        self.known = KnownInstruments(self.config.cluster.data_path / "journal" / self.config.cluster.node)
+        codes = self.known.recall(self.table)
+        for receiver in self.receivers:
+            receiver.resume(codes.get(receiver.context.number, {}), 0)
+        assert self.plan is not None
+        parts = import_generated(write_generated("shard_parts", generate(self.plan)))
+        live_loop(parts, inputs_room(len(self.inputs) + 1), BATCH_EVENTS, self.progress)
+        self.names = {self.document.version: signal_names(self.plan)}
+        sizes = self.config.cluster.instruments_max, self.config.cluster.orders_max
+        self._snapshotter = Snapshotter([], self.config.journal.snapshot_interval_s, sizes)
+        for name in nats_deliveries(self.config):
+            self.gateways[name] = self.make_gateway(self.config, name)
+        self.roles = Roles(self)
 
     def make_inputs(self) -> list[Ring]:
         """Input rings of a source, one per shard."""
@@ -165,10 +209,32 @@ class Node:
 
     def make_gateway(self, config: Config, name: str, start: Literal["oldest", "newest"] = "oldest") -> Gateway:
         """The gateway of a configured delivery, which holds the output rings from now on, and is not started."""
-        changes = {thread.number: Changes(thread.shard.arrays.changes) for thread in self.shards}
-        references = {thread.number: thread.shard.references() for thread in self.shards}
-        rings = dict(enumerate(self.outputs))
-        return make_gateway(config, name, self.targets.get(name), rings, changes, self.names, references, start)
+        gateway = make_gateway(config, name, self.targets.get(name), self.names)
+        gateway.fenced = self._fenced
+        for thread in self.shards:
+            self.deliver_shard(gateway, thread, start, name)
+        return gateway
+
+    def deliver_shard(
+        self, gateway: Gateway, thread: ShardThread, start: Literal["oldest", "newest"] = "oldest", name: str | None = None
+    ) -> None:
+        """Have a gateway deliver a shard's outputs, under the epoch of its leadership."""
+        name = name or next(name for name, known in self.gateways.items() if known is gateway)
+        gateway.take(
+            thread.number,
+            thread.output,
+            epoch=thread.epoch,
+            latency=latency_of(self.telemetry, name, thread.number),
+            changes=Changes(thread.shard.arrays.changes),
+            gate=thread.gate,
+            references=thread.shard.references(),
+            start=start,
+        )
+
+    def _fenced(self, shard: int) -> None:
+        """A later epoch has an output stream."""
+        if self.roles is not None:
+            self.roles.fenced(shard)
 
     def know(self, names: Mapping[int, CalculationNames]) -> None:
         """Tell the deliveries how the calculations of a version are called, before a shard turns to it."""
@@ -177,16 +243,51 @@ class Node:
             for version, calculations in names.items():
                 gateway.know(version, calculations)
 
-    def _create_outputs(self) -> None:
+    def make_output(self, number: int) -> Ring:
+        """The output ring of a shard."""
         cluster = self.config.cluster
         shm = next((delivery for delivery in self.config.delivery.values() if delivery.method == "shm"), None)
         base = (shm.ring if shm else None) or f"{cluster.name}-{cluster.node}-out"
         mode: Any = "lossless" if cluster.output_overflow == "block" else "lossy"
         capacity = shm.ring_capacity if shm else cluster.ring_capacity
-        for number in range(cluster.shards):
-            name = f"{base}-{number}"
-            ring_path(name).unlink(missing_ok=True)  # left by a node that was killed: the counters' lock says that none runs
-            self.outputs.append(Ring.create(name, capacity, EVENT, mode=mode))
+        name = f"{base}-{number}"
+        ring_path(name).unlink(missing_ok=True)  # left by a node that was killed: the counters' lock says that none runs
+        return Ring.create(name, capacity, EVENT, mode=mode)
+
+    # ---- shards that come and go
+
+    def add_shard(self, thread: ShardThread, journal: Journal) -> None:
+        """Run a shard, as its leader; its loop is started by the caller."""
+        thread.retention = self._retention(journal, whole=True)
+        with self.swap:
+            self.shards = [*self.shards, thread]
+        for gateway in self.gateways.values():
+            self.deliver_shard(gateway, thread)
+
+    def remove_shard(self, thread: ShardThread) -> None:
+        """Run a shard no more; its loop has ended."""
+        thread.end()
+        for gateway in self.gateways.values():
+            gateway.drop(thread.number)
+        with self.swap:
+            self.shards = [other for other in self.shards if other is not thread]
+        thread.close()
+
+    def pin_shard(self, thread: ShardThread) -> None:
+        """Keep its loop on the processor that is configured for it."""
+        place = len(self.receivers) + thread.number
+        if place < len(self.config.cluster.cpus):
+            with contextlib.suppress(OSError):
+                thread.pin(self.config.cluster.cpus[place])
+
+    def receivers_by_name(self) -> dict[str, Receiver]:
+        """The receivers, by source."""
+        return {receiver.name: receiver for receiver in self.receivers}
+
+    def expected_sequence(self, name: str) -> int:
+        """What comes next of a source, by its own sequence; 0: not known."""
+        receiver = self.receivers_by_name().get(name)
+        return receiver.expected if receiver else 0
 
     # ---- the journal
 
@@ -197,7 +298,7 @@ class Node:
         if config.journal.enabled:
             open_journals(config, self.document, self.journals)
         if self._replays:
-            possible = [possible_starts(self.document, journal) for journal in self.journals]
+            possible = [possible_starts(self.document, journal.folder) for journal in self.journals]
             delivered = self._delivered() if any(len(starts) > 1 for starts in possible) else None
             limits: Sequence[int | None] = delivered or [None] * len(possible)
             chosen = zip(possible, limits, self.outputs)
@@ -220,9 +321,10 @@ class Node:
             _log.warning("snapshots are not used: it cannot be seen what was delivered", reason=str(error))
             return None
 
-    def _retention(self, journal: Journal) -> Retention:
+    def _retention(self, journal: Journal, *, whole: bool | None = None) -> Retention:
         settings = self.config.journal
-        return Retention(journal, keep_bytes=settings.keep_mb << 20, keep_s=settings.keep_hours * 3600.0, needed_whole=self._replays)
+        needed = self._replays if whole is None else whole
+        return Retention(journal, keep_bytes=settings.keep_mb << 20, keep_s=settings.keep_hours * 3600.0, needed_whole=needed)
 
     def _remember_instruments(self, starts: Sequence[Start]) -> None:
         """Make the instruments of the journals known again, and tell the receivers how far their sources had come."""
@@ -256,6 +358,8 @@ class Node:
         for receiver in self.receivers:
             receiver.start()
         self._pin()
+        if self.roles is not None:
+            self.roles.start()
         self.telemetry.set_state(NodeState.RUNNING)
 
     def _pin(self) -> None:
@@ -280,6 +384,8 @@ class Node:
                 self.trim_journals()
                 trim_due = time.monotonic() + _TRIM_S
             self._reload.go_on()
+            if self.roles is not None:
+                self._reload.catch_up()
             if each:
                 each(self)
 
@@ -287,8 +393,8 @@ class Node:
 
     @property
     def version(self) -> int:
-        """Version of the configuration that was applied last."""
-        return self.document.version
+        """Version of the configuration that was applied last, and no less than any that a shard runs."""
+        return max([self.document.version, *(thread.version for thread in self.shards)] if self.shared else [self.document.version])
 
     def apply(self, config: Config, version: int, wait_s: float = 30.0) -> None:
         """Go on under another configuration: it takes effect at one event of each shard, which goes into the journal.
@@ -343,27 +449,33 @@ class Node:
 
     def trim_journals(self) -> None:
         """Delete what `journal.keep_mb` and `keep_hours` do not want kept and nothing needs."""
-        statuses = [gateway.status() for gateway in self.gateways.values()]
-        self._see_to_snapshots(statuses)
+        self._see_to_snapshots()
         for thread in self.shards:
             if thread.retention is not None:
                 core = thread.shard.arrays.core[0]
                 thread.retention.mark(int(core["events"]), int(core["out_seq"]))
-                thread.retention.trim(min((status[thread.number]["last_out_seq"] for status in statuses), default=None))
+                thread.retention.trim(self.delivered(thread.number))
             if thread.documents is not None and thread.journal is not None:
                 thread.documents.prune(thread.journal.first_sequence)
 
-    def _see_to_snapshots(self, statuses: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+    def delivered(self, shard: int) -> int | None:
+        """The last output of a shard that every stream holds; None: there is no stream."""
+        found = [gateway.shards[shard] for gateway in self.gateways.values() if shard in gateway.shards]
+        return min((one.publisher.last_out_seq if one.publisher else 0 for one in found), default=None)
+
+    def _see_to_snapshots(self) -> None:
         """Have snapshots taken when they are due, and tell the journals what need not be kept any more."""
         if self._snapshotter is None:
             return
         taken = self._snapshotter.taken
+        if self.roles is not None:
+            self._snapshotter.set_journals(self.roles.journals())
         self._snapshotter.set_interval(self.config.journal.snapshot_interval_s)
         self._snapshotter.tick()
         if self._snapshotter.taken != taken:
             for thread in self.shards:
                 if thread.retention is not None and thread.journal is not None:
-                    delivered = min((status[thread.number]["last_out_seq"] for status in statuses), default=None)
+                    delivered = self.delivered(thread.number)
                     try:
                         thread.retention.covered = keep_snapshots(thread.journal.folder, delivered, thread.shard.arrays)
                     except JournalError as error:
@@ -371,8 +483,10 @@ class Node:
 
     def mirror(self) -> None:
         """Write the numbers that no loop writes itself into the counters, and look after the rings."""
-        for ring in self.outputs:
-            ring.release_dead_readers()
+        for shard in self.shards:
+            shard.output.release_dead_readers()
+        if self.shared:
+            self.known.keep(self.table)
         with self.swap:
             known = self.telemetry  # while the configuration changes, not everything that runs has counters
             for receiver in self.receivers:
@@ -381,8 +495,8 @@ class Node:
             for shard in self.shards:
                 self.telemetry.update(f"shard.{shard.number}", shard_numbers(shard))
             for name, gateway in self.gateways.items():
-                for number, status in enumerate(gateway.status() if known.has(f"delivery.{name}.0") else []):
-                    self.telemetry.update(f"delivery.{name}.{number}", delivery_numbers(status))
+                for status in gateway.status() if known.has(f"delivery.{name}.0") else []:
+                    self.telemetry.update(f"delivery.{name}.{status['shard']}", delivery_numbers(status))
             self.telemetry.beat()
 
     def stop(self) -> None:
@@ -405,7 +519,7 @@ class Node:
                 closing.callback(receiver.close)
             for journal in self.journals:
                 closing.callback(journal.close)
-            if len(self.shards) == len(self.outputs):
+            if len(self.shards) == len(self.outputs) and not self.shared:
                 closing.callback(self.mirror)
             for gateway in self.gateways.values():
                 closing.callback(gateway.stop)
@@ -414,6 +528,9 @@ class Node:
             if self._snapshotter is not None:
                 closing.callback(self._snapshotter.close)
             closing.callback(self._finish)
+            if self.roles is not None:  # while the receivers run: what is handed over goes on from them
+                closing.callback(self.known.keep, self.table)
+                closing.callback(self.roles.stop)
 
     def _finish(self) -> None:
         """End the sources and let the shards take what has come in, within the limit."""

@@ -85,6 +85,7 @@ class Receiver(ABC):
     Attributes:
         order_ids: how the venue numbers orders.
         finished: a recording has been read to its end.
+        begun_at: the source's sequence that its first packet had; 0: none has come, or the source has none.
         error: what ended the thread early.
     """
 
@@ -104,6 +105,7 @@ class Receiver(ABC):
             hold_ns=hold_ns,
         )
         self.finished = False
+        self.begun_at = 0
         self.error: BaseException | None = None
         self.cpu: int | None = None
         self._thread = threading.Thread(target=self._guarded, name=f"receiver-{name}", daemon=True)
@@ -154,6 +156,14 @@ class Receiver(ABC):
             codes: the venue's numeric code by instrument.
             last_sequence: the last of the source's sequences that the journal has; 0: none.
         """
+
+    @property
+    def expected(self) -> int:
+        """The source's sequence that comes next; 0: not known."""
+        return 0
+
+    def go_on_from(self, sequence: int) -> None:  # noqa: B027 (a recording has nothing to go on with)
+        """While nothing has come yet: what is missing from this sequence of the source on is a gap."""
 
     def take_over(self, before: Receiver) -> bool:
         """Before the start: go on where the source's receiver so far has ended; false if it begins anew (a recording)."""
@@ -300,6 +310,14 @@ class MulticastReceiver(Receiver):
         if last_sequence:
             go_on(self.router.clock)
 
+    @property
+    def expected(self) -> int:
+        return int(self.feed.arbiter.state[EXPECTED])
+
+    def go_on_from(self, sequence: int) -> None:
+        if self.begun_at == 0:
+            self._expected = min(self._expected, sequence) if self._expected else sequence
+
     def take_over(self, before: Receiver) -> bool:
         if not isinstance(before, MulticastReceiver) or before.spec.name != self.spec.name:
             return False
@@ -313,7 +331,7 @@ class MulticastReceiver(Receiver):
 
     def run(self) -> None:
         sockets = self.sockets
-        if self._expected and not self._find_place():
+        if not self._find_place():
             return
         self._module.receive(
             self.stop,
@@ -327,7 +345,7 @@ class MulticastReceiver(Receiver):
         )
 
     def _find_place(self) -> bool:
-        """Look at the first packet: the journal's session goes on, with a GAP for what was missed, or a new one has begun.
+        """Look at the first packet: a journal's session goes on, with a GAP for what was missed, or a new one has begun.
 
         Returns:
             False if it was stopped before a packet came.
@@ -341,10 +359,11 @@ class MulticastReceiver(Receiver):
                 seen = self._peek(ready.fileno(), sequence)
                 if seen is None:
                     continue
-                if seen >= self._expected or seen == self._framing.unsequenced:
-                    state[START_SEQUENCE] = self._expected
+                if self._expected == 0 or seen >= self._expected or seen == self._framing.unsequenced:
+                    state[START_SEQUENCE] = max(self._expected, int(state[START_SEQUENCE]))
                 else:
                     state[START_SEQUENCE], state[CLEAR_DUE] = FIRST_SEQUENCE, 1
+                self.begun_at = self._expected or (0 if seen == self._framing.unsequenced else seen)
                 return True
         return False
 

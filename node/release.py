@@ -47,6 +47,7 @@ class ReleaseGate:
         solo_after_s: how long to wait for one before going on alone.
         lag_s_max: a standby keeps up if it has what the journal had so long ago.
         waits: histogram of the time in ns from an output to its release, see :mod:`tickmesh.transports.counters`.
+        alone: no standby is expected, as after a takeover from the only other replica: it need not be waited for.
         clock: monotonic seconds.
     """
 
@@ -59,6 +60,7 @@ class ReleaseGate:
         solo_after_s: float = 1.0,
         lag_s_max: float = 5.0,
         waits: Values | None = None,
+        alone: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.acks, self.solo = acks, solo
@@ -67,7 +69,7 @@ class ReleaseGate:
         self._waits = np.zeros(HISTOGRAM_WORDS, np.int64) if waits is None else waits
         self._standbys: dict[str, StandbyPosition] = {}
         self._lock = threading.Lock()
-        self._seen_s = clock()
+        self._seen_s = float("-inf") if alone else clock()
         self._alone = False
         self.times_alone = 0
         self._taken(np.uint64(0))  # compiled or loaded now, not at the first output

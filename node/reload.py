@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
+
+import structlog
 
 from tickmesh.control.changes import restart_needed
 from tickmesh.control.config import Config, Problem
 from tickmesh.node.beginning import goes_on
+from tickmesh.node.book import numbering_of
 from tickmesh.node.calculation import PlanError, compile_problems
 from tickmesh.node.delivery import Gateway
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_SIDE, EventArray, Kind
 from tickmesh.node.fields import check_source
-from tickmesh.node.gateways import latencies_of, nats_deliveries, signal_names
+from tickmesh.node.gateways import latency_of, nats_deliveries, signal_names
 from tickmesh.node.journal import JournalReader
 from tickmesh.node.journal_replay import config_event
 from tickmesh.node.logs import set_log_level
@@ -32,6 +35,7 @@ from tickmesh.node.receivers import Receiver
 from tickmesh.node.shard import BATCH_EVENTS, ShardPlan, generate
 from tickmesh.node.shard_state import CHANGES_KEPT
 from tickmesh.node.shard_thread import Input, Leg, ShardThread, inputs_room
+from tickmesh.node.store_link import source_numbers
 from tickmesh.node.succession import common_numbering, numbering_after, same_loop, set_parameters, succeed
 from tickmesh.node.versions import Document, DocumentError
 from tickmesh.transports.codecache import CompileError, CompileStopped, import_generated, watched_compiles, write_generated
@@ -42,7 +46,9 @@ if TYPE_CHECKING:
     from tickmesh.node.process import Node
 
 _LOOK_S = 0.0002
+_CATCH_UP_S = 1.0
 _REASON_LINES = 3
+_log = structlog.get_logger("node")
 
 
 class ChangeRefused(Exception):
@@ -103,11 +109,29 @@ class Reload:
                 hint = "look at their output rings and deliveries, and apply it again then"
                 raise ChangeRefused(version, [Problem("", None, None, reason, hint)], passing=True)
             document, plan = self._checked(config, version)
-            change = _Change(self._node, document, plan)
-            change.prepare()
-            self._change, self._steps, self._version = change, change.carry_out(), version
-            if not self._finish(wait_s):
-                raise ChangeUnderWay(version)
+            with self._node.changing:
+                self._carry_out(_Change(self._node, document, plan, self._node.shards), wait_s)
+
+    def _carry_out(self, change: _Change, wait_s: float) -> None:
+        change.prepare()
+        self._change, self._steps, self._version = change, change.carry_out(), change.document.version
+        if not self._finish(wait_s):
+            raise ChangeUnderWay(change.document.version)
+
+    def catch_up(self) -> None:
+        """Bring shards that were taken over under an older configuration to that of the node."""
+        node = self._node
+        if not any(thread.version < node.document.version for thread in node.shards) or not self._lock.acquire(blocking=False):
+            return
+        try:
+            with node.changing, watched_compiles(self._closed.is_set):
+                behind = [thread for thread in node.shards if thread.version < node.document.version and thread.running]
+                if behind and self._steps is None and node.plan is not None:
+                    self._carry_out(_Change(node, node.document, node.plan, behind), _CATCH_UP_S)
+        except (ChangeRefused, ChangeUnderWay) as error:
+            _log.warning("a shard stays under an older configuration for now", reason=str(error))
+        finally:
+            self._lock.release()
 
     def go_on(self) -> None:
         """Finish a change that is under way, as far as it goes now."""
@@ -153,7 +177,8 @@ class Reload:
         if not config.data_sources:
             reasons.append(Problem("data_sources", None, None, "is empty", "add a [data_sources.NAME] table"))
         reasons += _source_problems(config)
-        if goes_on(config) and not goes_on(node.config) and any(JournalReader(j.folder).first_sequence > 0 for j in node.journals):
+        begins_late = any(JournalReader(journal.folder).first_sequence > 0 for journal in node.journals)
+        if goes_on(config) and not goes_on(node.config) and begins_late:
             reason, hint = "a restart would go on from the journal, which has lost its beginning", "start the node anew with this source"
             reasons.append(Problem("data_sources", None, None, reason, hint))
         behind = max((gateway.changes_behind for gateway in node.gateways.values()), default=0)
@@ -162,7 +187,8 @@ class Reload:
         document = plan = None
         try:
             known = node.document
-            document = Document.of(config, node.version if version is None else version, known.sources, known.order_ids)
+            numbers = {**known.sources, **(source_numbers(config, known.sources) if node.shared else {})}
+            document = Document.of(config, node.version if version is None else version, numbers, known.order_ids)
             risk_limits(config)
             plan = document.plan()
             if not reasons:
@@ -186,11 +212,12 @@ class Reload:
             PlanError: a calculation of the user does not compile; tried first and by itself, since the whole loop takes long.
             CompileError: the loop does not compile.
         """
-        node = self._node
+        node, running = self._node, self._node.plan
+        assert running is not None
         module = import_generated(write_generated("shard_parts", generate(plan)))
         room = inputs_room(sources + 1)
-        if module is not node.shards[0].shard.module or room != inputs_room(len(node.inputs) + 1):
-            known = {(i.module, i.function) for i in node.shards[0].shard.plan.instances}
+        if module is not import_generated(write_generated("shard_parts", generate(running))) or room != inputs_room(len(node.inputs) + 1):
+            known = {(i.module, i.function) for i in running.instances}
             problems = compile_problems(i for i in plan.instances if (i.module, i.function) not in known)
             if problems:
                 raise PlanError(problems)
@@ -232,13 +259,14 @@ class _Sources:
 class _Change:
     """One change on its way."""
 
-    def __init__(self, node: Node, document: Document, plan: ShardPlan) -> None:
-        self.node, self.document, self.plan = node, document, plan
+    def __init__(self, node: Node, document: Document, plan: ShardPlan, threads: Sequence[ShardThread]) -> None:
+        self.node, self.document, self.plan, self.threads = node, document, plan, list(threads)
+        self.versions = {thread.number: max(document.version, thread.version + 1) for thread in self.threads}
         self.config, self.old = document.config, node.config
         self.limits = risk_limits(self.config)
         self.sources = _Sources()
         self.gateways: dict[str, Gateway] = {}
-        self.legs: list[Leg] = []
+        self.legs: dict[int, Leg] = {}
         self.relabelled = False
 
     # -- what can be called off
@@ -260,9 +288,9 @@ class _Change:
             where = "processing"
             self._prepare_legs()
             where = "journal"
-            for thread in self.node.shards:
+            for thread in self.threads:
                 if thread.documents is not None:
-                    thread.documents.write(self.document)
+                    thread.documents.write(replace(self.document, version=self.versions[thread.number]))
         except CompileStopped:
             self.call_off()
             raise
@@ -289,12 +317,14 @@ class _Change:
     def _choose_numbering(self) -> None:
         """Orders of several sources are numbered per instrument, since two may use the same numbers."""
         now = {receiver.name: receiver for receiver in self.node.receivers} | self.sources.made
+        if self.node.shared:
+            return  # per instrument from the beginning
         needed = common_numbering([now[name].order_ids for name in self.config.data_sources])
         self.document = replace(self.document, order_ids=numbering_after(self.document.order_ids, needed))
 
     def _prepare_gateways(self) -> None:
-        version, names = self.document.version, signal_names(self.plan)
-        self.node.know({version: names})
+        names = signal_names(self.plan)
+        self.node.know(dict.fromkeys({self.document.version, *self.versions.values()}, names))
         old, new = nats_deliveries(self.old), nats_deliveries(self.config)
         for name, delivery in new.items():
             if name not in old or old[name].model_dump() != delivery.model_dump():
@@ -305,36 +335,39 @@ class _Change:
         relabelled = set(self.old.data_sources) != set(self.config.data_sources) or set(nats_deliveries(self.old)) != set(
             nats_deliveries(self.config)
         )
-        renumbered = self.document.order_ids != node.document.order_ids
-        if not relabelled and not renumbered and same_loop(node.shards[0].shard.plan, self.plan):
-            return
         if relabelled:
             self._relabel(self.config)
             self.relabelled = True
         inputs = {**node.inputs, **self.sources.rings}
-        for thread in node.shards:
+        for thread in self.threads:
+            renumbered = self.document.order_ids not in ("", numbering_of(thread.shard.arrays.books))
+            if not relabelled and not renumbered and same_loop(thread.shard.plan, self.plan):
+                continue
             shard, carry = succeed(thread.shard, self.plan, self.limits, self.document.order_ids)
             mine = [Input(inputs[name][thread.number], self.document.sources[name]) for name in self.config.data_sources]
-            self.legs.append(thread.park(shard, mine, carry, node.telemetry))
+            self.legs[thread.number] = thread.park(shard, mine, carry, node.telemetry)
 
     def _relabel(self, config: Config) -> None:
         """Counters of the sources and deliveries of a configuration, in place of what there are."""
         node = self.node
         with node.swap:
-            node.telemetry.relabel(list(config.data_sources), len(node.shards), list(nats_deliveries(config)))
+            node.telemetry.relabel(list(config.data_sources), config.cluster.shards, list(nats_deliveries(config)))
             for name, gateway in node.gateways.items():
                 if name in config.delivery:
-                    gateway.take_latencies(latencies_of(node.telemetry, name, len(node.shards)))
+                    self._count_latencies(name, gateway)
+
+    def _count_latencies(self, name: str, gateway: Gateway) -> None:
+        gateway.take_latencies({shard: latency_of(self.node.telemetry, name, shard) for shard in gateway.shards})
 
     def call_off(self) -> None:
         """Let go of everything that was prepared."""
         if self.relabelled:
             self._relabel(self.old)
-        for thread in self.node.shards:
+        for thread in self.threads:
             if thread.documents is not None:
-                thread.documents.remove(self.document.version)
-        for thread, leg in zip(self.node.shards, self.legs):
-            thread.call_off(leg)
+                thread.documents.remove(self.versions[thread.number])
+            if thread.number in self.legs:
+                thread.call_off(self.legs[thread.number])
         for receiver in self.sources.made.values():
             receiver.close()
         for gateway in self.gateways.values():
@@ -355,17 +388,17 @@ class _Change:
         """Do it; yields where it has to wait for the shards."""
         node = self.node
         yield from self._end_receivers()
-        for k, thread in enumerate(node.shards):
-            yield from self._turn(thread, self.legs[k] if self.legs else None)
+        for thread in self.threads:
+            yield from self._turn(thread, self.legs.get(thread.number))
         yield from self._begin_receivers()
         self._begin_gateways()
         with node.swap:
-            node.config, node.document = self.config, self.document
+            node.config, node.document, node.plan = self.config, self.document, self.plan
         self._settle()
 
     def _end_receivers(self) -> Iterator[None]:
         """End the sources that change or go, with nothing lost between them and the shards."""
-        rings = [(name, ring) for name, rings in self.node.inputs.items() for ring in rings]
+        rings = [(name, rings[thread.number]) for name, rings in self.node.inputs.items() for thread in self.threads]
         names = {receiver.name for receiver in self.sources.ending}
         mine = [ring for name, ring in rings if name in names]
         while any(ring.lag > ring.capacity // 2 for ring in mine):  # what has no room is lost when its receiver ends
@@ -374,12 +407,17 @@ class _Change:
             receiver.ask_stop()
         while not all(receiver.join(0) for receiver in self.sources.ending):
             yield
-        while any(ring.lag for ring in mine):
+        while any(ring.lag for ring in mine) and any(self._runs(thread) for thread in self.threads):
             yield
+
+    def _runs(self, thread: ShardThread) -> bool:
+        """Whether the shard is still run here: leadership may have gone."""
+        self.node.check()
+        return not thread.stop[0]
 
     def _turn(self, thread: ShardThread, leg: Leg | None) -> Iterator[None]:
         """One shard's CONFIG event, and what follows from it."""
-        version, now_ns = self.document.version, time.time_ns()
+        version, now_ns = self.versions[thread.number], time.time_ns()
         if thread.journal is not None:
             thread.journal.config_version = version
         if leg is None:
@@ -387,14 +425,16 @@ class _Change:
             set_parameters(thread.shard, self.plan, self.limits, slot)
             yield from self._send(thread, config_event(version, slot, False, now_ns))
             while thread.version != version:
-                self.node.check()
+                if not self._runs(thread):
+                    return
                 yield
             thread.shard.plan = self.plan
         else:
             thread.wake(leg)
             yield from self._send(thread, config_event(version, int(thread.shard.arrays.core["parameters"][0]), True, now_ns))
             while not thread.handed_over(leg):
-                self.node.check()
+                if not self._runs(thread):
+                    return
                 yield
             with self.node.swap:
                 thread.complete(leg)
@@ -417,7 +457,7 @@ class _Change:
             number, old = receiver.context.number, before.get(name)
             if old is not None and not receiver.take_over(old):
                 yield from self._empty_source(number)  # a recording begins anew
-        while not all(thread.heard for thread in node.shards):
+        while not all(thread.heard or not self._runs(thread) for thread in self.threads):
             yield
         kept = [receiver for receiver in node.receivers if receiver not in self.sources.ending]
         by_name = {receiver.name: receiver for receiver in [*kept, *self.sources.made.values()]}
@@ -430,23 +470,23 @@ class _Change:
                 receiver.pin_if_allowed(before[name].cpu)
 
     def _send(self, thread: ShardThread, event: EventArray) -> Iterator[None]:
-        while not thread.send(event):
-            self.node.check()
+        while not thread.send(event) and self._runs(thread):
             yield
 
     def _empty_source(self, number: int) -> Iterator[None]:
         """Empty the books of a whole source."""
         event = _clear()
         event["instrument"], event["price"] = ALL_INSTRUMENTS, number
-        for thread in self.node.shards:
+        for thread in self.threads:
             yield from self._send(thread, event)
 
     def _empty_books(self, instruments: list[int]) -> Iterator[None]:
         places = self.node.table.arrays.records["shard"]
+        threads = {thread.number: thread for thread in self.threads}
         for instrument in instruments:
-            thread, event = self.node.shards[int(places[instrument])], _clear()
-            number = thread.id_of(instrument)
-            if number is not None:
+            thread, event = threads.get(int(places[instrument])), _clear()
+            number = thread.id_of(instrument) if thread else None
+            if thread is not None and number is not None:
                 event["instrument"] = number
                 yield from self._send(thread, event)
 
@@ -468,13 +508,15 @@ class _Change:
             kept = {name: gateway for name, gateway in node.gateways.items() if name in wanted}
             node.gateways = {**kept, **self.gateways}
             for name, gateway in self.gateways.items():
-                gateway.take_latencies(latencies_of(node.telemetry, name, len(node.shards)))
+                self._count_latencies(name, gateway)
         for gateway in self.gateways.values():
             gateway.start()
 
     def _settle(self) -> None:
         set_log_level(self.config.logging.level)
         settings = self.config.journal
+        if self.node.roles is not None:
+            self.node.roles.set_replicas(self.config.cluster.replicas)
         for thread in self.node.shards:
             if thread.retention is not None:
                 thread.retention.set_limits(settings.keep_mb << 20, settings.keep_hours * 3600.0)

@@ -80,8 +80,8 @@ def link_options(config: Config) -> LinkOptions:
     )
 
 
-def release_gate(config: Config, journal: Journal, waits: Values | None = None) -> ReleaseGate:
-    """A shard's gate as the `[replication]` table wants it; `waits` as for :class:`ReleaseGate`."""
+def release_gate(config: Config, journal: Journal, waits: Values | None = None, *, alone: bool = False) -> ReleaseGate:
+    """A shard's gate as the `[replication]` table wants it; `waits` and `alone` as for :class:`ReleaseGate`."""
     settings = config.replication
     return ReleaseGate(
         journal,
@@ -90,6 +90,7 @@ def release_gate(config: Config, journal: Journal, waits: Values | None = None) 
         solo_after_s=settings.solo_after_ms / 1000,
         lag_s_max=settings.lag_ms_max / 1000,
         waits=waits,
+        alone=alone,
     )
 
 
@@ -415,6 +416,9 @@ class _Session(threading.Thread):
             if snapshot is None or not oldest <= snapshot.sequence <= tail.end:
                 raise Refused(Reason.NO_SNAPSHOT, f"it needs events before {oldest}, which are not kept, and there is no snapshot")
             start = snapshot.sequence - (snapshot.sequence - journal.first_sequence) % journal.segment_records
+        first = journal.folder / DOCUMENTS / f"{journal.header.config_version}.json"
+        if not hello.has_journal and snapshot is None and first.exists():
+            self._send_document(link, first)
         self._welcome(link, leading, tail, hello, start, snapshot)
         if snapshot:
             self._send_all_documents(link, journal)

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, EventArray, Kind
+from tickmesh.node.continuation import POSITION, follow_positions, make_positions
+from tickmesh.node.event import EVENT, EventArray, Kind
 from tickmesh.node.instruments import InstrumentTable, InstrumentTableFull, SymbolFiltered
 from tickmesh.node.journal import JournalReader
-
-_SESSION_KINDS = (int(Kind.CLEAR), int(Kind.GAP))
+from tickmesh.node.shard_state import SOURCES
 
 
 class RestoreError(Exception):
@@ -27,36 +27,87 @@ class RestoredShard:
     Attributes:
         references: the last REFERENCE event of each instrument, by the shard's id.
         codes: the venue's numeric code, by the same.
-        sequences: per source, the last sequence that was processed; 0 if there is none.
+        positions: where the journal stands in each source (:mod:`tickmesh.node.continuation`).
     """
 
     references: dict[int, Any] = field(default_factory=dict)
     codes: dict[int, int] = field(default_factory=dict)
-
-    sequences: dict[int, int] = field(default_factory=dict)
+    positions: Any = field(default_factory=lambda: make_positions(SOURCES))
+    _owners: Any = field(default_factory=lambda: np.zeros(0, np.int32))
 
     def take(self, batch: EventArray) -> None:
         """Take note of events of the journal."""
-        _take_definitions(self, batch)
-        _take_sequences(self.sequences, {number: int(event["flags"]) for number, event in self.references.items()}, batch)
+        definitions = batch[np.isin(batch["kind"], (int(Kind.REFERENCE), int(Kind.CODE)))]
+        for event in definitions:
+            if event["kind"] == Kind.REFERENCE:
+                self.references[int(event["instrument"])] = event.copy()
+            else:
+                self.codes[int(event["instrument"])] = int(event["id"])
+        if len(definitions):
+            self._own(int(definitions["instrument"].max()))
+        follow_positions(self.positions, self._owners, batch if batch.flags.writeable else batch.copy())
+
+    def _own(self, last: int) -> None:
+        """Make room in the table of owners for instruments up to `last`."""
+        if last >= len(self._owners):
+            owners = np.full(1 << (last + 1).bit_length(), -1, np.int32)
+            owners[: len(self._owners)] = self._owners
+            self._owners = owners
+
+    @property
+    def sequences(self) -> dict[int, int]:
+        """Per source, the last sequence that was processed; a source without one is left out."""
+        return {int(source): int(self.positions["sequence"][source]) for source in np.flatnonzero(self.positions["sequence"])}
 
     def as_json(self) -> dict[str, Any]:
         """For the facts of a snapshot."""
         references = {str(number): event.tobytes().hex() for number, event in self.references.items()}
-        codes, sequences = ({str(k): v for k, v in table.items()} for table in (self.codes, self.sequences))
-        return {"references": references, "codes": codes, "sequences": sequences}
+        used = np.flatnonzero(self.positions != np.zeros(1, POSITION))
+        positions = {str(source): self.positions[source].tobytes().hex() for source in used}
+        return {"references": references, "codes": {str(k): v for k, v in self.codes.items()}, "positions": positions}
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> RestoredShard:
         """From :meth:`as_json`."""
         references = {int(number): np.frombuffer(bytes.fromhex(text), EVENT)[0] for number, text in facts["references"].items()}
-        codes, sequences = ({int(k): int(v) for k, v in facts[name].items()} for name in ("codes", "sequences"))
-        return cls(references, codes, sequences)
+        made = cls(references, {int(k): int(v) for k, v in facts["codes"].items()})
+        for source, text in facts["positions"].items():
+            made.positions[int(source)] = np.frombuffer(bytes.fromhex(text), POSITION)[0]
+        made._own(max(references, default=-1))
+        for number, event in references.items():
+            made._owners[number] = int(event["flags"])
+        return made
 
     def symbol(self, number: int) -> tuple[int, str]:
         """Source and symbol of an instrument."""
         event = self.references[number]
         return int(event["flags"]), event.tobytes()[40:64].rstrip(b"\0").decode("ascii")
+
+    def intern(
+        self, table: InstrumentTable, shard: int, *, skip_filtered: bool = False
+    ) -> tuple[dict[int, int], dict[int, dict[int, int]]]:
+        """Make the instruments known to the node, as those of shard number `shard`.
+
+        Args:
+            skip_filtered: leave out those that the source's filter now leaves out, in place of an error.
+
+        Returns:
+            The shard's ids by the node's; and for each source, the venue's numeric codes by the node's ids.
+
+        Raises:
+            RestoreError: the configuration leaves an instrument out, or places it on another shard.
+        """
+        ids: dict[int, int] = {}
+        codes: dict[int, dict[int, int]] = {}
+        for number in sorted(self.references):
+            source, symbol = self.symbol(number)
+            if skip_filtered and not table.lets_through(symbol, source):
+                continue
+            node = _intern(table, shard, self.references[number], source, symbol)
+            ids[node] = number
+            if number in self.codes:
+                codes.setdefault(source, {})[node] = self.codes[number]
+        return ids, codes
 
 
 @dataclass
@@ -82,14 +133,11 @@ class Restored:
         """
         ids: list[dict[int, int]] = []
         codes: dict[int, dict[int, int]] = {}
-        for shard, journal in enumerate(self.shards):
-            ids.append({})
-            for number in sorted(journal.references):
-                source, symbol = journal.symbol(number)
-                node = _intern(table, shard, journal.references[number], source, symbol)
-                ids[shard][node] = number
-                if number in journal.codes:
-                    codes.setdefault(source, {})[node] = journal.codes[number]
+        for number, shard in enumerate(self.shards):
+            mine, found = shard.intern(table, number)
+            ids.append(mine)
+            for source, by_id in found.items():
+                codes.setdefault(source, {}).update(by_id)
         return ids, codes
 
 
@@ -122,28 +170,3 @@ def read_restored(folders: Iterable[Path], begun: Sequence[tuple[int, RestoredSh
         for source, sequence in shard.sequences.items():
             restored.sequences[source] = max(restored.sequences.get(source, 0), sequence)
     return restored
-
-
-def _take_definitions(shard: RestoredShard, batch: EventArray) -> None:
-    for event in batch[np.isin(batch["kind"], (int(Kind.REFERENCE), int(Kind.CODE)))]:
-        if event["kind"] == Kind.REFERENCE:
-            shard.references[int(event["instrument"])] = event.copy()
-        else:
-            shard.codes[int(event["instrument"])] = int(event["id"])
-
-
-def _take_sequences(sequences: dict[int, int], sources: dict[int, int], batch: EventArray) -> None:
-    """Take over the last sequence of each source; after a new session, the last one of that."""
-    everywhere = batch["instrument"] == ALL_INSTRUMENTS
-    owners = np.full(max(sources, default=0) + 1, -1)
-    owners[list(sources)] = list(sources.values())
-    owner = np.where(everywhere, batch["price"], owners[np.where(everywhere, 0, np.minimum(batch["instrument"], len(owners) - 1))])
-    last = np.where(batch["kind"] == Kind.GAP, batch["aux"], batch["seq"].astype(np.int64))
-    for source in np.unique(owner[owner >= 0]):
-        mine = owner == source
-        fresh = np.flatnonzero(mine & everywhere & (batch["kind"] == Kind.CLEAR))
-        if len(fresh):
-            mine[: fresh[-1] + 1] = False
-            sequences[int(source)] = 0
-        if mine.any():
-            sequences[int(source)] = max(sequences.get(int(source), 0), int(last[mine].max()))

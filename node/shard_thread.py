@@ -51,10 +51,12 @@ class Input(NamedTuple):
     Attributes:
         ring: its writer numbers instruments as the node does.
         source: number of the source; -1: the events have the shard's own ids already.
+        reader: registered at the ring already, as a standby's; None: one is made, from the next event on.
     """
 
     ring: Ring
     source: int
+    reader: Reader | None = None
 
 
 @dataclass
@@ -88,6 +90,7 @@ class ShardThread:
         documents: the versions of the configuration beside its journal.
         ids: u32 by the node's id of an instrument, the shard's; `given`: i64[1], how many there are. See :mod:`tickmesh.node.continuation`.
         positions: where the journal stood in each source when a takeover began.
+        epoch: of the leadership under which its outputs are delivered.
         pause_ns: how long the last hand-over took, from the end of one loop to the next one's first look at its inputs.
     """
 
@@ -102,8 +105,9 @@ class ShardThread:
         idle: int,
         progress: Progress,
         gate: ReleaseGate | None = None,
+        epoch: int = 1,
     ) -> None:
-        self.gate = gate
+        self.gate, self.epoch = gate, epoch
         self.number, self.output, self.journal = number, output, journal
         self.stop = np.zeros(3, np.int64)
         self.error: BaseException | None = None
@@ -119,13 +123,16 @@ class ShardThread:
         self.positions = make_positions(SOURCES)
         self._control = Ring.create(None, CONTROL_EVENTS, EVENT, reader_timeout_ms=_READER_MS)
         self._leg = self._make_leg(shard, inputs, 0, no_carry(shard.arrays.books), telemetry)
+        self._taken_before = -sum(reader.position for reader in self._leg.readers)
         self.writer = output.writer
 
-    def _make_leg(self, shard: Shard, sources: Sequence[Input], turn: int, carry: Carry, telemetry: Telemetry) -> Leg:
+    def _make_leg(
+        self, shard: Shard, sources: Sequence[Input], turn: int, carry: Carry, telemetry: Telemetry, before: Leg | None = None
+    ) -> Leg:
         inputs = [Input(self._control, -1), *sources]
         module = live_loop(shard.module, inputs_room(len(inputs)), BATCH_EVENTS, self._progress)
-        known = {id(reader.ring): reader for reader in self._leg.readers} if turn else {}
-        readers = [known.get(id(ring)) or ring.reader(f"shard-{self.number}") for ring, _ in inputs]
+        known = {id(reader.ring): reader for reader in before.readers} if before else {}
+        readers = [known.get(id(one.ring)) or one.reader or one.ring.reader(f"shard-{self.number}") for one in inputs]
         numbers = telemetry.shard(self.number)
         leg = Leg(shard, module, inputs, readers, turn, carry, (numbers.receive_to_output, numbers.batch_events))
         leg.thread = threading.Thread(target=self._run, args=(leg,), name=f"shard-{self.number}", daemon=True)
@@ -188,6 +195,20 @@ class ShardThread:
             if leg and leg.thread and leg.thread.ident is not None:
                 leg.thread.join(_STOP_S)
 
+    def start_again(self, telemetry: Telemetry) -> None:
+        """After :meth:`end`, of a loop that has finished its batch: go on where it stopped."""
+        before, self._baton = self._leg, make_baton()
+        self.stop[0] = 0
+        self._leg = self._make_leg(before.shard, before.inputs[1:], 0, no_carry(before.shard.arrays.books), telemetry, before)
+        self.start()
+        self.pin(self._cpu)
+
+    def close(self) -> None:
+        """Let go of its rings, after :meth:`end`."""
+        for reader in self._leg.readers:
+            reader.close()
+        self._control.close()
+
     def _run(self, leg: Leg) -> None:
         try:
             failure = self._call(leg, zeros_aligned(BATCH_EVENTS, EVENT), 0, 0)
@@ -212,7 +233,7 @@ class ShardThread:
         words = np.zeros(1, np.uint64)
         journal = self.journal.arrays if self.journal else JournalArrays(words, words, np.zeros(1, EVENT), words)
         room = inputs_room(len(leg.inputs))
-        rings = tuple(ring.arrays for ring, _ in leg.inputs)
+        rings = tuple(one.ring.arrays for one in leg.inputs)
         result = leg.module.run(
             np.array([first, end], np.int64),
             self.stop,
@@ -232,7 +253,7 @@ class ShardThread:
             self.ids,
             self.given,
             self.positions,
-            np.array([source for _, source in leg.inputs], np.int64),
+            np.array([one.source for one in leg.inputs], np.int64),
         )
         return int(result)
 
@@ -245,7 +266,7 @@ class ShardThread:
             CompileError: it does not compile.
             ShardError: its thread does not start.
         """
-        leg = self._make_leg(shard, inputs, self._leg.turn + 1, carry, telemetry)
+        leg = self._make_leg(shard, inputs, self._leg.turn + 1, carry, telemetry, self._leg)
         assert leg.thread
         self._parked = leg
         leg.thread.start()

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from tickmesh.transports.ring import RingArrays
 
-_MAGIC, _VERSION = b"tmsnapsh", 1
+_MAGIC, _VERSION = b"tmsnapsh", 2
 _HEAD, _TAIL = struct.Struct("<8sII"), struct.Struct("<QQII8s")
 _CHUNK_BYTES = 64 << 10
 _SUFFIX = ".snapshot"

@@ -87,6 +87,16 @@ def starts(journal: Path) -> list[Start]:
     return found
 
 
+def start_from(journal: Path, path: Path) -> Start:
+    """The start that a snapshot is which has come before the events that it was made of.
+
+    Raises:
+        SnapshotError, DocumentError: it, or the configuration in force there, cannot be read.
+    """
+    facts = read_facts(path)
+    return Start(_under(Documents(journal), facts), facts.sequence, RestoredShard.from_json(facts.sources), path)
+
+
 def _under(documents: Documents, facts: SnapshotFacts) -> Document:
     document = documents.read(facts.config_version)
     return Document(document.version, document.config, document.code, document.sources, document.order_ids, facts.outputs)
@@ -206,6 +216,10 @@ class Snapshotter:
         """Another interval from now on; 0: none are taken."""
         if interval_s != self._interval_s:
             self._interval_s, self._due_s = interval_s, time.monotonic() + interval_s
+
+    def set_journals(self, journals: list[Path]) -> None:
+        """The journals that there are from now on."""
+        self._journals = journals
 
     def close(self) -> None:
         """End the process that takes one, if there is any."""

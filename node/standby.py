@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from tickmesh.node.journal import Journal, Sync
 from tickmesh.node.journal_tail import JournalTail, TooOld
 from tickmesh.node.pipeline import risk_limits
 from tickmesh.node.replication_link import LinkOptions
+from tickmesh.node.restore import RestoredShard
 from tickmesh.node.shard import Shard
 from tickmesh.node.shard_thread import Input, ShardError, ShardThread
 from tickmesh.node.succession import set_parameters, succeed
@@ -52,7 +53,7 @@ class StandbyError(Exception):
 
 @dataclass
 class Built:
-    """A shard as it was after the events below `sequence`, and the ring that takes its outputs from there on.
+    """A shard as it was after the events below `sequence`, the ring that takes its outputs from there on, and what its journal says so far.
 
     The ring's cursors stand at the shard's ``out_seq``.
     """
@@ -60,6 +61,7 @@ class Built:
     shard: Shard
     output: Ring
     sequence: int = 0
+    known: RestoredShard = field(default_factory=RestoredShard)
 
 
 Build = Callable[[Path | None], Built]
@@ -194,6 +196,11 @@ class Standby:
     def taken(self) -> int:
         """Sequence after the last event stepped over."""
         return self._stepping.taken if self._stepping else 0
+
+    @property
+    def built(self) -> Built | None:
+        """What it works on, once there is something."""
+        return self._stepping.built if self._stepping else None
 
     @property
     def shard(self) -> Shard | None:
@@ -356,6 +363,7 @@ class Standby:
         done = 0
         while done < len(events) and not self._stop[0]:
             written = stepping.input.writer.write(events[done:], timeout_ms=0)
+            stepping.built.known.take(events[done : done + written])
             done += written
             stepping.fed += written
             if written == 0:  # the loop has enough to do, or waits for the leader's outputs to be stored

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from tickmesh.control.config import StoreSettings
+import structlog
+
+from tickmesh.control.config import Config, StoreSettings
+from tickmesh.control.config_store import Keys
 from tickmesh.control.consul_store import ConsulOptions, ConsulStore
 from tickmesh.control.kv_store import KvStore
-from tickmesh.control.store import Store
-from tickmesh.transports.nats import Login, connect
+from tickmesh.control.store import Store, StoreError, VersionMismatch
+from tickmesh.transports.nats import LinkError, Login, connect
 
 CONSUL_TOKEN = "TICKMESH_CONSUL_TOKEN"
 """Environment variable of Consul's token, where ``token_env`` names no other one."""
 CONSUL_FILES = ("TICKMESH_CONSUL_CA", "TICKMESH_CONSUL_CERT", "TICKMESH_CONSUL_KEY")
 """Environment variables of the files for TLS with Consul, where ``[store]`` names none."""
+_log = structlog.get_logger("store")
 
 
 class NoStore(Exception):
@@ -82,6 +88,41 @@ async def open_store(settings: StoreSettings, resolve: Callable[[str], Path] = P
             await bucket.close()
     finally:
         await link.close()
+
+
+def source_numbers(config: Config, known: Mapping[str, int], wait_s: float = 3.0) -> dict[str, int]:
+    """Numbers of a configuration's sources, the same on every node of the cluster: the store keeps one for each name, for good.
+
+    Args:
+        known: numbers that are in use on this node; given to the store if it has none.
+        wait_s: how long to ask the store.
+
+    Returns:
+        By name, those of the store; while it is away, the known ones.
+    """
+    try:
+        return asyncio.run(asyncio.wait_for(_number_sources(config, known), wait_s))
+    except (StoreError, LinkError, NoStore, TokenMissing, TimeoutError, OSError) as error:
+        _log.warning("sources are numbered without the store", reason=str(error) or type(error).__name__)
+        return {}
+
+
+async def _number_sources(config: Config, known: Mapping[str, int]) -> dict[str, int]:
+    key = f"{Keys(config.cluster.name).root}sources"
+    async with open_store(config.store, config.resolve) as store:
+        while True:
+            entry = await store.get(key)
+            numbers = {str(name): int(number) for name, number in json.loads(entry.value).items()} if entry else dict(known)
+            before = dict(numbers) if entry else None
+            for name in config.data_sources:
+                numbers.setdefault(name, max(numbers.values(), default=-1) + 1)
+            if numbers == before:
+                return numbers
+            try:
+                await store.put(key, json.dumps(numbers).encode(), expected=entry.version if entry else 0)
+                return numbers
+            except VersionMismatch:
+                continue
 
 
 def _token(settings: StoreSettings) -> str | None:

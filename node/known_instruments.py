@@ -1,0 +1,66 @@
+"""The instruments that a node has met, in a file: a node that starts again in the middle of a session knows the venue's numeric codes.
+
+A shard's journal tells it of the shard's own instruments only. A node that shares the shards with others reads the whole feed, and would
+take a code that it cannot name for an instrument of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from tickmesh.node.instruments import PUBLISHED, InstrumentTable, InstrumentTableFull, SymbolFiltered
+
+_log = structlog.get_logger("node")
+
+
+class KnownInstruments:
+    """The file of one node, ``instruments.json`` in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "instruments.json"
+        self._kept = 0
+
+    def recall(self, table: InstrumentTable) -> dict[int, dict[int, int]]:
+        """Make the instruments of the file known to the table; returns the venue's codes by source and instrument."""
+        codes: dict[int, dict[int, int]] = {}
+        try:
+            rows = json.loads(self.path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return codes
+        for source, symbol, tick_size, exponent, shard, code in rows:
+            with contextlib.suppress(SymbolFiltered, InstrumentTableFull, ValueError):
+                number = table.intern(symbol, source, tick_size, exponent, shard)
+                table.arrays.records["announced"][number] = 1
+                if code:
+                    codes.setdefault(source, {})[number] = code
+        return codes
+
+    def keep(self, table: InstrumentTable) -> None:
+        """Write the file, if there are new instruments."""
+        count = len(table)
+        if count == self._kept:
+            return
+        rows = [row for number in range(count) if (row := _row(table, number)) is not None]
+        temporary = self.path.with_suffix(".new")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(rows), encoding="utf-8")
+            temporary.replace(self.path)
+        except OSError as error:
+            _log.warning("the known instruments cannot be kept", reason=str(error))
+        if len(rows) == count:
+            self._kept = count
+
+
+def _row(table: InstrumentTable, number: int) -> list[Any] | None:
+    """Source, symbol, tick size, exponent, shard, code; None: it is being entered this moment, or was never announced."""
+    record = table.arrays.records[number]
+    if not record["flags"] & PUBLISHED or not record["announced"]:
+        return None
+    numbers = (int(record[name]) for name in ("tick_size", "qty_exponent", "shard", "code"))
+    return [int(record["source"]), table.symbol(number), *numbers]

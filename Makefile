@@ -6,10 +6,13 @@ BIN    := $(VENV)/bin
 SOURCES := $(sort $(wildcard node/*.py node/protocols/* control/*.py transports/*.py ops/*.py ops/*.cpp chaos/*.py))
 STAMP  := $(VENV)/.installed-$(shell (echo $(SOURCES); cat pyproject.toml) | cksum | cut -d' ' -f1)
 
-.PHONY: run test check lint types bench install clean
+.PHONY: run cluster test check lint types bench install clean
 
 run: $(STAMP)
 	@$(BIN)/tickmesh up $(if $(CAPTURE),--capture $(CAPTURE)) $(ARGS)
+
+cluster: $(STAMP)
+	@$(BIN)/tickmesh cluster $(ARGS)
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -n auto --dist loadfile

@@ -204,6 +204,42 @@ def up(
     _finish(start(captures, config, port=port, data_dir=data_dir, progress=_progress(quiet)))
 
 
+@app.command(cls=_Command)
+def cluster(
+    store: Annotated[str, typer.Option(metavar="nats|consul", help="A bucket on the nats-servers, or three Consul servers.")] = "nats",
+    nodes: Annotated[int, typer.Option(min=1, max=16, help="Nodes, each a process.")] = 3,
+    shards: Annotated[int, typer.Option(min=1, max=64, help="Shards.")] = 4,
+    replicas: Annotated[int, typer.Option(min=1, max=16, help="Nodes that hold each shard, its leader included.")] = 2,
+    nats_servers: Annotated[int, typer.Option(min=1, max=3, help="nats-servers, 1 or 3; each output stream is on all of them.")] = 3,
+    rate: Annotated[int, typer.Option(min=1, help="Messages per second of the simulated market.")] = 1000,
+    data_dir: Annotated[Path | None, typer.Option(metavar="FOLDER", help="For data and logs; none: a temporary folder.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """A whole cluster on this host, to look at and to break: servers, nodes, and a market on multicast over loopback.
+
+    It shows who leads what, and starts a node again that has been killed. Ctrl-C ends it well.
+    """
+    if store not in ("nats", "consul"):
+        raise typer.BadParameter(f"{store!r} is neither nats nor consul", param_hint="--store")
+    if nats_servers == 2:
+        raise typer.BadParameter("two servers cannot do without one: give 1 or 3", param_hint="--nats-servers")
+    from tickmesh.ops import cluster_cmd
+    from tickmesh.ops.local_cluster import LocalClusterOptions
+
+    with cluster_cmd.temporary_folder(data_dir) as folder:
+        options = LocalClusterOptions(
+            folder.absolute(),
+            store="consul" if store == "consul" else "nats",
+            nodes=nodes,
+            shards=shards,
+            replicas=replicas,
+            nats_servers=nats_servers,
+            stream_replicas=nats_servers,
+            rate=rate,
+        )
+        _finish(cluster_cmd.run(options, _progress(quiet) or (lambda _: None), view=not quiet))
+
+
 @node_app.command("run", cls=_Command)
 def node_run(config: ConfigFile, quiet: Quiet = False) -> None:
     """Run a node until Ctrl-C or SIGTERM."""
@@ -894,7 +930,7 @@ for programs. `tickmesh --debug COMMAND …` (or `TICKMESH_DEBUG=1`) shows the t
 | 3 | a check found something wrong: `journal verify`, `doctor` |
 | 4 | `config apply`, `set`, `rollback`: a node refused the configuration, or the canary did; `shards move`: the leader did |
 | 5 | the same: a node did not answer in time |
-| 130 | ended by Ctrl-C; `up` and `node run` stop in order and end with 0 |"""
+| 130 | ended by Ctrl-C; `up`, `cluster` and `node run` stop in order and end with 0 |"""
 
 
 def main() -> None:

@@ -374,7 +374,7 @@ class EmbeddedServer(ABC):
                 stderr=log,
                 env={**os.environ, **self._environment()},
                 start_new_session=True,
-                preexec_fn=_die_with(os.getpid()),
+                preexec_fn=die_with(os.getpid()),
             )
         atexit.register(self.stop)
 
@@ -604,11 +604,11 @@ def free_ports(host: str, count: int) -> list[int]:
 # ---------------------------------------------------------------- steps
 
 
-def _die_with(parent_pid: int) -> Callable[[], None]:
-    """Run in the child before the server: have the kernel end it when its parent ends."""
+def die_with(parent_pid: int, number: signal.Signals = signal.SIGTERM) -> Callable[[], None]:
+    """For ``preexec_fn`` of a child process: have the kernel end it by this signal when the thread that makes it ends."""
 
     def prepare() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        _LIBC.prctl(_PR_SET_PDEATHSIG, int(number))
         if os.getppid() != parent_pid:  # the parent died before the line above
             os._exit(1)
 

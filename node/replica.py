@@ -210,10 +210,11 @@ class Replica:
         Raises:
             TakeoverRefused: it cannot; it is a standby as before.
         """
-        with self.node.changing:
+        with self.node.changing.role():
             if self.thread is not None:
                 self._lead_again(self.thread, epoch)
                 return
+            begun_s = time.monotonic()
             try:
                 journal, built = self._take_over()
             except (StandbyError, JournalError) as error:
@@ -228,6 +229,8 @@ class Replica:
                     raise
                 raise TakeoverRefused(self.number, str(error)) from error
             self.error = ""
+            facts = {"sequence": journal.next_sequence, "outputs": int(built.shard.arrays.core["out_seq"][0])}
+            _log.info("leads", shard=self.number, epoch=epoch, took_ms=round((time.monotonic() - begun_s) * 1000, 1), **facts)
 
     def _take_over(self) -> tuple[Journal, Built]:
         """Journal and shard, which stand at the journal's end."""
@@ -257,7 +260,6 @@ class Replica:
         self._fence(outputs)
         thread.start()
         node.pin_shard(thread)
-        _log.info("leads", shard=self.number, epoch=epoch, sequence=journal.next_sequence, outputs=outputs)
 
     def _lead_again(self, thread: ShardThread, epoch: int) -> None:
         assert self._journal is not None
@@ -359,7 +361,7 @@ class Replica:
             return
         thread.end()
         _log.info("leads no more", shard=self.number, epoch=self.epoch, reason=reason)
-        with self.node.changing:
+        with self.node.changing.role():
             self._back_to_standby(journal, thread.output)
 
     def _back_to_standby(self, journal: Journal, output: Ring) -> None:
@@ -378,7 +380,7 @@ class Replica:
         thread, journal = self.thread, self._journal
         if thread is None or journal is None or not self._follows(to, journal.next_sequence - _BEHIND_MAX):
             return False
-        with self.node.changing:
+        with self.node.changing.role():
             thread.end()
             end = time.monotonic() + _HAND_OVER_S
             while time.monotonic() < end:

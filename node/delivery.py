@@ -251,11 +251,11 @@ class ShardDelivery:
         assert self.publisher is not None
         try:
             await self.publisher.open()
-            if self._references:
-                await self._publish_all_references()
-            await self._publish_names()
             self.state, self.error = "delivering", ""
             self.judged.set()
+            await self._publish_names()
+            if self._references:
+                self._again = asyncio.ensure_future(self._publish_all_references())
             await self._pump(stopping)
         except Fenced as error:
             self.state, self.error = "fenced", str(error)

@@ -28,6 +28,7 @@ from tickmesh.node.gateways import StreamUnknown, signal_names, stream_ends
 from tickmesh.node.instruments import PUBLISHED
 from tickmesh.node.journal import Journal, JournalError
 from tickmesh.node.release import ReleaseGate
+from tickmesh.node.release_marks import make_marks, put_mark_now, take_marks
 from tickmesh.node.replication import Leading, ReplicationServer, SnapshotFile, release_gate
 from tickmesh.node.replication_link import LinkOptions
 from tickmesh.node.restore import RestoredShard
@@ -36,6 +37,7 @@ from tickmesh.node.snapshot import SnapshotError, read_facts, snapshots
 from tickmesh.node.snapshotter import snapshot_folder, start_from
 from tickmesh.node.standby import Built, Standby, StandbyError
 from tickmesh.node.versions import Documents
+from tickmesh.transports.counters import HISTOGRAM_WORDS
 from tickmesh.transports.ring import Reader, Ring
 from tickmesh.transports.toolbox import IDLE_MODES, zeros_aligned
 
@@ -409,6 +411,22 @@ class Replica:
             for buffer in self._buffers.values():
                 buffer.reader.close()
             self._buffers = {}
+
+
+def warm_takeover(node: Node) -> None:
+    """Load the compiled parts that a takeover calls from Python: later that would count."""
+    known = RestoredShard()
+    known.take(zeros_aligned(1, EVENT))
+    with Ring.create(None, 256, EVENT) as ring:
+        reader = ring.reader("warm")
+        trim(known.positions[:1], ring.arrays, reader.slot, 1)
+        reader.read(0)
+        ring.writer.write(zeros_aligned(1, EVENT))
+    node.table.find("-")
+    node.table.lets_through("-")
+    marks = make_marks()
+    put_mark_now(marks, np.uint64(0), np.uint64(1))
+    take_marks(marks, np.uint64(0), np.zeros(HISTOGRAM_WORDS, np.int64))
 
 
 def _definition(table: Any, node_id: int, number: int) -> list[EventArray]:

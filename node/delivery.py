@@ -251,11 +251,11 @@ class ShardDelivery:
         assert self.publisher is not None
         try:
             await self.publisher.open()
-            if self._references:
-                await self._publish_all_references()
-            await self._publish_names()
             self.state, self.error = "delivering", ""
             self.judged.set()
+            await self._publish_names()
+            if self._references:
+                self._again = asyncio.ensure_future(self._publish_all_references())
             await self._pump(stopping)
         except Fenced as error:
             self.state, self.error = "fenced", str(error)
@@ -551,6 +551,7 @@ class Gateway:
         self._stop_asked = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._listing = threading.Lock()
         for shard, ring in rings.items():
             self.take(shard, ring, latency=known.get(shard), changes=changed.get(shard), gate=held.get(shard), start=start)
 
@@ -577,7 +578,8 @@ class Gateway:
             made.know_instruments(references)
         reader.read(0)  # compiles or loads the ring's kernels now: later it could take longer than a lossless ring waits for us
         made.show_alive()
-        self.shards = {**self.shards, shard: made}
+        with self._listing:
+            self.shards = {**self.shards, shard: made}
         self._in_loop(self._begin_all)
         return made
 
@@ -596,7 +598,8 @@ class Gateway:
                 delivery.abandoned = True
                 self._in_loop(partial(self._end, delivery))
                 delivery.ended.wait(_ABANDON_S)
-        self.shards = {number: other for number, other in self.shards.items() if number != shard}
+        with self._listing:
+            self.shards = {number: other for number, other in self.shards.items() if number != shard}
         done = delivery._reader.lag == 0 and (delivery.publisher is None or not delivery.publisher.in_flight)
         delivery._reader.close()
         return done

@@ -27,6 +27,7 @@ from tickmesh.node.beginning import (
     replay,
     shared_document,
 )
+from tickmesh.node.changing import Changing
 from tickmesh.node.delivery import Changes, Gateway
 from tickmesh.node.errors import NodeError
 from tickmesh.node.event import EVENT
@@ -107,7 +108,7 @@ class Node:
         self.outputs: list[Ring] = []
         self.gateways: dict[str, Gateway] = {}
         self.journals: list[Journal] = []
-        self.swap, self.changing = threading.RLock(), threading.RLock()
+        self.swap, self.changing = threading.RLock(), Changing()
         self.roles: Roles | None = None
         self.plan: ShardPlan | None = None
         self._reload = Reload(self)

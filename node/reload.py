@@ -109,7 +109,7 @@ class Reload:
                 hint = "look at their output rings and deliveries, and apply it again then"
                 raise ChangeRefused(version, [Problem("", None, None, reason, hint)], passing=True)
             document, plan = self._checked(config, version)
-            with self._node.changing:
+            with self._node.changing.configuration():
                 self._carry_out(_Change(self._node, document, plan, self._node.shards), wait_s)
 
     def _carry_out(self, change: _Change, wait_s: float) -> None:
@@ -124,7 +124,7 @@ class Reload:
         if not any(thread.version < node.document.version for thread in node.shards) or not self._lock.acquire(blocking=False):
             return
         try:
-            with node.changing, watched_compiles(self._closed.is_set):
+            with node.changing.configuration(), watched_compiles(self._closed.is_set):
                 behind = [thread for thread in node.shards if thread.version < node.document.version and thread.running]
                 if behind and self._steps is None and node.plan is not None:
                     self._carry_out(_Change(node, node.document, node.plan, behind), _CATCH_UP_S)

@@ -28,6 +28,7 @@ from tickmesh.node.gateways import StreamUnknown, signal_names, stream_ends
 from tickmesh.node.instruments import PUBLISHED
 from tickmesh.node.journal import Journal, JournalError
 from tickmesh.node.release import ReleaseGate
+from tickmesh.node.release_marks import make_marks, put_mark_now, take_marks
 from tickmesh.node.replication import Leading, ReplicationServer, SnapshotFile, release_gate
 from tickmesh.node.replication_link import LinkOptions
 from tickmesh.node.restore import RestoredShard
@@ -36,6 +37,7 @@ from tickmesh.node.snapshot import SnapshotError, read_facts, snapshots
 from tickmesh.node.snapshotter import snapshot_folder, start_from
 from tickmesh.node.standby import Built, Standby, StandbyError
 from tickmesh.node.versions import Documents
+from tickmesh.transports.counters import HISTOGRAM_WORDS
 from tickmesh.transports.ring import Reader, Ring
 from tickmesh.transports.toolbox import IDLE_MODES, zeros_aligned
 
@@ -210,10 +212,11 @@ class Replica:
         Raises:
             TakeoverRefused: it cannot; it is a standby as before.
         """
-        with self.node.changing:
+        with self.node.changing.role():
             if self.thread is not None:
                 self._lead_again(self.thread, epoch)
                 return
+            begun_s = time.monotonic()
             try:
                 journal, built = self._take_over()
             except (StandbyError, JournalError) as error:
@@ -228,6 +231,8 @@ class Replica:
                     raise
                 raise TakeoverRefused(self.number, str(error)) from error
             self.error = ""
+            facts = {"sequence": journal.next_sequence, "outputs": int(built.shard.arrays.core["out_seq"][0])}
+            _log.info("leads", shard=self.number, epoch=epoch, took_ms=round((time.monotonic() - begun_s) * 1000, 1), **facts)
 
     def _take_over(self) -> tuple[Journal, Built]:
         """Journal and shard, which stand at the journal's end."""
@@ -257,7 +262,6 @@ class Replica:
         self._fence(outputs)
         thread.start()
         node.pin_shard(thread)
-        _log.info("leads", shard=self.number, epoch=epoch, sequence=journal.next_sequence, outputs=outputs)
 
     def _lead_again(self, thread: ShardThread, epoch: int) -> None:
         assert self._journal is not None
@@ -359,7 +363,7 @@ class Replica:
             return
         thread.end()
         _log.info("leads no more", shard=self.number, epoch=self.epoch, reason=reason)
-        with self.node.changing:
+        with self.node.changing.role():
             self._back_to_standby(journal, thread.output)
 
     def _back_to_standby(self, journal: Journal, output: Ring) -> None:
@@ -378,7 +382,7 @@ class Replica:
         thread, journal = self.thread, self._journal
         if thread is None or journal is None or not self._follows(to, journal.next_sequence - _BEHIND_MAX):
             return False
-        with self.node.changing:
+        with self.node.changing.role():
             thread.end()
             end = time.monotonic() + _HAND_OVER_S
             while time.monotonic() < end:
@@ -407,6 +411,22 @@ class Replica:
             for buffer in self._buffers.values():
                 buffer.reader.close()
             self._buffers = {}
+
+
+def warm_takeover(node: Node) -> None:
+    """Load the compiled parts that a takeover calls from Python: later that would count."""
+    known = RestoredShard()
+    known.take(zeros_aligned(1, EVENT))
+    with Ring.create(None, 256, EVENT) as ring:
+        reader = ring.reader("warm")
+        trim(known.positions[:1], ring.arrays, reader.slot, 1)
+        reader.read(0)
+        ring.writer.write(zeros_aligned(1, EVENT))
+    node.table.find("-")
+    node.table.lets_through("-")
+    marks = make_marks()
+    put_mark_now(marks, np.uint64(0), np.uint64(1))
+    take_marks(marks, np.uint64(0), np.zeros(HISTOGRAM_WORDS, np.int64))
 
 
 def _definition(table: Any, node_id: int, number: int) -> list[EventArray]:

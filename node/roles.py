@@ -26,7 +26,7 @@ from tickmesh.control.heartbeats import Beat, Heartbeats, client_name
 from tickmesh.control.leadership import Holder, Leadership, LeadershipOptions
 from tickmesh.control.store import Store, StoreError
 from tickmesh.node.gateways import login_of, nats_deliveries
-from tickmesh.node.replica import Replica
+from tickmesh.node.replica import Replica, warm_takeover
 from tickmesh.node.replication import ReplicationServer, link_options
 from tickmesh.node.store_link import NoStore, TokenMissing, open_store
 from tickmesh.transports.nats import LinkError, Login, NatsLink, backoff_s, connect
@@ -67,6 +67,7 @@ class Roles:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping = threading.Event()
         self._asked_to_stop: asyncio.Event | None = None
+        warm_takeover(node)
         self._thread = threading.Thread(target=self._run, name="roles", daemon=True)
         self._trimmer = threading.Thread(target=self._trim, name="roles-trim", daemon=True)
         self.error = ""

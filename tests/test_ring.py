@@ -389,3 +389,14 @@ def test_a_peer_in_cpp_speaks_the_same_ring() -> None:
 def test_with_bounds_checks() -> None:
     """The model test once more, with every index checked."""
     check_again(__file__, "model or silent or oldest")
+
+
+def test_a_reader_closed_twice_leaves_the_next_one_in_its_slot_alone() -> None:
+    with Ring.create(None, 256, RECORD) as ring:
+        one = ring.reader("one")
+        one.close()
+        two = ring.reader("two")
+        one.close()
+        assert two.slot == one.slot
+        ring.writer.write(np.zeros(3, RECORD))
+        assert len(two.read(8)) == 3

@@ -23,7 +23,7 @@ import random
 import ssl
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -554,6 +554,12 @@ class _Last:
     writer: str
 
 
+def _empty_message(subject: str, headers: Mapping[str, str]) -> bytes:
+    """A message without content, as it goes to the server."""
+    block = "NATS/1.0\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n"
+    return f"HPUB {subject} {len(block)} {len(block)}\r\n{block}\r\n".encode()
+
+
 class OutputPublisher:
     """Publishes runs of records to one stream, each exactly once. One task calls :meth:`publish`.
 
@@ -898,9 +904,9 @@ class OutputPublisher:
         client, subject = self._link.client, self._stream.subject
         common = {"Kind": "fence", "Epoch": str(self._epoch), "Writer": self._writer, "Out-Seq": str(held)}
         common["Nats-Batch-Id"] = os.urandom(9).hex()
-        await client.publish(subject, headers={**common, "Nats-Batch-Sequence": "1", "Nats-Expected-Last-Sequence": str(last.seq)})
-        for number in range(2, WINDOW_MAX):
-            await client.publish(subject, headers={**common, "Nats-Batch-Sequence": str(number)})
+        numbered = [{**common, "Nats-Batch-Sequence": "1", "Nats-Expected-Last-Sequence": str(last.seq)}]
+        numbered += [{**common, "Nats-Batch-Sequence": str(number)} for number in range(2, WINDOW_MAX)]
+        await self._link.send(b"".join(_empty_message(subject, headers) for headers in numbered))
         commit = {**common, "Nats-Batch-Sequence": str(WINDOW_MAX), "Nats-Batch-Commit": "1"}
         answer = json.loads((await client.request(subject, b"", timeout=2, headers=commit)).data)
         if "error" in answer:

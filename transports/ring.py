@@ -853,9 +853,10 @@ class Reader:
         return self.ring.published - self._word(R_CURSOR)
 
     def close(self) -> None:
-        """Free the slot. Closing twice is fine."""
+        """Free the slot. Closing twice is fine, also when another reader has the slot by then."""
         ring = self.ring
-        if ring._readers.pop(self.slot, None) is not None:
+        if ring._readers.get(self.slot) is self:
+            del ring._readers[self.slot]
             ring.arrays.words[self._base + R_STATE] = _FREE
             if ring._fd >= 0:
                 _unlock(ring._fd, self.slot)

@@ -1,0 +1,43 @@
+"""Who may change a running node: a change of the configuration alone, changes of shards' roles beside each other."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Changing:
+    """A lock with two ways in: any number of :meth:`role` at a time, or one :meth:`configuration`, which waits for those."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._roles = 0
+        self._configuration = False
+
+    @contextmanager
+    def role(self) -> Iterator[None]:
+        """While a shard's role changes."""
+        with self._condition:
+            self._condition.wait_for(lambda: not self._configuration)
+            self._roles += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._roles -= 1
+                self._condition.notify_all()
+
+    @contextmanager
+    def configuration(self) -> Iterator[None]:
+        """While another configuration is carried out."""
+        with self._condition:
+            self._condition.wait_for(lambda: not self._configuration)
+            self._configuration = True  # no role begins to change from now on
+            self._condition.wait_for(lambda: self._roles == 0)
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._configuration = False
+                self._condition.notify_all()

@@ -256,10 +256,11 @@ class Replica:
             thread = self._make_thread(journal, built, gate, epoch)
             self.epoch, self.thread, self._journal = epoch, thread, journal
         self._events_ahead = int(built.shard.arrays.core["events"][0]) - journal.next_sequence
-        self._server.lead(self.number, Leading(journal, epoch, gate, lambda: self._stored(), lambda: self._snapshot(journal)))
         node.know({thread.version: signal_names(built.shard.plan)})
         node.add_shard(thread, journal)
         self._fence(outputs)
+        # not before: standbys cut their journals to one that is served, and this one might lack what has been published
+        self._server.lead(self.number, Leading(journal, epoch, gate, lambda: self._stored(), lambda: self._snapshot(journal)))
         thread.start()
         node.pin_shard(thread)
 

@@ -31,6 +31,7 @@ from tickmesh.ops.config_store_cmd import Place, Wish, apply_file
 from tickmesh.ops.server_clusters import ConsulCluster, NatsCluster
 from tickmesh.ops.servers import die_with
 from tickmesh.ops.shards_cmd import Shard, opened
+from tickmesh.ops.simulator import symbol_names
 from tickmesh.transports.ring import SHM_FOLDER
 
 _STOP_S = 30.0
@@ -110,6 +111,12 @@ class NodeProcess:
         folder.mkdir(parents=True, exist_ok=True)
         self._file.write_text(own)
         self._process: subprocess.Popen[bytes] | None = None
+        self._told = False
+
+    @property
+    def ending(self) -> bool:
+        """Whether it has been asked to end, and still runs."""
+        return self._told and self.running
 
     @property
     def pid(self) -> int:
@@ -131,7 +138,7 @@ class NodeProcess:
         if self.running:
             return
         command = [sys.executable, "-m", "tickmesh.ops.cli", "node", "run", "--config", str(self._file)]
-        self._process, self.paused = _child(command, self.log, self._environment), False
+        self._process, self.paused, self._told = _child(command, self.log, self._environment), False, False
 
     def kill(self) -> None:
         """SIGKILL, as a crash would; the rest of what it held in shared memory stays, as after a crash."""
@@ -152,6 +159,7 @@ class NodeProcess:
 
     def terminate(self) -> None:
         """SIGTERM: it is asked to end, and hands over what it leads. Not waited for."""
+        self._told = True
         self._signal(signal.SIGTERM)
 
     def stop(self, limit_s: float = _STOP_S) -> None:
@@ -321,12 +329,14 @@ class LocalCluster:
         o = self.options
         demo = (resources.files("tickmesh.ops") / "demo.toml").read_text()
         processing = demo[demo.index("[processing]") : demo.index("[delivery.")]
+        placed = ", ".join(f"{symbol} = {number % o.shards}" for number, symbol in enumerate(symbol_names(o.symbols)))
         return f"""[cluster]
 name = "{o.name}"
 shards = {o.shards}
 replicas = {o.replicas}
 instruments_max = 1024
 orders_max = 65536
+shard_overrides = {{ {placed} }}   # evenly: by their names, a few symbols would not be
 
 [leadership]
 enabled = true

@@ -1,0 +1,265 @@
+"""Failover: nodes of a cluster under a steady feed are killed, paused, moved away from and asked to end; what does it cost, and is
+every output there exactly once?
+
+    python -m tickmesh.chaos.failover --store consul --replicas 3 --kills 200 --seed 1
+    python -m tickmesh.chaos.failover --kills 0 --moves 100 --sigterms 20
+
+Each time a shard is drawn by the seed, and its leader is the victim. Kills are ``kill -9`` and ``SIGSTOP`` for two seconds in turns.
+Measured is the time from the signal to the first output under a later epoch, in every shard that the victim led, and of planned changes
+the pause between the last output of the old epoch and the first of the new one, all by one clock. Before the next victim is drawn,
+every shard has a leader and its standbys again. In the end the checker reads every output stream and compares it with the replay of the
+leader's journal. One JSON object is printed; the exit code is 0 if every change came to its end and every output is there once, in order,
+and the right one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tickmesh.chaos.arrivals import Arrivals, percentiles
+from tickmesh.chaos.checker import Report, check_stream
+from tickmesh.control.leadership import request_move
+from tickmesh.ops.local_cluster import LocalCluster, LocalClusterOptions, NodeProcess, NotWhole
+from tickmesh.ops.shards_cmd import Cluster, Shard, opened
+from tickmesh.transports.nats import Login, connect
+
+Deed = Literal["kill", "pause", "move", "sigterm"]
+PAUSE_S = 2.0
+FAILOVER_MS, MOVE_MS = 250.0, 50.0
+"""The bars: p99 of a failover, and of the pause of a planned change."""
+_CHANGE_S = 20.0
+"""A change that takes longer has failed."""
+_WHOLE_S = 90.0
+_SILENT_S = 1.5
+_FAULTS = ("lost", "duplicated", "out_of_order", "stale_epoch", "differing", "not_in_replay", "not_delivered", "malformed", "journal")
+
+
+@dataclass(frozen=True)
+class Change:
+    """Leadership of one shard that has changed, or should have.
+
+    Attributes:
+        deed: what was done.
+        round: which one, from 0.
+        shard, victim: of what, to whom.
+        took_ms: from the deed to the first output of the later epoch; None: there was none in time.
+        pause_ms: from the last output of the epoch before to that one.
+        to: the node that leads now; empty: unknown.
+    """
+
+    deed: Deed
+    round: int
+    shard: int
+    victim: str
+    took_ms: float | None
+    pause_ms: float | None = None
+    to: str = ""
+
+
+@dataclass
+class Scenario:
+    """What is done to a cluster, and what came of it.
+
+    Attributes:
+        cluster: it runs.
+        rng: draws shards and targets.
+        changes: what was measured.
+        whole_s: seconds from each deed until every shard had a leader and its standbys again.
+    """
+
+    cluster: LocalCluster
+    rng: random.Random
+    changes: list[Change] = field(default_factory=list)
+    whole_s: list[float] = field(default_factory=list)
+    quiet: bool = False
+
+    async def run(self, deeds: Sequence[Deed]) -> dict[str, Any]:
+        """Do all of it, and check."""
+        link = await connect(self.cluster.nats.url, name="failover", login=Login())
+        arrivals = Arrivals(link, self.cluster.options.name, self.cluster.options.shards)
+        try:
+            await arrivals.start()
+            async with opened(self.cluster.place, self.cluster.nats.url) as at:
+                await self._flowing(arrivals)
+                for number, deed in enumerate(deeds):
+                    await self._one(number, deed, arrivals, at)
+            gaps = arrivals.gaps_ms()
+            leaders = await self._settled(arrivals)
+            await arrivals.close()
+            for node in self.cluster.nodes.values():
+                node.kill()
+            reports = [await self._check(link, number, leaders[number]) for number in range(self.cluster.options.shards)]
+        finally:
+            await link.close()
+        return self._result(gaps, reports)
+
+    # -- one change
+
+    async def _one(self, number: int, deed: Deed, arrivals: Arrivals, at: Cluster) -> None:
+        shards = await self.cluster.whole(_WHOLE_S)
+        began = time.monotonic()
+        if deed == "move":
+            made = [await self._move(number, shards, arrivals, at)]
+        else:
+            made = await self._strike(number, deed, shards, arrivals)
+        self.changes += made
+        await self.cluster.whole(_WHOLE_S)
+        self.whole_s.append(time.monotonic() - began)
+        if not self.quiet:
+            times = ", ".join(f"{one.shard}: {'never' if one.took_ms is None else f'{one.took_ms:.0f} ms'}" for one in made)
+            print(f"{number + 1} {deed} {made[0].victim}  {times}  whole after {self.whole_s[-1]:.1f} s", file=sys.stderr, flush=True)
+
+    async def _strike(self, number: int, deed: Deed, shards: list[Shard], arrivals: Arrivals) -> list[Change]:
+        """Kill, pause or terminate the leader of a shard."""
+        name = self.rng.choice(shards).leader
+        victim, led = self.cluster.nodes[name], [one for one in shards if one.leader == name]
+        began = time.monotonic()
+        {"kill": victim.kill, "pause": victim.pause, "sigterm": victim.terminate}[deed]()
+        waiting = asyncio.gather(*(arrivals.first_after(one.shard, one.epoch, _CHANGE_S) for one in led))
+        if deed == "pause":
+            await asyncio.sleep(max(0.0, began + PAUSE_S - time.monotonic()))  # it hangs for so long: that is the fault
+            victim.resume()
+        seen = await waiting
+        await self._restart(victim)
+        found = []
+        for one, after in zip(led, seen):
+            before = arrivals.shards[one.shard].epochs.get(one.epoch)
+            took = (after.first_s - began) * 1000 if after else None
+            pause = (after.first_s - before.last_s) * 1000 if after and before else None
+            found.append(Change(deed, number, one.shard, name, took, pause))
+        return found
+
+    async def _restart(self, victim: NodeProcess) -> None:
+        """Start one that has ended, or is about to; a paused one still runs."""
+        end = time.monotonic() + _WHOLE_S
+        while victim.ending and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        victim.start()
+
+    async def _move(self, number: int, shards: list[Shard], arrivals: Arrivals, at: Cluster) -> Change:
+        """Move a shard to one of its standbys."""
+        shard = self.rng.choice([one for one in shards if one.standbys])
+        to = self.rng.choice([one.node for one in shard.standbys if one.ready])
+        began = time.monotonic()
+        await request_move(at.store, at.root, shard.shard, to, "failover")
+        after = await arrivals.first_after(shard.shard, shard.epoch, _CHANGE_S)
+        before = arrivals.shards[shard.shard].epochs.get(shard.epoch)
+        if after is None:
+            return Change("move", number, shard.shard, shard.leader, None)
+        pause = (after.first_s - before.last_s) * 1000 if before else None
+        leader = {one.shard: one.leader for one in await at.shards()}.get(shard.shard, "")
+        return Change("move", number, shard.shard, shard.leader, (after.first_s - began) * 1000, pause, leader)
+
+    # -- before and after
+
+    async def _flowing(self, arrivals: Arrivals) -> None:
+        """Wait until outputs come from every shard."""
+        end = time.monotonic() + _WHOLE_S
+        while not all(sum(epoch.frames for epoch in one.epochs.values()) > 20 for one in arrivals.shards):
+            if time.monotonic() > end:
+                raise NotWhole(_WHOLE_S, "outputs do not come from every shard", f"see the logs in {self.cluster.options.folder}")
+            await asyncio.sleep(0.05)
+
+    async def _settled(self, arrivals: Arrivals) -> dict[int, str]:
+        """End the feed, wait until everything is out; who leads each shard."""
+        shards = await self.cluster.whole(_WHOLE_S)
+        self.cluster.stop_feed()
+        await arrivals.quiet(_SILENT_S, _WHOLE_S)
+        return {one.shard: one.leader for one in shards}
+
+    async def _check(self, link: Any, shard: int, leader: str) -> Report:
+        journal = self.cluster.nodes[leader].data_dir / "journal" / leader / f"shard-{shard}"
+        return await check_stream(link, self.cluster.options.name, shard, journal, expected=1)
+
+    # -- the result
+
+    def _result(self, gaps: dict[str, float], reports: Sequence[Report]) -> dict[str, Any]:
+        faults = {fault: sum(report.counts.get(fault, 0) for report in reports) for fault in _FAULTS}
+        never = [asdict(one) for one in self.changes if one.took_ms is None]
+        planned = [one for one in self.changes if one.deed in ("move", "sigterm")]
+        failovers = self._times("kill", "pause")
+        pauses = percentiles([one.pause_ms for one in planned if one.pause_ms is not None])
+        o = self.cluster.options
+        return {
+            "store": o.store, "nats_servers": o.nats_servers, "stream_replicas": o.stream_replicas, "nodes": o.nodes, "shards": o.shards,
+            "replicas": o.replicas, "rate": o.rate, "seed": o.seed, "done": dict(Counter(deed for deed, _ in self._rounds())),
+            "failover_ms": {"all": failovers, "kill": self._times("kill"), "pause": self._times("pause")},
+            "planned": {"pause_ms": pauses, "request_ms": self._times("move"), "sigterm_ms": self._times("sigterm")},
+            "whole_again_ms": percentiles([s * 1000 for s in self.whole_s]), "frame_gap_ms": gaps, "never": never,
+            "checker": [str(report) for report in reports], "faults": faults, "outputs": sum(report.outputs for report in reports),
+            "within_bars": failovers.get("p99", 0.0) <= FAILOVER_MS and pauses.get("p99", 0.0) <= MOVE_MS,
+            "good": not never and all(report.good for report in reports),
+        }  # fmt: skip
+
+    def _rounds(self) -> set[tuple[Deed, int]]:
+        return {(one.deed, one.round) for one in self.changes}
+
+    def _times(self, *deeds: Deed) -> dict[str, float]:
+        return percentiles([one.took_ms for one in self.changes if one.deed in deeds and one.took_ms is not None])
+
+
+def deeds_of(kills: int, moves: int, sigterms: int) -> list[Deed]:
+    """Kills and pauses in turns, then moves, then hand-overs."""
+    found: list[Deed] = ["pause" if number % 2 else "kill" for number in range(kills)]
+    return [*found, *(["move"] * moves), *(["sigterm"] * sigterms)]  # type: ignore[list-item]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run it; 0 if every change came to its end and every output is there exactly once, in order, and the right one."""
+    parser = argparse.ArgumentParser(description="Kill, pause and move the leaders of a cluster under a steady feed.")
+    parser.add_argument("--store", choices=("consul", "nats"), default="nats")
+    parser.add_argument("--replicas", type=int, choices=(1, 3), default=1, help="nats-servers, each with every output stream")
+    parser.add_argument("--kills", type=int, default=20, help="kill -9 and SIGSTOP in turns")
+    parser.add_argument("--moves", type=int, default=0, help="planned moves, after the kills")
+    parser.add_argument("--sigterms", type=int, default=0, help="nodes asked to end, after the moves")
+    parser.add_argument("--nodes", type=int, default=3)
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--rate", type=int, default=1000, help="messages per second of the feed")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep data and logs here")
+    parser.add_argument("--quiet", action="store_true", help="no lines on standard error")
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: nothing is left running
+    temporary = tempfile.TemporaryDirectory(prefix="tickmesh-failover-", ignore_cleanup_errors=True)
+    with temporary as folder:
+        result = _run(options, (options.keep or Path(folder)).absolute())
+    print(json.dumps(result, indent=1))
+    return 0 if result["good"] else 1
+
+
+def _run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    def say(text: str) -> None:
+        if not options.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    settings = LocalClusterOptions(
+        folder,
+        name="failover",
+        store=options.store,
+        nodes=options.nodes,
+        shards=options.shards,
+        nats_servers=options.replicas,
+        stream_replicas=options.replicas,
+        rate=options.rate,
+        seed=options.seed,
+    )
+    say(f"seed {options.seed}, data in {folder}")
+    with LocalCluster(settings, say) as cluster:
+        scenario = Scenario(cluster, random.Random(options.seed), quiet=options.quiet)
+        return asyncio.run(scenario.run(deeds_of(options.kills, options.moves, options.sigterms)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -234,21 +234,29 @@ class Standby:
                 what it puts out; it goes on being a standby, without a leader.
         """
         self.follower.follow(None)
-        journal, stepping = self.follower.journal, self._stepping
-        if journal is None or stepping is None:
+        if self.follower.journal is None and not self.follower.connected:
             raise StandbyError(f"standby of shard {self.number}: it has no journal yet, so it cannot lead")
         end = time.monotonic() + limit_s
-        while self.follower.connected or stepping.taken < journal.next_sequence:
+        while not self._at_the_end():
             self.check()
             if time.monotonic() > end:
-                left = journal.next_sequence - stepping.taken
+                left = self.follower.next_sequence - self.taken
                 raise StandbyError(f"standby of shard {self.number}: {left} events are not stepped over within {limit_s:g} s")
             time.sleep(0.0005)
-        self.follower.stop(close=False)
+        journal, stepping = self.follower.stop(close=False), self._stepping
+        assert journal is not None
+        assert stepping is not None
         self._end_feeder()
         stepping.close()
         self._stepping = None
         return journal, stepping.built
+
+    def _at_the_end(self) -> bool:
+        """Whether all of the journal has been stepped over, and none is added or cut any more; until then both may be made anew."""
+        if self.follower.connected:
+            return False
+        journal, stepping = self.follower.journal, self._stepping
+        return journal is not None and stepping is not None and stepping.taken >= journal.next_sequence
 
     def stop(self) -> None:
         """End everything; the output ring is closed too. More than once is fine."""

@@ -77,6 +77,7 @@ class LocalClusterOptions:
         rate: messages per second of the simulated market.
         symbols: instruments of it.
         seed: of it.
+        suspect_ms: silence after which a node is taken for dead; on a host that is busy with other things, more.
         extra: further TOML for the cluster's configuration.
     """
 
@@ -91,6 +92,7 @@ class LocalClusterOptions:
     rate: int = 1000
     symbols: int = 16
     seed: int = 1
+    suspect_ms: float = 100.0
     extra: str = ""
 
 
@@ -330,6 +332,7 @@ orders_max = 65536
 
 [leadership]
 enabled = true
+suspect_ms = {o.suspect_ms}
 
 [journal]
 segment_mb = 4

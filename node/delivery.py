@@ -68,7 +68,7 @@ from tickmesh.transports.nats import (
     backoff_s,
     connect,
 )
-from tickmesh.transports.ring import R_HEARTBEAT_NS, Reader, ReaderReleased, Ring
+from tickmesh.transports.ring import Reader, ReaderReleased, Ring, show_alive
 
 State = Literal["connecting", "delivering", "waiting", "refused", "fenced", "stopped"]
 _HEARTBEAT_S = 0.25
@@ -480,7 +480,7 @@ class ShardDelivery:
 
     def show_alive(self) -> None:
         """Keep a lossless ring's writer waiting for us while NATS is away."""
-        self._reader.ring.arrays.words[self._reader._base + R_HEARTBEAT_NS] = time.monotonic_ns()
+        show_alive(self._reader)
 
     def status(self) -> dict[str, Any]:
         """State, counters and latency as plain data; see docs/reference/delivery.md."""

@@ -1,7 +1,8 @@
-"""The instruments that a node has met, in a file: a node that starts again in the middle of a session knows the venue's numeric codes.
+"""The instruments that a node has met: a node that starts in the middle of a session knows the venue's numeric codes.
 
-A shard's journal tells it of the shard's own instruments only. A node that shares the shards with others reads the whole feed, and would
-take a code that it cannot name for an instrument of its own.
+It has them from a file of its own, if it ran before, and from the nodes that run, which answer on ``tm.<cluster>.instruments``. A shard's
+journal tells of the shard's own instruments only. A node that shares the shards with others reads the whole feed, and would take a code
+that it cannot name for an instrument of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import structlog
 
 from tickmesh.node.instruments import PUBLISHED, InstrumentTable, InstrumentTableFull, SymbolFiltered
 
+Rows = list[list[Any]]
+"""Source, symbol, tick size, exponent, shard, code of each."""
 _log = structlog.get_logger("node")
 
 
@@ -25,13 +28,17 @@ class KnownInstruments:
         self.path = folder / "instruments.json"
         self._kept = 0
 
-    def recall(self, table: InstrumentTable) -> dict[int, dict[int, int]]:
-        """Make the instruments of the file known to the table; returns the venue's codes by source and instrument."""
-        codes: dict[int, dict[int, int]] = {}
+    def read(self) -> Rows:
+        """What the file says; nothing if there is none."""
         try:
-            rows = json.loads(self.path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return codes
+            return rows_of(self.path.read_bytes())
+        except OSError:
+            return []
+
+    @staticmethod
+    def learn(table: InstrumentTable, rows: Rows) -> dict[int, dict[int, int]]:
+        """Make instruments known to the table; returns the venue's codes by source and instrument."""
+        codes: dict[int, dict[int, int]] = {}
         for source, symbol, tick_size, exponent, shard, code in rows:
             with contextlib.suppress(SymbolFiltered, InstrumentTableFull, ValueError):
                 number = table.intern(symbol, source, tick_size, exponent, shard)
@@ -45,7 +52,7 @@ class KnownInstruments:
         count = len(table)
         if count == self._kept:
             return
-        rows = [row for number in range(count) if (row := _row(table, number)) is not None]
+        rows = rows_in(table)
         temporary = self.path.with_suffix(".new")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +62,20 @@ class KnownInstruments:
             _log.warning("the known instruments cannot be kept", reason=str(error))
         if len(rows) == count:
             self._kept = count
+
+
+def rows_in(table: InstrumentTable) -> Rows:
+    """All that were announced."""
+    return [row for number in range(len(table)) if (row := _row(table, number)) is not None]
+
+
+def rows_of(data: bytes) -> Rows:
+    """Rows from JSON; none if it is something else."""
+    try:
+        rows = json.loads(data)
+        return [[int(s), str(symbol), int(tick), int(e), int(shard), int(code)] for s, symbol, tick, e, shard, code in rows]
+    except (ValueError, TypeError):
+        return []
 
 
 def _row(table: InstrumentTable, number: int) -> list[Any] | None:

@@ -183,7 +183,8 @@ class Node:
         for rules in self._filters:
             self.table.let_through(*rules)
         self.known = KnownInstruments(self.config.cluster.data_path / "journal" / self.config.cluster.node)
-        codes = self.known.recall(self.table)
+        self.roles = Roles(self)
+        codes = self.known.learn(self.table, self.known.read() + self.roles.ask_instruments())
         for receiver in self.receivers:
             receiver.resume(codes.get(receiver.context.number, {}), 0)
         assert self.plan is not None
@@ -194,7 +195,6 @@ class Node:
         self._snapshotter = Snapshotter([], self.config.journal.snapshot_interval_s, sizes)
         for name in nats_deliveries(self.config):
             self.gateways[name] = self.make_gateway(self.config, name)
-        self.roles = Roles(self)
 
     def make_inputs(self) -> list[Ring]:
         """Input rings of a source, one per shard."""

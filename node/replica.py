@@ -38,7 +38,7 @@ from tickmesh.node.snapshotter import snapshot_folder, start_from
 from tickmesh.node.standby import Built, Standby, StandbyError
 from tickmesh.node.versions import Documents
 from tickmesh.transports.counters import HISTOGRAM_WORDS
-from tickmesh.transports.ring import Reader, Ring
+from tickmesh.transports.ring import Reader, Ring, show_alive
 from tickmesh.transports.toolbox import IDLE_MODES, zeros_aligned
 
 if TYPE_CHECKING:
@@ -115,15 +115,14 @@ class Replica:
 
     def _build(self, snapshot: Path | None) -> Built:
         """A shard where its journal begins, or at the latest snapshot of which everything has been delivered."""
-        config, ring = self.node.config, self.node.make_output(self.number)
+        config, ring, delivered = self.node.config, self.node.make_output(self.number), self._delivered()
         if snapshot is not None:
             start, shard = begin_at(config, [start_from(self.folder, snapshot)], None, ring, self.node.progress)
         else:
             possible = possible_starts(self.node.document, self.folder)
-            delivered = self._delivered() if len(possible) > 1 else None
             start, shard = begin_at(config, possible, delivered, ring, self.node.progress)
         begin_following(start.known.positions, np.zeros(len(start.known.positions), np.uint64))
-        return Built(shard, ring, start.sequence, start.known)
+        return Built(shard, ring, start.sequence, start.known, delivered or 0)
 
     def _delivered(self) -> int | None:
         try:
@@ -164,7 +163,7 @@ class Replica:
                     gone += int(trim(at, buffer.ring.arrays, buffer.reader.slot, _TRIM_EVENTS))
                 if buffer.reader.lag > buffer.ring.capacity * 3 // 4:
                     gone += self._give_up(buffer)
-                buffer.reader.read(0)  # shows that it lives
+                show_alive(buffer.reader)
         return gone
 
     def _give_up(self, buffer: _Buffer) -> int:

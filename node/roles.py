@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import json
 import os
 import secrets
 import threading
@@ -19,13 +20,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import nats.errors
 import structlog
+from nats.aio.msg import Msg
 
 from tickmesh.control.config_store import Keys
 from tickmesh.control.heartbeats import Beat, Heartbeats, client_name
 from tickmesh.control.leadership import Holder, Leadership, LeadershipOptions
 from tickmesh.control.store import Store, StoreError
 from tickmesh.node.gateways import login_of, nats_deliveries
+from tickmesh.node.known_instruments import Rows, rows_in, rows_of
 from tickmesh.node.replica import Replica, warm_takeover
 from tickmesh.node.replication import ReplicationServer, link_options
 from tickmesh.node.store_link import NoStore, TokenMissing, open_store
@@ -37,10 +41,16 @@ if TYPE_CHECKING:
 
 SYSTEM_USER, SYSTEM_PASSWORD = "TICKMESH_NATS_SYSTEM_USER", "TICKMESH_NATS_SYSTEM_PASSWORD"
 """Environment variables of a login to the servers' system account: deaths of nodes are told at once."""
-_TRIM_S = 0.002
+_TRIM_S = 0.005
 _STOP_S = 20.0
+_ASK_S = 0.5
 _Made = TypeVar("_Made")
 _log = structlog.get_logger("roles")
+
+
+def instruments_subject(cluster: str) -> str:
+    """Where nodes answer which instruments they know."""
+    return f"tm.{cluster}.instruments"
 
 
 class Roles:
@@ -73,6 +83,21 @@ class Roles:
         self.error = ""
 
     # -- from the node
+
+    def ask_instruments(self) -> Rows:
+        """What a node that runs knows of the venue's instruments; nothing if none answers at once."""
+        try:
+            return asyncio.run(self._ask_instruments())
+        except (LinkError, nats.errors.Error, OSError, TimeoutError):
+            return []
+
+    async def _ask_instruments(self) -> Rows:
+        cluster = self.node.config.cluster
+        link = await self._connect(f"tickmesh {cluster.node} starts", None)
+        try:
+            return rows_of((await link.client.request(instruments_subject(cluster.name), b"", timeout=_ASK_S)).data)
+        finally:
+            await link.close()
 
     def start(self) -> None:
         """Take part from now on."""
@@ -157,6 +182,7 @@ class Roles:
             stack.push_async_callback(link.close)
             system = await self._system(stack)
             beats = self._heartbeats(link, system)
+            await link.client.subscribe(instruments_subject(config.cluster.name), cb=self._tell_instruments)
             await beats.start()
             stack.push_async_callback(beats.close)
             leadership = self._make_leadership(store, beats)
@@ -180,6 +206,13 @@ class Roles:
         system = await self._connect(f"tickmesh {cluster.node} system", Login(user=user, password=password))
         stack.push_async_callback(system.close)
         return system
+
+    async def _tell_instruments(self, message: Msg) -> None:
+        """A node that starts asks what there is."""
+        said = json.dumps(rows_in(self.node.table)).encode()
+        if len(said) < message._client.max_payload:
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await message.respond(said)
 
     def _heartbeats(self, link: NatsLink, system: NatsLink | None) -> Heartbeats:
         config = self.node.config

@@ -55,13 +55,14 @@ class StandbyError(Exception):
 class Built:
     """A shard as it was after the events below `sequence`, the ring that takes its outputs from there on, and what its journal says so far.
 
-    The ring's cursors stand at the shard's ``out_seq``.
+    The ring's cursors stand at the shard's ``out_seq``. Outputs up to `stored` are in the output streams already, and need not be held.
     """
 
     shard: Shard
     output: Ring
     sequence: int = 0
     known: RestoredShard = field(default_factory=RestoredShard)
+    stored: int = 0
 
 
 Build = Callable[[Path | None], Built]
@@ -316,6 +317,7 @@ class Standby:
             old.built.output.close()
             old.built.output.unlink()
         built = self._build(snapshot)
+        self._stored = max(self._stored, built.stored)
         self._stepping = _Stepping(built, self.number, self._capacity, self._telemetry, self._idle, self._progress)
 
     def _end_feeder(self) -> None:

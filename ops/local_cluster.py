@@ -78,6 +78,7 @@ class LocalClusterOptions:
         rate: messages per second of the simulated market.
         symbols: instruments of it.
         seed: of it.
+        suspect_ms: silence after which a node is taken for dead; on a host that is busy with other things, more.
         extra: further TOML for the cluster's configuration.
     """
 
@@ -92,6 +93,7 @@ class LocalClusterOptions:
     rate: int = 1000
     symbols: int = 16
     seed: int = 1
+    suspect_ms: float = 100.0
     extra: str = ""
 
 
@@ -340,6 +342,7 @@ shard_overrides = {{ {placed} }}   # evenly: by their names, a few symbols would
 
 [leadership]
 enabled = true
+suspect_ms = {o.suspect_ms}
 
 [journal]
 segment_mb = 4

@@ -109,12 +109,13 @@ def test_a_node_that_starts_again_knows_all_instruments_and_their_codes(tmp_path
     table.arrays.records["code"][numbers] = (11, 12, 13)
     KnownInstruments(tmp_path / "new").keep(table)
     again = InstrumentTable(64, 4)
-    assert KnownInstruments(tmp_path / "new").recall(again) == {1: {0: 11, 1: 12}}
+    known = KnownInstruments(tmp_path / "new")
+    assert known.learn(again, known.read()) == {1: {0: 11, 1: 12}}
     assert again.find("BRVO", 1) == 1
     assert again.find("CHRL", 1) is None, "it was never announced"
     assert [int(again.record(k)["shard"]) for k in (0, 1)] == [int(table.record(k)["shard"]) for k in (0, 1)]
     (tmp_path / "new" / "instruments.json").write_text("[[1, ")
-    assert KnownInstruments(tmp_path / "new").recall(InstrumentTable(64, 4)) == {}
+    assert known.read() == []
 
 
 def test_roles_change_beside_each_other_and_never_during_a_change_of_the_configuration() -> None:

@@ -868,6 +868,11 @@ class Reader:
         self.close()
 
 
+def show_alive(reader: Reader) -> None:
+    """Keep a lossless ring's writer waiting for a reader that reads nothing now."""
+    reader.ring.arrays.words[reader._base + R_HEARTBEAT_NS] = time.monotonic_ns()
+
+
 # ---------------------------------------------------------------- looking from outside
 
 

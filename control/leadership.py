@@ -195,6 +195,8 @@ class _Tended:
     free_since_s: float | None = None
     suspect_since_s: float | None = None
     followed: tuple[Holder | None, int] | None = None
+    refused_until_s: float = 0.0
+    refusals: Backoff = field(default_factory=lambda: Backoff(first_s=0.25, last_s=5.0))
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     backoff: Backoff = field(default_factory=lambda: Backoff(first_s=0.02, last_s=1.0))
     task: asyncio.Task[None] | None = None
@@ -366,6 +368,10 @@ class Leadership:
             return None  # our own lease, given up; the store's news of that are under way
         one.status.leader, one.status.epoch = leader, epoch
         if leader is not None and leader.node == self._holder.node:
+            beat, left_s = self._beats.beat(self._holder.node), one.refused_until_s - time.monotonic()
+            mine = beat.shards.get(one.number) if beat else None
+            if mine is None or not mine.ready or left_s > 0:
+                return max(0.02, left_s)
             return await self._campaign(one, "it was led by this node before", epoch)
         if leader is not None:
             one.free_since_s = None
@@ -402,6 +408,8 @@ class Leadership:
         if mine is None or not mine.ready:
             return 0.02
         now = time.monotonic()
+        if now < one.refused_until_s:
+            return one.refused_until_s - now
         move = self._move(one.number)
         delay_s = self._rank(one.number) * self.options.stagger_ms / 1000
         if move is not None and epoch == 0:
@@ -447,8 +455,10 @@ class Leadership:
             one.status.state, one.status.reason = "standby", str(held)
             return 0.05
         except TakeoverRefused as refused:
+            if one.status.reason != refused.reason:
+                _log.warning("a shard is not taken over", shard=one.number, reason=refused.reason)
             one.status.state, one.status.reason = "standby", refused.reason
-            one.free_since_s = time.monotonic() + self.options.pick_timeout_s  # others first
+            one.refused_until_s = time.monotonic() + one.refusals.next_s()  # others first
             if lease is not None:
                 one.ended_epoch = lease.epoch
                 await lease.release()
@@ -466,6 +476,7 @@ class Leadership:
     async def _begin(self, one: _Tended, lease: Lease, reason: str) -> None:
         await self._replicas.lead(one.number, lease.epoch)
         one.lease, one.followed, one.free_since_s, one.suspect_since_s, one.storeless_s, one.fenced = lease, None, None, None, None, False
+        one.refusals.reset()
         one.status = ShardLeadership("leading", lease.epoch, self._holder, reason, one.status.takeovers + 1)
         move = self._move(one.number)
         if move is not None and move.to == self._holder.node:

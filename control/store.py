@@ -266,9 +266,13 @@ class Backoff:
 
     async def wait(self) -> None:
         """Wait before the next try."""
+        await asyncio.sleep(self.next_s())
+
+    def next_s(self) -> float:
+        """How long to wait before the next try, for one who waits for something else too."""
         pause = min(self._last_s, self._first_s * 2.0 ** min(self._tries, 16))
         self._tries += 1
-        await asyncio.sleep(pause * self._rng.uniform(0.5, 1.0))
+        return pause * self._rng.uniform(0.5, 1.0)
 
 
 def now_s() -> float:

@@ -101,6 +101,7 @@ class Replica:
         self._leader_known = self._closed = False
         self._turn = threading.RLock()
         self._retention: Retention | None = None
+        self._lacking = 0
         self._journal: Journal | None = None
         self._buffers: dict[str, _Buffer] = {}
         self._trimming = threading.Lock()
@@ -234,8 +235,12 @@ class Replica:
         if journal is None:
             return ShardBeat("standby", self.epoch, 0, standby.follower.looked and not self._leader_known)
         behind = journal.next_sequence - standby.taken
-        ready = built is not None and standby.error is None and 0 <= behind <= _BEHIND_MAX
+        ready = built is not None and standby.error is None and 0 <= behind <= _BEHIND_MAX and not self._lacks(built)
         return ShardBeat("standby", self.epoch, journal.next_sequence, ready)
+
+    def _lacks(self, built: Built) -> bool:
+        """Whether a takeover was refused for want of outputs that our journal still does not make."""
+        return int(built.shard.arrays.core["out_seq"][0]) < self._lacking
 
     def status(self) -> dict[str, Any]:
         """As plain data, for the node's status."""
@@ -349,6 +354,7 @@ class Replica:
             if delivery.state != "delivering" or delivery.publisher is None:
                 raise TakeoverRefused(self.number, f"delivery.{name}: {delivery.error or delivery.state}")
             held = delivery.publisher.last_out_seq
+            self._lacking = max(self._lacking, held if held > outputs else 0)
             if held > outputs:
                 reason = f"the stream holds outputs up to {held}, our journal makes {outputs}: the node that has the rest must lead"
                 raise TakeoverRefused(self.number, f"delivery.{name}: {reason}")

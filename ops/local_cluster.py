@@ -349,6 +349,8 @@ segment_mb = 4
 
 [replication]
 acks = 1
+timeout_ms = {5 * o.suspect_ms}
+solo_after_ms = {10 * o.suspect_ms}
 
 [data_sources.market]
 type = "multicast"

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from nodes import simulator_source, until
@@ -143,6 +144,106 @@ def test_an_edited_kernel_is_not_run_stale_and_no_other_edit_compiles(tmp_path: 
     assert run() == (2, True)
     edited(package / "node" / "__init__.py")
     assert run() == (2, True)
+
+
+# ---------------------------------------------------------------- parts that are kept
+
+_INNER = """
+from tickmesh.transports.toolbox import inlined, outlined
+
+@outlined
+def inner(x):
+    return {}
+"""
+_OUTER = """
+from tickmesh.node.inner import inner
+from tickmesh.transports.toolbox import inlined
+
+@inlined
+def outer(x):
+    return min(inner(x), 100)
+"""
+_LOOP = """
+from tickmesh.transports.codecache import load_generated
+
+module = load_generated("using", '''
+import numpy as np
+from tickmesh.node.outer import outer
+from tickmesh.transports.toolbox import loop
+
+@loop
+def use(x):
+    return max(outer(x), {least})
+
+def warm():
+    use(np.int64(0))
+''')
+import numpy as np
+print(module.use(np.int64(7)))
+"""
+
+
+class Copied(NamedTuple):
+    """Kernels ``inner`` and ``outer`` in a copy of the package."""
+
+    inner: Path
+    folder: Path
+    """Where parts are kept."""
+    environment: dict[str, str]
+
+    def run(self, least: int) -> int:
+        """What a loop over them returns for 7, at least; it is compiled unless it was before."""
+        command = [sys.executable, "-c", _LOOP.format(least=least)]
+        return int(subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True).stdout)
+
+    def kept(self) -> dict[str, bytes]:
+        """Parts on disk."""
+        return {path.name: path.read_bytes() for path in self.folder.iterdir()}
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Copied:
+    """See :class:`Copied`; with an empty cache."""
+    package = tmp_path / "site" / "tickmesh"
+    shutil.copytree(ROOT / "transports", package / "transports", ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "node").mkdir()
+    (package / "node" / "__init__.py").touch()
+    (package / "node" / "inner.py").write_text(_INNER.format("x + 1"))
+    (package / "node" / "outer.py").write_text(_OUTER)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "TICKMESH_CACHE_DIR": str(tmp_path / "cache")}
+    return Copied(package / "node" / "inner.py", tmp_path / "cache" / "parts", environment)
+
+
+def test_another_loop_takes_the_parts_of_the_one_before(copied: Copied) -> None:
+    assert copied.run(0) == 8
+    parts = copied.kept()
+    assert len(parts) == 2
+    assert copied.run(50) == 50
+    assert copied.kept() == parts
+
+
+def test_a_kept_part_is_not_taken_when_what_it_calls_was_edited(copied: Copied) -> None:
+    assert copied.run(0) == 8
+    copied.inner.write_text(_INNER.format("x * 2"))
+    assert (copied.run(0), copied.run(1)) == (14, 14)
+    copied.inner.write_text(_INNER.format("x + 1"))  # as it was: the parts of then fit again
+    parts = copied.kept()
+    assert len(parts) == 4
+    assert copied.run(2) == 8
+    assert copied.kept() == parts
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a part", None])
+def test_parts_that_are_damaged_or_missing_are_made_again(copied: Copied, damage: bytes | None) -> None:
+    assert copied.run(0) == 8
+    for least, name in enumerate(parts := copied.kept(), 1):  # one at a time: one of the two calls the other
+        if damage is None:
+            (copied.folder / name).unlink()
+        else:
+            (copied.folder / name).write_bytes(damage)
+        assert copied.run(least) == 8
+        assert set(copied.kept()) == set(parts)
+        assert copied.kept()[name] not in (b"", damage)
 
 
 # ---------------------------------------------------------------- the helper process

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import gc
 import hashlib
 import importlib
 import importlib.util
@@ -379,11 +380,16 @@ def _end_with_parent() -> None:
 
 def _main(argument: str) -> None:
     from tickmesh.transports import codecache  # the canonical module, not __main__: its locator is the registered one
+    from tickmesh.transports.parts import keep_parts
 
     _end_with_parent()
+    gc.disable()  # numba makes millions of small objects, and we end soon: collecting them is an eighth of the time
     generated = argument.endswith(".py")
     module = codecache.import_generated(Path(argument)) if generated else importlib.import_module(argument)
-    module.warm()
+    for source in codecache.source_closure(Path(str(module.__file__))):
+        codecache.source_key(source)  # now: a file that is edited while this compiles is not what was imported
+    with keep_parts(cache_dir() / "parts"):
+        module.warm()
     marker = codecache._done_marker(Path(str(module.__file__)))
     marker.parent.mkdir(parents=True, exist_ok=True)
     marker.touch()

@@ -19,14 +19,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from llvmlite.binding import Linkage
 from numba import njit, types
 from numba.core import cgutils
-from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import Compiler
 from numba.core.extending import intrinsic
 
-import tickmesh.transports.codecache  # noqa: F401  (registers where compiled loops are cached)
+from tickmesh.transports.parts import LoopCompiler, PartCache, PartCompiler
 
 BOUNDSCHECK = os.environ.get("TICKMESH_BOUNDSCHECK") == "1"
 _FLAGS: dict[str, Any] = {"_nrt": False, "error_model": "numpy", "nogil": True, "boundscheck": BOUNDSCHECK}
@@ -35,57 +32,14 @@ CACHE_LINE_BYTES = 64
 _I64, _I32, _I8 = ir.IntType(64), ir.IntType(32), ir.IntType(8)
 
 
-class _PartLibrary(JITCodeLibrary):  # type: ignore[misc]
-    """Code that only ever becomes a part of a loop: kept as it was lowered, optimised once, inside the loop.
-
-    numba would optimise every helper, and every helper that calls it, by itself: minutes instead of seconds for a whole shard loop.
-    """
-
-    def _optimize_final_module(self) -> None:
-        pass
-
-    def _finalize_final_module(self) -> None:
-        self._finalize_dynamic_globals()
-        self._finalized = True
-
-
-class _PartCompiler(Compiler):  # type: ignore[misc]
-    """numba's pipeline without machine code at the end."""
-
-    def __init__(self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Any, locals: Any) -> None:
-        flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
-        super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
-        self.state.library = _PartLibrary(targetctx.codegen(), "part")
-
-
-class _LoopLibrary(JITCodeLibrary):  # type: ignore[misc]
-    """A complete loop: what it is made of serves nobody else, which lets LLVM drop unused arguments, and code once it is inlined.
-
-    Nor does it call parts of another loop: the linker would take the first of a name, which goes when its own loop goes.
-    """
-
-    def _optimize_final_module(self) -> None:
-        for function in self._final_module.functions:
-            if not function.is_declaration and function.linkage == Linkage.linkonce_odr:
-                function.linkage = Linkage.internal
-        super()._optimize_final_module()
-
-
-class _LoopCompiler(Compiler):  # type: ignore[misc]
-    """numba's pipeline, ending in a :class:`_LoopLibrary`."""
-
-    def __init__(self, typingctx: Any, targetctx: Any, library: Any, args: Any, return_type: Any, flags: Any, locals: Any) -> None:
-        super().__init__(typingctx, targetctx, library, args, return_type, flags, locals)
-        self.state.library = _LoopLibrary(targetctx.codegen(), "loop")
-        self.state.library.enable_object_caching()
-
-
 def _part(function: Any, attribute: str | None = None, **options: Any) -> Any:
     """A dispatcher for use inside loops; called from Python (tests do) it compiles a complete twin. `attribute` is one of LLVM's."""
-    part = njit(function, pipeline_class=_PartCompiler, **options)
+    part = njit(function, pipeline_class=PartCompiler, **options)
+    part._cache = PartCache(function, options["forceinline"])
     complete: list[Any] = []
 
     def add_overload(result: Any) -> None:
+        result.library.close(result.fndesc.llvm_func_name)
         if attribute:
             result.library.get_function(result.fndesc.llvm_func_name).add_function_attribute(attribute)
         identity = object()  # callers find the code by it; a complete function has its address here
@@ -94,7 +48,7 @@ def _part(function: Any, attribute: str | None = None, **options: Any) -> Any:
 
     def compile_for_python(*args: Any, **kwargs: Any) -> Any:
         if not complete:
-            complete.append(njit(function, pipeline_class=_LoopCompiler, **options))
+            complete.append(njit(function, pipeline_class=LoopCompiler, **options))
         return complete[0]
 
     part.add_overload = add_overload
@@ -115,7 +69,7 @@ def outlined(function: Any) -> Any:
 
 def loop(function: Any) -> Any:
     """Compile an entry point: runs without the GIL, never allocates, cached on disk."""
-    return njit(function, cache=True, pipeline_class=_LoopCompiler, forceinline=False, **_FLAGS)
+    return njit(function, cache=True, pipeline_class=LoopCompiler, forceinline=False, **_FLAGS)
 
 
 def zeros_aligned(count: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:

@@ -128,7 +128,14 @@ class Replicas(Protocol):
         """Stop at once; somebody else may lead already."""
 
     async def hand_over(self, shard: int, to: str) -> bool:
-        """Take no more input, let the standby `to` have everything, store all outputs. False, and lead on, if that did not work out."""
+        """Take no more input, let the standby `to` have everything, store all outputs.
+
+        Returns:
+            False: it leads on, since `to` cannot take over.
+
+        Raises:
+            Exception: it has stopped, and it did not work out.
+        """
 
 
 @dataclass(frozen=True)
@@ -304,7 +311,8 @@ class Leadership:
         if placed == self._placed:
             return
         mine = {shard for shard, nodes in placed.items() if self._beats.node in nodes}
-        keep = {one.number for one in self._tended.values() if one.leading}  # a leader leaves by handing over, not by arithmetic
+        busy = {one.number for one in self._tended.values() if one.leading or one.status.state == "campaigning"}
+        keep = busy  # a leader leaves by handing over, not by arithmetic
         await self._replicas.host(frozenset(mine | keep))
         self._placed = placed
         for shard in mine - set(self._tended):
@@ -535,7 +543,13 @@ class Leadership:
     async def _hand_over(self, one: _Tended, to: str) -> bool:
         """Planned: the successor has everything before the lease is free, and the wish names it, so that nobody else takes it."""
         one.status.state = "draining"
-        done = await self._replicas.hand_over(one.number, to)
+        try:
+            done = await self._replicas.hand_over(one.number, to)
+        except Exception as error:  # it has stopped, and cannot go on
+            with contextlib.suppress(StoreError):
+                await self._store.delete(move_key(self.options.root, one.number))
+            await self._step_down(one, str(error) or type(error).__name__)
+            return False
         if not done or one.lease is None:
             one.status.state, one.status.reason = "leading", f"{to} could not take over: it is not a standby that has everything"
             with contextlib.suppress(StoreError):

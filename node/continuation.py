@@ -38,6 +38,8 @@ _CLEAR, _REFERENCE, _GAP, _TIMER, _CONFIG, _CODE = (
 )
 _ALL, _NONE = np.uint32(ALL_INSTRUMENTS), np.uint32(NO_INSTRUMENT)
 _U = np.uint64
+MADE_HERE = 1
+"""In the `aux` of a CLEAR: the node empties the source's books, and the venue's session goes on."""
 UNSEEN = np.uint32(NO_INSTRUMENT)
 """In a table of ids: the shard has not met the instrument."""
 
@@ -72,12 +74,18 @@ def _is_whole(event: Any) -> Any:
 
 
 @inlined
+def _is_session(event: Any) -> Any:
+    """Whether a new session of the venue begins."""
+    return event.kind == _CLEAR and _is_whole(event) and event.aux != MADE_HERE
+
+
+@inlined
 def advance(position: Any, event: Any) -> None:
     """Take note of an event of a source that the journal has now."""
     if event.kind == _TIMER:
         position.timer_ns = max(position.timer_ns, event.ts_event)
         return
-    if event.kind == _CLEAR and _is_whole(event):  # a new session counts from the beginning
+    if _is_session(event):  # a new session counts from the beginning
         position.sequence = _U(0)
         position.same = np.int64(0)
         position.session = event.id
@@ -136,10 +144,10 @@ def resume(position: Any, batch: Any, count: Any) -> Any:
                 if event.ts_event <= at.timer_ns:
                     continue
             elif at.own_session != at.session:
-                if event.kind == _CLEAR and _is_whole(event):
+                if _is_session(event):
                     at.own_session = event.id
                 continue
-            elif event.kind == _CLEAR and _is_whole(event):
+            elif _is_session(event):
                 at.resuming = 0
             elif event.kind == _GAP and _is_whole(event):
                 if _U(event.aux) <= at.sequence:
@@ -185,9 +193,9 @@ def trim(position: Any, ring: Any, reader: Any, most: Any) -> Any:
             if event.ts_event > at.timer_ns:
                 break
         elif at.own_session != at.session:
-            if event.kind == _CLEAR and _is_whole(event):
+            if _is_session(event):
                 at.own_session = event.id
-        elif event.kind == _CLEAR and _is_whole(event):
+        elif _is_session(event):
             break
         elif event.kind == _GAP and _is_whole(event):
             if _U(event.aux) > at.sequence:

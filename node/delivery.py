@@ -566,12 +566,15 @@ class Gateway:
         gate: ReleaseGate | None = None,
         references: EventArray | None = None,
         start: Literal["oldest", "newest"] = "oldest",
+        after: int = 0,
     ) -> ShardDelivery:
         """Deliver a shard's outputs from now on, under `epoch`; in place of the delivery that there was. From any thread.
 
         The stream is taken over under that epoch, which fences earlier ones; `ShardDelivery.judged` says when that is known.
+        Outputs up to `after` are not looked at.
         """
         reader = ring.reader("gateway", start=start)  # before the one so far goes: a lossless ring is never without a reader
+        reader.skip_to(after)
         self.drop(shard)
         made = ShardDelivery(shard, reader, self.options, self._calculations, latency, changes, self._names, gate, epoch)
         if references is not None:
@@ -625,14 +628,20 @@ class Gateway:
                 delivery.task = asyncio.ensure_future(self._deliver_shard(delivery, self._link, delivery.stopping))
 
     async def _deliver_shard(self, delivery: ShardDelivery, link: NatsLink, stopping: asyncio.Event) -> None:
+        if self.shards.get(delivery.shard) is not delivery:
+            return  # dropped before it began
+        failed = True
         try:
             await delivery.serve(link, stopping)
+            failed = delivery.state == "fenced"
+        except asyncio.CancelledError:
+            failed = False
         finally:
             delivery._reader.close()
             delivery.judged.set()
             delivery.ended.set()
-        if delivery.state == "fenced":
-            self.fenced(delivery.shard)
+            if failed:  # nothing of this shard is delivered here any more
+                self.fenced(delivery.shard)
 
     async def run(self) -> None:
         """Deliver until :meth:`ask_stop`. Waits for NATS as long as it takes; never raises for want of it."""

@@ -15,7 +15,6 @@ of it are dropped, unacknowledged.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -128,6 +127,7 @@ class Follower:
 
     Attributes:
         journal: None until the leader has said what journal it is.
+        looked: whether it is known if there is a journal of its own.
         leader_end: the leader's next sequence, as it said last.
         outputs: told to the leader with each acknowledgement (outputs made here); set by `replica`.
     """
@@ -146,6 +146,7 @@ class Follower:
         self._replica: Replica = replica or Alone()
         self._sync = sync
         self.journal: Journal | None = None
+        self.looked = False
         self.counters = FollowerCounters()
         self.state: FollowerState = "idle"
         self.error = ""
@@ -295,7 +296,7 @@ class Follower:
             self.shard,
             self.epoch,
             first=self.next_sequence,
-            count=int(journal is not None),
+            count=int(journal is not None and journal.next_sequence > journal.first_sequence),
             chain=int(journal.arrays.words[W_CHAIN]) if journal else 0,
             a=journal.header.journal_id if journal else 0,
             b=tail.oldest() if tail else 0,
@@ -321,7 +322,8 @@ class Follower:
         header, previous = _header_of(said)
         if frame.events:
             self._begin_from_snapshot(link, header, previous)
-        elif self.journal is None:
+        elif self.journal is None or self.next_sequence == self.journal.first_sequence:  # one without an event is as good as none
+            self._put_aside()
             self._begin(header, previous, None)
         elif start < self.next_sequence:
             self._cut(start)
@@ -332,10 +334,18 @@ class Follower:
 
     def _open(self, valid: int) -> None:
         """Open the journal, if there is one."""
-        with contextlib.suppress(JournalNotFound):
-            self.journal = Journal.open(self.folder, self.shard, sync=self._sync)
-            whole = JournalTail(self.journal).oldest() == self.journal.first_sequence
-            self._replica.opened(self.journal, valid, None if whole else newest_snapshot(self.folder))
+        try:
+            journal = Journal.open(self.folder, self.shard, sync=self._sync)
+        except JournalNotFound:
+            self.looked = True
+            return
+        whole = JournalTail(journal).oldest() == journal.first_sequence
+        try:
+            self._replica.opened(journal, valid, None if whole else newest_snapshot(self.folder))
+        except BaseException:
+            journal.close()
+            raise
+        self.journal, self.looked = journal, True
 
     def _close(self) -> None:
         if self.journal is not None:
@@ -359,6 +369,12 @@ class Follower:
     def _begin_from_snapshot(self, link: Link, header: SegmentHeader, previous: int) -> None:
         """Take a snapshot; then the journal begins anew at the segment that goes on from it, and what there was is put aside."""
         snapshot = self._take_snapshot(link)
+        self._put_aside()
+        self._begin(header, previous, snapshot)
+        self.counters.snapshots += 1
+
+    def _put_aside(self) -> None:
+        """Close the journal, and make room for another one."""
         self._close()
         aside = self.folder.with_name(self.folder.name + ".previous")
         old = sorted(self.folder.glob("*.journal"))
@@ -367,8 +383,6 @@ class Follower:
             aside.mkdir()
             for path in reversed(old):
                 path.rename(aside / path.name)
-        self._begin(header, previous, snapshot)
-        self.counters.snapshots += 1
 
     def _take_snapshot(self, link: Link) -> Path:
         """Receive documents and the snapshot's file, which gets its name once it is whole and on disk."""

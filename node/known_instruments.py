@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tickmesh.node.instruments import PUBLISHED, InstrumentTable, InstrumentTabl
 
 Rows = list[list[Any]]
 """Source, symbol, tick size, exponent, shard, code of each."""
+_KEEP_S = 1.0
 _log = structlog.get_logger("node")
 
 
@@ -26,7 +28,7 @@ class KnownInstruments:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "instruments.json"
-        self._kept = 0
+        self._kept, self._due_s = 0, 0.0
 
     def read(self) -> Rows:
         """What the file says; nothing if there is none."""
@@ -50,8 +52,10 @@ class KnownInstruments:
     def keep(self, table: InstrumentTable) -> None:
         """Write the file, if there are new instruments."""
         count = len(table)
-        if count == self._kept:
+        now = time.monotonic()
+        if count == self._kept or now < self._due_s:
             return
+        self._due_s = now + _KEEP_S
         rows = rows_in(table)
         temporary = self.path.with_suffix(".new")
         try:

@@ -39,6 +39,7 @@ from tickmesh.node.logs import set_log_level
 from tickmesh.node.loops import live_loop
 from tickmesh.node.pipeline import make_table
 from tickmesh.node.receivers import BlockSourceMaker, Receiver, ReceiverContext, make_receiver
+from tickmesh.node.release import ReleaseGate
 from tickmesh.node.reload import Reload
 from tickmesh.node.restore import RestoredShard, read_restored
 from tickmesh.node.retention import Retention
@@ -186,6 +187,7 @@ class Node:
         self.roles = Roles(self)
         codes = self.known.learn(self.table, self.known.read() + self.roles.ask_instruments())
         for receiver in self.receivers:
+            self.table.refilter(receiver.context.number)
             receiver.resume(codes.get(receiver.context.number, {}), 0)
         assert self.plan is not None
         parts = import_generated(write_generated("shard_parts", generate(self.plan)))
@@ -213,23 +215,34 @@ class Node:
         gateway = make_gateway(config, name, self.targets.get(name), self.names)
         gateway.fenced = self._fenced
         for thread in self.shards:
-            self.deliver_shard(gateway, thread, start, name)
+            self.deliver_shard(gateway, thread.number, thread.shard, thread.output, thread.epoch, thread.gate, start=start, name=name)
         return gateway
 
     def deliver_shard(
-        self, gateway: Gateway, thread: ShardThread, start: Literal["oldest", "newest"] = "oldest", name: str | None = None
+        self,
+        gateway: Gateway,
+        number: int,
+        shard: Shard,
+        output: Ring,
+        epoch: int,
+        gate: ReleaseGate | None,
+        *,
+        start: Literal["oldest", "newest"] = "oldest",
+        after: int = 0,
+        name: str | None = None,
     ) -> None:
-        """Have a gateway deliver a shard's outputs, under the epoch of its leadership."""
+        """Have a gateway deliver a shard's outputs, those after output `after`, under the epoch of its leadership."""
         name = name or next(name for name, known in self.gateways.items() if known is gateway)
         gateway.take(
-            thread.number,
-            thread.output,
-            epoch=thread.epoch,
-            latency=latency_of(self.telemetry, name, thread.number),
-            changes=Changes(thread.shard.arrays.changes),
-            gate=thread.gate,
-            references=thread.shard.references(),
+            number,
+            output,
+            epoch=epoch,
+            latency=latency_of(self.telemetry, name, number),
+            changes=Changes(shard.arrays.changes),
+            gate=gate,
+            references=shard.references(),
             start=start,
+            after=after,
         )
 
     def _fenced(self, shard: int) -> None:
@@ -258,18 +271,14 @@ class Node:
     # ---- shards that come and go
 
     def add_shard(self, thread: ShardThread, journal: Journal) -> None:
-        """Run a shard, as its leader; its loop is started by the caller."""
+        """Run a shard, as its leader; its loop and its deliveries are started by the caller."""
         thread.retention = self._retention(journal, whole=True)
         with self.swap:
             self.shards = [*self.shards, thread]
-        for gateway in self.gateways.values():
-            self.deliver_shard(gateway, thread)
 
     def remove_shard(self, thread: ShardThread) -> None:
         """Run a shard no more; its loop has ended."""
         thread.end()
-        for gateway in self.gateways.values():
-            gateway.drop(thread.number)
         with self.swap:
             self.shards = [other for other in self.shards if other is not thread]
         thread.close()
@@ -284,11 +293,6 @@ class Node:
     def receivers_by_name(self) -> dict[str, Receiver]:
         """The receivers, by source."""
         return {receiver.name: receiver for receiver in self.receivers}
-
-    def expected_sequence(self, name: str) -> int:
-        """What comes next of a source, by its own sequence; 0: not known."""
-        receiver = self.receivers_by_name().get(name)
-        return receiver.expected if receiver else 0
 
     # ---- the journal
 
@@ -456,6 +460,9 @@ class Node:
                 core = thread.shard.arrays.core[0]
                 thread.retention.mark(int(core["events"]), int(core["out_seq"]))
                 thread.retention.trim(self.delivered(thread.number))
+        if self.roles is not None:
+            self.roles.trim_journals(self.config.journal.keep_mb << 20, self.config.journal.keep_hours * 3600.0)
+        for thread in self.shards:
             if thread.documents is not None and thread.journal is not None:
                 thread.documents.prune(thread.journal.first_sequence)
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tickmesh.control.config import Config, Source
-from tickmesh.node.arbiter import CLEAR_DUE, EXPECTED, FIRST_SEQUENCE, START_SEQUENCE
+from tickmesh.node.arbiter import CLEAR_DUE, EXPECTED, FIRST_SEQUENCE, SESSION, START_SEQUENCE
 from tickmesh.node.decoder import arbitration, decoder_parts, filtered, load_decoder, make_feed, malformed, message_counts
 from tickmesh.node.event import EVENT, EventArray
 from tickmesh.node.feed import RESOLVED_BELOW, SHORT_PACKET, UNBOUND, Feed, bind_unannounced
@@ -28,7 +28,7 @@ from tickmesh.node.loops import receive_loop
 from tickmesh.node.protocol import Field, load_framing, load_spec
 from tickmesh.node.reader import Reader, open_reader, protocol_fields, spec_and_framing
 from tickmesh.node.router import ROUTE_EVENTS, Router, make_router, route_now
-from tickmesh.node.timers import NOT_LIVE, go_on
+from tickmesh.node.timers import C_EVENT, NOT_LIVE, go_on
 from tickmesh.transports.multicast import Receiver as Socket
 from tickmesh.transports.multicast import open_receiver
 from tickmesh.transports.pacing import Pace
@@ -161,6 +161,16 @@ class Receiver(ABC):
     def expected(self) -> int:
         """The source's sequence that comes next; 0: not known."""
         return 0
+
+    @property
+    def session(self) -> int:
+        """The venue's session, as a CLEAR event says it; 0: not known."""
+        return 0
+
+    @property
+    def source_ns(self) -> int:
+        """Time of the source's last event, on its own clock; 0: none has come."""
+        return int(self.router.clock[C_EVENT])
 
     def go_on_from(self, sequence: int) -> None:  # noqa: B027 (a recording has nothing to go on with)
         """While nothing has come yet: what is missing from this sequence of the source on is a gap."""
@@ -313,6 +323,10 @@ class MulticastReceiver(Receiver):
     @property
     def expected(self) -> int:
         return int(self.feed.arbiter.state[EXPECTED])
+
+    @property
+    def session(self) -> int:
+        return int(self.feed.arbiter.state[SESSION].view(np.uint64))
 
     def go_on_from(self, sequence: int) -> None:
         if self.begun_at == 0:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from tickmesh.control.config import Config, Problem
 from tickmesh.node.beginning import goes_on
 from tickmesh.node.book import numbering_of
 from tickmesh.node.calculation import PlanError, compile_problems
+from tickmesh.node.continuation import MADE_HERE
 from tickmesh.node.delivery import Gateway
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_SIDE, EventArray, Kind
 from tickmesh.node.fields import check_source
@@ -88,6 +90,7 @@ class Reload:
         self._lock = threading.Lock()
         self._steps: Iterator[None] | None = None
         self._version = 0
+        self._held = ExitStack()
         self._change: _Change | None = None
         self._closed = threading.Event()
 
@@ -109,14 +112,17 @@ class Reload:
                 hint = "look at their output rings and deliveries, and apply it again then"
                 raise ChangeRefused(version, [Problem("", None, None, reason, hint)], passing=True)
             document, plan = self._checked(config, version)
-            with self._node.changing.configuration():
-                self._carry_out(_Change(self._node, document, plan, self._node.shards), wait_s)
+            self._carry_out(document, plan, None, wait_s)
 
-    def _carry_out(self, change: _Change, wait_s: float) -> None:
-        change.prepare()
-        self._change, self._steps, self._version = change, change.carry_out(), change.document.version
+    def _carry_out(self, document: Document, plan: ShardPlan, threads: Sequence[ShardThread] | None, wait_s: float) -> None:
+        """Change shards (None: all), with no role changing before it is in force, also if that takes longer than `wait_s`."""
+        with ExitStack() as held:
+            held.enter_context(self._node.changing.configuration())
+            change = _Change(self._node, document, plan, self._node.shards if threads is None else threads)
+            change.prepare()
+            self._change, self._steps, self._version, self._held = change, change.carry_out(), document.version, held.pop_all()
         if not self._finish(wait_s):
-            raise ChangeUnderWay(change.document.version)
+            raise ChangeUnderWay(document.version)
 
     def catch_up(self) -> None:
         """Bring shards that were taken over under an older configuration to that of the node."""
@@ -124,10 +130,10 @@ class Reload:
         if not any(thread.version < node.document.version for thread in node.shards) or not self._lock.acquire(blocking=False):
             return
         try:
-            with node.changing.configuration(), watched_compiles(self._closed.is_set):
+            with watched_compiles(self._closed.is_set):
                 behind = [thread for thread in node.shards if thread.version < node.document.version and thread.running]
                 if behind and self._steps is None and node.plan is not None:
-                    self._carry_out(_Change(node, node.document, node.plan, behind), _CATCH_UP_S)
+                    self._carry_out(node.document, node.plan, behind, _CATCH_UP_S)
         except (ChangeRefused, ChangeUnderWay) as error:
             _log.warning("a shard stays under an older configuration for now", reason=str(error))
         finally:
@@ -147,7 +153,11 @@ class Reload:
         with self._lock:
             if self._steps is not None and self._change is not None:
                 self._change.abandon()
-            self._steps = None
+            self._end()
+
+    def _end(self) -> None:
+        self._steps = None
+        self._held.close()
 
     def _finish(self, limit_s: float) -> bool:
         """Drive the change under way; false if it has not ended within the limit."""
@@ -156,10 +166,10 @@ class Reload:
             try:
                 next(self._steps)
             except StopIteration:
-                self._steps = None
+                self._end()
                 break
             except BaseException:
-                self._steps = None
+                self._end()
                 raise
             if time.monotonic() >= end or self._closed.is_set():
                 return False
@@ -401,8 +411,8 @@ class _Change:
         rings = [(name, rings[thread.number]) for name, rings in self.node.inputs.items() for thread in self.threads]
         names = {receiver.name for receiver in self.sources.ending}
         mine = [ring for name, ring in rings if name in names]
-        while any(ring.lag > ring.capacity // 2 for ring in mine):  # what has no room is lost when its receiver ends
-            yield
+        while any(ring.lag > ring.capacity // 2 for ring in mine) and any(self._runs(thread) for thread in self.threads):
+            yield  # what has no room is lost when its receiver ends
         for receiver in self.sources.ending:
             receiver.ask_stop()
         while not all(receiver.join(0) for receiver in self.sources.ending):
@@ -524,5 +534,5 @@ class _Change:
 
 def _clear() -> EventArray:
     event = zeros_aligned(1, EVENT)
-    event["ts_recv"], event["kind"], event["side"] = time.time_ns(), Kind.CLEAR, NO_SIDE
+    event["ts_recv"], event["kind"], event["side"], event["aux"] = time.time_ns(), Kind.CLEAR, NO_SIDE, MADE_HERE
     return event

@@ -10,6 +10,7 @@ A takeover is refused where it would lose or change what has been published: if 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import dataclass
@@ -22,23 +23,25 @@ import structlog
 from tickmesh.control.heartbeats import ShardBeat
 from tickmesh.control.leadership import TakeoverRefused
 from tickmesh.node.beginning import begin_at, begin_shard, journal_folder, make_journal, possible_starts
-from tickmesh.node.continuation import begin_following, begin_resuming, trim
+from tickmesh.node.continuation import begin_resuming, trim
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_SIDE, REFERENCE, EventArray, Kind
 from tickmesh.node.gateways import StreamUnknown, signal_names, stream_ends
 from tickmesh.node.instruments import PUBLISHED
-from tickmesh.node.journal import Journal, JournalError
+from tickmesh.node.journal import Journal, JournalError, JournalReader
 from tickmesh.node.release import ReleaseGate
 from tickmesh.node.release_marks import make_marks, put_mark_now, take_marks
 from tickmesh.node.replication import Leading, ReplicationServer, SnapshotFile, release_gate
 from tickmesh.node.replication_link import LinkOptions
 from tickmesh.node.restore import RestoredShard
+from tickmesh.node.retention import Retention
+from tickmesh.node.shard import BATCH_EVENTS
 from tickmesh.node.shard_thread import Input, ShardThread
 from tickmesh.node.snapshot import SnapshotError, read_facts, snapshots
-from tickmesh.node.snapshotter import snapshot_folder, start_from
+from tickmesh.node.snapshotter import keep_snapshots, snapshot_folder, start_from
 from tickmesh.node.standby import Built, Standby, StandbyError
 from tickmesh.node.versions import Documents
 from tickmesh.transports.counters import HISTOGRAM_WORDS
-from tickmesh.transports.ring import Reader, Ring, show_alive
+from tickmesh.transports.ring import Reader, ReaderReleased, Ring, show_alive
 from tickmesh.transports.toolbox import IDLE_MODES, zeros_aligned
 
 if TYPE_CHECKING:
@@ -62,6 +65,8 @@ class _Buffer:
 
     Attributes:
         begun: the first sequence that is surely in it; 0: whatever the receiver has begun with.
+        begun_ns: the source's time then.
+        session: the venue's session then; 0: not known.
         lost: the last sequence of those that had no room.
     """
 
@@ -69,11 +74,17 @@ class _Buffer:
     reader: Reader
     source: int
     begun: int = 0
+    begun_ns: int = 0
+    session: int = 0
     lost: int = 0
+
+    def same_session(self, at: Any) -> bool:
+        """Whether its beginning and a place in a journal (POSITION) are of one session of the venue, as far as is known."""
+        return self.session == 0 or int(at["session"]) in (0, self.session)
 
 
 class Replica:
-    """One shard on this node. Its methods are called one after the other, from any thread, except :meth:`beat`, :meth:`trim`, `status`.
+    """One shard on this node. What changes its role is done one after the other, from whatever thread it is asked.
 
     Attributes:
         number: of the shard.
@@ -87,8 +98,9 @@ class Replica:
         self.epoch = 0
         self.thread: ShardThread | None = None
         self.error = ""
-        self._leader_known = False
-        self._events_ahead = 0
+        self._leader_known = self._closed = False
+        self._turn = threading.RLock()
+        self._retention: Retention | None = None
         self._journal: Journal | None = None
         self._buffers: dict[str, _Buffer] = {}
         self._trimming = threading.Lock()
@@ -121,7 +133,6 @@ class Replica:
         else:
             possible = possible_starts(self.node.document, self.folder)
             start, shard = begin_at(config, possible, delivered, ring, self.node.progress)
-        begin_following(start.known.positions, np.zeros(len(start.known.positions), np.uint64))
         return Built(shard, ring, start.sequence, start.known, delivered or 0)
 
     def _delivered(self) -> int | None:
@@ -133,8 +144,10 @@ class Replica:
 
     def follow(self, address: str | None, epoch: int) -> None:
         """Follow the leader at ``HOST:PORT``; None: there is none now."""
-        self.epoch, self._leader_known = epoch, epoch > 0
-        self._standby.follow(address, epoch)
+        with self._turn:
+            if not self._closed:
+                self.epoch, self._leader_known = epoch, self._leader_known or epoch > 0
+                self._standby.follow(address, epoch)
 
     def _refresh_buffers(self) -> None:
         """One for each source that there is now."""
@@ -143,35 +156,66 @@ class Replica:
             self._buffers.pop(name).reader.close()
         for name, rings in inputs.items():
             ring, known = rings[self.number], self._buffers.get(name)
-            if known is None or known.ring is not ring:
-                if known is not None:
-                    known.reader.close()
-                reader = ring.reader(f"standby-{self.number}")
-                self._buffers[name] = _Buffer(ring, reader, numbers[name], self.node.expected_sequence(name))
+            if name not in numbers or (known is not None and known.ring is ring):
+                continue  # a source that a change is about to bring comes with the change
+            if known is not None:
+                known.reader.close()
+            reader, receiver = ring.reader(f"standby-{self.number}"), self.node.receivers_by_name().get(name)
+            at = (receiver.expected, receiver.source_ns, receiver.session) if receiver else (0, 0, 0)
+            self._buffers[name] = _Buffer(ring, reader, numbers[name], *at)
 
     def trim(self) -> int:
         """Let go of waiting events that the leader's journal has; and of the oldest where the ring is nearly full. Returns how many."""
         gone = 0
         with self._trimming:
-            if self.thread is not None:
+            if self.thread is not None or self._closed:
                 return 0
             self._refresh_buffers()
             built = self._standby.built
             for buffer in self._buffers.values():
                 if built is not None:
                     at = built.known.positions[buffer.source : buffer.source + 1]
+                    self._see_session(buffer, at[0])
                     gone += int(trim(at, buffer.ring.arrays, buffer.reader.slot, _TRIM_EVENTS))
                 if buffer.reader.lag > buffer.ring.capacity * 3 // 4:
                     gone += self._give_up(buffer)
                 show_alive(buffer.reader)
         return gone
 
+    def _see_session(self, buffer: _Buffer, at: Any) -> None:
+        """The ring's first event is of the journal's session, unless it is known to be of another one."""
+        if buffer.same_session(at):
+            at["own_session"] = at["session"]
+        elif int(at["own_session"]) == 0:
+            at["own_session"] = buffer.session
+        if int(at["own_session"]) != 0 and int(at["own_session"]) == int(at["session"]) != buffer.session:
+            buffer.session, buffer.begun = int(at["session"]), 0  # trimmed up to the journal's session
+
     def _give_up(self, buffer: _Buffer) -> int:
         """There is no leader whose journal takes these, or it is far behind: a takeover will say that they are missing."""
-        events = buffer.reader.read(buffer.ring.capacity // 4).view(EVENT)
+        try:
+            events = buffer.reader.read(buffer.ring.capacity // 4).view(EVENT)
+        except ReaderReleased:  # the receiver has gone on without us
+            events = buffer.reader.read(buffer.ring.capacity // 4).view(EVENT)
         if len(events):
             buffer.lost = max(buffer.lost, int(events["seq"].max()))
         return len(events)
+
+    def trim_journal(self, keep_bytes: int, keep_s: float) -> None:
+        """While it is a standby: delete segments and snapshots that nothing needs."""
+        standby = self._standby
+        journal, built = standby.follower.journal, standby.built
+        if self.thread is not None or journal is None or built is None:
+            return
+        if self._retention is None or self._retention.journal is not journal:
+            self._retention = Retention(journal, keep_bytes=keep_bytes, keep_s=keep_s, needed_whole=True)
+        stored = standby.status()["stored"]
+        self._retention.mark(standby.taken, int(built.shard.arrays.core["out_seq"][0]))
+        try:
+            self._retention.covered = keep_snapshots(self.folder, stored, built.shard.arrays)
+            self._retention.trim(stored)
+        except (JournalError, OSError, ValueError) as error:  # it is being cut or made anew
+            _log.debug("a standby's journal is not trimmed now", shard=self.number, reason=str(error))
 
     # -- what others are told
 
@@ -186,10 +230,11 @@ class Replica:
         if thread is not None and journal is not None:
             return ShardBeat("leader", self.epoch, journal.next_sequence, thread.error is None)
         standby = self._standby
-        journal = standby.follower.journal
+        journal, built = standby.follower.journal, standby.built
         if journal is None:
-            return ShardBeat("standby", self.epoch, 0, not self._leader_known)
-        ready = standby.built is not None and standby.error is None and journal.next_sequence - standby.taken <= _BEHIND_MAX
+            return ShardBeat("standby", self.epoch, 0, standby.follower.looked and not self._leader_known)
+        behind = journal.next_sequence - standby.taken
+        ready = built is not None and standby.error is None and 0 <= behind <= _BEHIND_MAX
         return ShardBeat("standby", self.epoch, journal.next_sequence, ready)
 
     def status(self) -> dict[str, Any]:
@@ -211,7 +256,9 @@ class Replica:
         Raises:
             TakeoverRefused: it cannot; it is a standby as before.
         """
-        with self.node.changing.role():
+        with self._turn, self.node.changing.role():
+            if self._closed:
+                raise TakeoverRefused(self.number, "the node has no replica of it any more")
             if self.thread is not None:
                 self._lead_again(self.thread, epoch)
                 return
@@ -235,41 +282,58 @@ class Replica:
 
     def _take_over(self) -> tuple[Journal, Built]:
         """Journal and shard, which stand at the journal's end."""
-        if self._standby.follower.journal is not None:
+        follower = self._standby.follower
+        if follower.journal is not None:
             return self._standby.take_over(_TAKE_OVER_S)
-        if self._leader_known:
+        if self._leader_known or not follower.looked:
             raise StandbyError(f"standby of shard {self.number}: it has not got the journal yet")
         self._standby.stop()
-        document = self.node.document
-        journal = make_journal(self.node.config, self.folder, self.number, document.version)
-        Documents(journal.folder).write(document)
+        try:
+            return self._afresh()
+        except BaseException:
+            self._standby = self._new_standby()
+            raise
+
+    def _afresh(self) -> tuple[Journal, Built]:
+        """There has never been a leader."""
+        document, config = self.node.document, self.node.config
         ring = self.node.make_output(self.number)
-        return journal, Built(begin_shard(self.node.config, document, ring, self.node.progress), ring)
+        try:
+            shard = begin_shard(config, document, ring, self.node.progress)
+            journal = make_journal(config, self.folder, self.number, document.version)
+        except BaseException:
+            ring.close()
+            ring.unlink()
+            raise
+        Documents(journal.folder).write(document)
+        return journal, Built(shard, ring)
 
     def _begin_leading(self, journal: Journal, built: Built, epoch: int, alone: bool) -> None:
         node, outputs = self.node, int(built.shard.arrays.core["out_seq"][0])
         gate = release_gate(node.config, journal, alone=alone)
         gate.mark(journal.next_sequence, outputs)
+        node.know({int(built.shard.arrays.core["config_version"][0]): signal_names(built.shard.plan)})
+        for gateway in node.gateways.values():
+            node.deliver_shard(gateway, self.number, built.shard, built.output, epoch, gate, after=built.held_from)
+        self._fence(outputs)  # before the inputs are touched: what waits there waits on if this is refused
         with self._trimming:
             self._refresh_buffers()
             thread = self._make_thread(journal, built, gate, epoch)
             self.epoch, self.thread, self._journal = epoch, thread, journal
-        self._events_ahead = int(built.shard.arrays.core["events"][0]) - journal.next_sequence
-        node.know({thread.version: signal_names(built.shard.plan)})
+        # not before the fence: standbys cut their journals to one that is served, and this one might lack what has been published
+        self._server.lead(self.number, Leading(journal, epoch, gate, self._stored, lambda: self._snapshot(journal)))
         node.add_shard(thread, journal)
-        self._fence(outputs)
-        # not before: standbys cut their journals to one that is served, and this one might lack what has been published
-        self._server.lead(self.number, Leading(journal, epoch, gate, lambda: self._stored(), lambda: self._snapshot(journal)))
         thread.start()
         node.pin_shard(thread)
 
     def _lead_again(self, thread: ShardThread, epoch: int) -> None:
-        assert self._journal is not None
+        journal, gate = self._journal, thread.gate
+        assert journal is not None
         self.epoch = thread.epoch = epoch
-        self._server.lead(self.number, Leading(self._journal, epoch, thread.gate, self._stored, lambda: self._snapshot(self._journal)))
         for gateway in self.node.gateways.values():
-            self.node.deliver_shard(gateway, thread)
+            self.node.deliver_shard(gateway, self.number, thread.shard, thread.output, epoch, gate)
         self._fence(_EVERYTHING)
+        self._server.lead(self.number, Leading(journal, epoch, gate, self._stored, lambda: self._snapshot(journal)))
 
     def _fence(self, outputs: int) -> None:
         """Wait until the output streams are ours.
@@ -292,25 +356,44 @@ class Replica:
     def _make_thread(self, journal: Journal, built: Built, gate: ReleaseGate, epoch: int) -> ShardThread:
         """The loop that goes on with this node's rings where the journal ends."""
         node, known = self.node, built.known
-        inputs = [Input(b.ring, b.source, b.reader) for b in (self._buffers[name] for name in node.inputs)]
+        inputs = [Input(b.ring, b.source, b.reader) for b in self._buffers.values()]
         idle = IDLE_MODES[node.config.cluster.idle]
         thread = ShardThread(self.number, built.shard, inputs, built.output, journal, node.telemetry, idle, node.progress, gate, epoch)
-        ids, _ = known.intern(node.table, self.number, skip_filtered=True)
-        thread.know_ids(ids)
-        unannounced = self._introduce(thread)
+        thread.know_ids(known.intern(node.table, self.number, skip_filtered=True)[0])
+        thread.given[0] = max(known.references, default=-1) + 1
+        self._put_first(thread, journal, known, [*self._breaks(known), *self._introduce(thread)])
         thread.positions[:] = known.positions
         begin_resuming(thread.positions)
-        for event in [*unannounced, *self._gaps(known)]:
-            thread.send(event)
         self._buffers = {}  # the readers are the thread's
         return thread
+
+    def _put_first(self, thread: ShardThread, journal: Journal, known: RestoredShard, events: list[EventArray]) -> None:
+        """Journal events before the loop begins, and step over them.
+
+        Raises:
+            TakeoverRefused: their outputs find no room.
+        """
+        if not events:
+            return
+        batch = zeros_aligned(sum(map(len, events)), EVENT)
+        batch[:] = np.concatenate(events)
+        known.take(batch)
+        if journal.append(batch) < len(batch):
+            raise TakeoverRefused(self.number, f"the journal in {journal.folder} cannot be written: free some space")
+        first, end = 0, time.monotonic() + _TAKE_OVER_S
+        while first < len(batch):
+            first += thread.step_again(batch, first, min(len(batch), first + BATCH_EVENTS))
+            if time.monotonic() > end:
+                raise TakeoverRefused(self.number, "its outputs find no room: look at the deliveries")
+        assert thread.gate is not None
+        thread.gate.mark(journal.next_sequence, int(thread.shard.arrays.core["out_seq"][0]))
 
     def _introduce(self, thread: ShardThread) -> list[EventArray]:
         """Definitions of instruments that our receivers have met, and the journal has not."""
         table, events = self.node.table, []
         for node_id in range(len(table)):
             record = table.arrays.records[node_id]
-            if record["shard"] != self.number or not record["flags"] & PUBLISHED or not record["announced"]:
+            if record["shard"] != self.number or record["flags"] != PUBLISHED or not record["announced"]:
                 continue
             if thread.id_of(node_id) is None:
                 number = int(thread.given[0])
@@ -318,22 +401,28 @@ class Replica:
                 events += _definition(table, node_id, number)
         return events
 
-    def _gaps(self, known: RestoredShard) -> list[EventArray]:
-        """What is missing between the journal's end and the first that our receivers have."""
+    def _breaks(self, known: RestoredShard) -> list[EventArray]:
+        """What is missing between the journal's end and the first that our receivers have; and a session that is new to the journal."""
         found = []
         for name, receiver in self.node.receivers_by_name().items():
-            source = receiver.context.number
-            buffer, last = self._buffers[name], int(known.positions["sequence"][source])
-            begun = buffer.begun or receiver.begun_at
-            if begun == 0 and last:
+            buffer = self._buffers.get(name)
+            if buffer is None:
+                continue
+            at, begun = known.positions[buffer.source], buffer.begun or receiver.begun_at
+            last = int(at["sequence"])
+            if not buffer.same_session(at) and int(at["own_session"]) != int(at["session"]):
+                if receiver.session == int(at["session"]):
+                    continue  # the ring begins before the journal's session
+                found.append(_break(Kind.CLEAR, buffer.source, buffer.session))
+                last = 0
+            elif begun == 0 and last:
                 receiver.go_on_from(last + 1)  # it has heard nothing yet: it will see the gap itself
-            missing_to = max(buffer.lost, begun - 1 if last else 0)
+                continue
+            known_to_its_beginning = 0 < buffer.begun_ns <= int(at["timer_ns"])
+            begun_after = 0 if known_to_its_beginning or not (last or found) else begun - 1
+            missing_to = max(buffer.lost, begun_after)
             if last < missing_to:
-                event = zeros_aligned(1, EVENT)
-                event["ts_recv"], event["kind"], event["side"] = time.time_ns(), Kind.GAP, NO_SIDE
-                event["instrument"], event["price"] = ALL_INSTRUMENTS, source
-                event["seq"], event["id"], event["aux"] = last + 1, last + 1, missing_to
-                found.append(event)
+                found.append(_break(Kind.GAP, buffer.source, last + 1, missing_to))
         return found
 
     def _stored(self) -> int:
@@ -343,74 +432,100 @@ class Replica:
         thread = self.thread
         return min(found, default=thread.output.published if thread else 0)
 
-    def _snapshot(self, journal: Journal | None) -> SnapshotFile | None:
-        """The newest one, for a standby that needs events which are not kept."""
+    def _snapshot(self, journal: Journal) -> SnapshotFile | None:
+        """The newest one of this journal, for a standby that needs events which are not kept."""
         for path in reversed(snapshots(snapshot_folder(self.folder))):
-            try:
+            with contextlib.suppress(SnapshotError, JournalError):
                 facts = read_facts(path)
-            except SnapshotError:
-                continue
-            if journal is not None and facts.journal_id == journal.header.journal_id:
-                return SnapshotFile(path, facts.sequence)
+                chain = JournalReader(self.folder).chain_before(facts.sequence)
+                if facts.journal_id == journal.header.journal_id and chain == facts.chain:
+                    return SnapshotFile(path, facts.sequence)
         return None
 
     # -- giving it up
 
     def stop_leading(self, reason: str) -> None:
         """Stop at once, and be a standby again, whose journal's tail the next leader may cut."""
-        thread, journal = self.thread, self._journal
-        if thread is None or journal is None:
-            return
-        thread.end()
-        _log.info("leads no more", shard=self.number, epoch=self.epoch, reason=reason)
-        with self.node.changing.role():
-            self._back_to_standby(journal, thread.output)
+        thread = self.thread
+        if thread is not None:
+            thread.end()  # without waiting for anybody
+            thread.let_go_of_inputs()
+        with self._turn, self.node.changing.role():
+            if thread is None or self.thread is not thread or self._journal is None:
+                return
+            _log.info("leads no more", shard=self.number, epoch=self.epoch, reason=reason)
+            self._back_to_standby(self._journal, thread.output)
 
     def _back_to_standby(self, journal: Journal, output: Ring) -> None:
         thread, self.thread, self._journal = self.thread, None, None
         self._server.resign(self.number)
+        for gateway in self.node.gateways.values():
+            gateway.drop(self.number)
         if thread is not None:
             self.node.remove_shard(thread)
         journal.close()
         output.close()
         output.unlink()
-        self._leader_known = True  # whoever leads has the journal that counts
         self._standby = self._new_standby()
 
     def hand_over(self, to: str) -> bool:
-        """Take no more input, until the standby `to` has everything and the streams hold every output. False: it goes on leading."""
-        thread, journal = self.thread, self._journal
-        if thread is None or journal is None or not self._follows(to, journal.next_sequence - _BEHIND_MAX):
-            return False
-        with self.node.changing.role():
+        """Take no more input, until the standby `to` has everything and the streams hold every output.
+
+        Returns:
+            False: it leads on, since `to` does not follow closely enough.
+
+        Raises:
+            HandOverFailed: it has stopped, and `to` has not got everything; the shard is whoever's comes first.
+        """
+        with self._turn, self.node.changing.role():
+            thread, journal = self.thread, self._journal
+            if thread is None or journal is None or not self._follows(to, journal.next_sequence - _BEHIND_MAX):
+                return False
             thread.end()
             end = time.monotonic() + _HAND_OVER_S
-            while time.monotonic() < end:
+            while time.monotonic() < end and not thread.inputs_filling:
                 if self._follows(to, journal.next_sequence) and self._stored() >= int(thread.shard.arrays.core["out_seq"][0]):
                     return True
                 time.sleep(_LOOK_S)
-            self._go_on(thread, journal)
-            return False
+            thread.let_go_of_inputs()
+            raise HandOverFailed(self.number, to)
 
     def _follows(self, node: str, sequence: int) -> bool:
         """Whether a standby has the events below `sequence`."""
         return any(s["node"] == node and s["shard"] == self.number and s["sequence"] >= sequence for s in self._server.status())
 
-    def _go_on(self, thread: ShardThread, journal: Journal) -> None:
-        """Lead on after a hand-over that did not work out."""
-        if int(thread.shard.arrays.core["events"][0]) - journal.next_sequence != self._events_ahead:
-            raise StandbyError(f"shard {self.number} was stopped in the middle of a batch")
-        thread.start_again(self.node.telemetry)
-        self.node.pin_shard(thread)
-
     def close(self) -> None:
         """End it; a leader hands over before that."""
         self.stop_leading("the node stops")
-        self._standby.stop()
-        with self._trimming:
-            for buffer in self._buffers.values():
-                buffer.reader.close()
-            self._buffers = {}
+        with self._turn:
+            self._closed = True
+            self._standby.stop()
+            with self._trimming:
+                for buffer in self._buffers.values():
+                    buffer.reader.close()
+                self._buffers = {}
+
+
+class HandOverFailed(Exception):
+    """A leader has stopped for a successor that has not got everything in time.
+
+    Attributes:
+        shard: the shard.
+        to: the successor.
+    """
+
+    def __init__(self, shard: int, to: str) -> None:
+        super().__init__(f"shard {shard}: {to} or the output streams had not got everything within {_HAND_OVER_S:g} s")
+        self.shard, self.to = shard, to
+
+
+def _break(kind: Kind, source: int, first: int, last: int = 0) -> EventArray:
+    """CLEAR of a source with a session, or GAP from `first` to `last`."""
+    event = zeros_aligned(1, EVENT)
+    event["ts_recv"], event["kind"], event["side"] = time.time_ns(), kind, NO_SIDE
+    event["instrument"], event["price"], event["id"], event["aux"] = ALL_INSTRUMENTS, source, first, last
+    event["seq"] = first if kind == Kind.GAP else 0
+    return event
 
 
 def warm_takeover(node: Node) -> None:

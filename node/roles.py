@@ -27,12 +27,12 @@ from nats.aio.msg import Msg
 from tickmesh.control.config_store import Keys
 from tickmesh.control.heartbeats import Beat, Heartbeats, client_name
 from tickmesh.control.leadership import Holder, Leadership, LeadershipOptions
-from tickmesh.control.store import Store, StoreError
+from tickmesh.control.store import Store
 from tickmesh.node.gateways import login_of, nats_deliveries
 from tickmesh.node.known_instruments import Rows, rows_in, rows_of
 from tickmesh.node.replica import Replica, warm_takeover
 from tickmesh.node.replication import ReplicationServer, link_options
-from tickmesh.node.store_link import NoStore, TokenMissing, open_store
+from tickmesh.node.store_link import open_store
 from tickmesh.transports.nats import LinkError, Login, NatsLink, backoff_s, connect
 from tickmesh.transports.toolbox import IDLE_MODES
 
@@ -166,7 +166,7 @@ class Roles:
                 async with self._taking_part():
                     attempt, self.error = 0, ""
                     await self._asked_to_stop.wait()
-            except (StoreError, LinkError, NoStore, TokenMissing, OSError, TimeoutError) as error:
+            except Exception as error:  # of the store, of NATS: whatever it is, the node goes on trying
                 self.error = str(error) or type(error).__name__
                 _log.warning("the node takes part in no leadership yet", reason=self.error)
                 with contextlib.suppress(TimeoutError):
@@ -209,7 +209,7 @@ class Roles:
 
     async def _tell_instruments(self, message: Msg) -> None:
         """A node that starts asks what there is."""
-        said = json.dumps(rows_in(self.node.table)).encode()
+        said = await self._apart(lambda: json.dumps(rows_in(self.node.table)).encode())
         if len(said) < message._client.max_payload:
             with contextlib.suppress(nats.errors.Error, OSError):
                 await message.respond(said)
@@ -250,7 +250,13 @@ class Roles:
     # -- what leadership tells
 
     async def _apart(self, call: Callable[[], _Made]) -> _Made:
-        return await asyncio.get_running_loop().run_in_executor(self._calls, call)
+        """Run something that takes time beside the loop. It is waited for even by one who is cancelled: roles change in order."""
+        called = asyncio.get_running_loop().run_in_executor(self._calls, call)
+        try:
+            return await asyncio.shield(called)
+        except asyncio.CancelledError:
+            await asyncio.wait([called])
+            raise
 
     async def host(self, shards: frozenset[int]) -> None:
         """See :class:`tickmesh.control.leadership.Replicas`."""
@@ -295,5 +301,13 @@ class Roles:
     def _trim(self) -> None:
         while not self._stopping.wait(_TRIM_S):
             for replica in self._replicas.values():
-                while replica.trim() > 0 and not self._stopping.is_set():
-                    pass
+                try:
+                    while replica.trim() > 0 and not self._stopping.is_set():
+                        pass
+                except Exception as error:  # a standby that is being made anew; the others must not wait for it
+                    _log.warning("waiting events were not looked at", shard=replica.number, reason=repr(error))
+
+    def trim_journals(self, keep_bytes: int, keep_s: float) -> None:
+        """Delete what the standbys' journals need not keep."""
+        for replica in self._replicas.values():
+            replica.trim_journal(keep_bytes, keep_s)

@@ -195,18 +195,20 @@ class ShardThread:
             if leg and leg.thread and leg.thread.ident is not None:
                 leg.thread.join(_STOP_S)
 
-    def start_again(self, telemetry: Telemetry) -> None:
-        """After :meth:`end`, of a loop that has finished its batch: go on where it stopped."""
-        before, self._baton = self._leg, make_baton()
-        self.stop[0] = 0
-        self._leg = self._make_leg(before.shard, before.inputs[1:], 0, no_carry(before.shard.arrays.books), telemetry, before)
-        self.start()
-        self.pin(self._cpu)
+    def let_go_of_inputs(self) -> None:
+        """After :meth:`end`: the sources' rings wait no more for this shard."""
+        for leg in (self._leg, self._parked):
+            for reader in leg.readers if leg else ():
+                reader.close()
+
+    @property
+    def inputs_filling(self) -> bool:
+        """Whether a source's ring is nearly full."""
+        return any(reader.lag > reader.ring.capacity * 3 // 4 for reader in self._leg.readers[1:])
 
     def close(self) -> None:
         """Let go of its rings, after :meth:`end`."""
-        for reader in self._leg.readers:
-            reader.close()
+        self.let_go_of_inputs()
         self._control.close()
 
     def _run(self, leg: Leg) -> None:

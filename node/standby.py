@@ -55,7 +55,8 @@ class StandbyError(Exception):
 class Built:
     """A shard as it was after the events below `sequence`, the ring that takes its outputs from there on, and what its journal says so far.
 
-    The ring's cursors stand at the shard's ``out_seq``. Outputs up to `stored` are in the output streams already, and need not be held.
+    The ring's cursors stand at the shard's ``out_seq``. Outputs up to `stored` are in the output streams already, and need not be held;
+    `held_from` is the last output that is not in the ring any more.
     """
 
     shard: Shard
@@ -63,6 +64,7 @@ class Built:
     sequence: int = 0
     known: RestoredShard = field(default_factory=RestoredShard)
     stored: int = 0
+    held_from: int = 0
 
 
 Build = Callable[[Path | None], Built]
@@ -248,6 +250,7 @@ class Standby:
         assert journal is not None
         assert stepping is not None
         self._end_feeder()
+        stepping.built.held_from = stepping.held.position
         stepping.close()
         self._stepping = None
         return journal, stepping.built

@@ -165,6 +165,7 @@ def test_a_source_that_the_journal_has_nothing_of_is_taken_from_its_beginning() 
     assert _resume_now(position, mine, 2) == 2
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 31), max_size=200))
 def test_instruments_are_numbered_as_the_journal_meets_them(numbers: list[int]) -> None:
     ids, given_out = make_ids(32)

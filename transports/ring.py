@@ -852,6 +852,12 @@ class Reader:
         """Published records not read yet."""
         return self.ring.published - self._word(R_CURSOR)
 
+    def skip_to(self, position: int) -> None:
+        """Leave out records before `position`, as far as they are published; before the first :meth:`read`."""
+        end = min(position, self.ring.published)
+        if end > self.position:
+            self.ring.arrays.words[self._base + R_CURSOR] = end
+
     def close(self) -> None:
         """Free the slot. Closing twice is fine, also when another reader has the slot by then."""
         ring = self.ring

@@ -234,7 +234,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: nothing is left running
     temporary = tempfile.TemporaryDirectory(prefix="tickmesh-failover-", ignore_cleanup_errors=True)
     with temporary as folder:
-        result = _run(options, (options.keep or Path(folder)).absolute())
+        try:
+            result = _run(options, (options.keep or Path(folder)).absolute())
+        except KeyboardInterrupt:
+            return 130
     print(json.dumps(result, indent=1))
     return 0 if result["good"] else 1
 

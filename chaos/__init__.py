@@ -1,1 +1,1 @@
-"""The checker of what a cluster has put out. Fault scenarios are not built yet."""
+"""What a cluster has to stand: failovers under load, bad configurations; and the checker of what it has put out."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import signal
 import sys
@@ -194,7 +195,8 @@ class Scenario:
         o = self.cluster.options
         return {
             "store": o.store, "nats_servers": o.nats_servers, "stream_replicas": o.stream_replicas, "nodes": o.nodes, "shards": o.shards,
-            "replicas": o.replicas, "rate": o.rate, "seed": o.seed, "done": dict(Counter(deed for deed, _ in self._rounds())),
+            "replicas": o.replicas, "rate": o.rate, "seed": o.seed, "host": {"cores": os.cpu_count(), "load_1_5_15_min": os.getloadavg()},
+            "done": dict(Counter(deed for deed, _ in self._rounds())),
             "failover_ms": {"all": failovers, "kill": self._times("kill"), "pause": self._times("pause")},
             "planned": {"pause_ms": pauses, "request_ms": self._times("move"), "sigterm_ms": self._times("sigterm")},
             "whole_again_ms": percentiles([s * 1000 for s in self.whole_s]), "frame_gap_ms": gaps, "never": never,
@@ -234,7 +236,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: nothing is left running
     temporary = tempfile.TemporaryDirectory(prefix="tickmesh-failover-", ignore_cleanup_errors=True)
     with temporary as folder:
-        result = _run(options, (options.keep or Path(folder)).absolute())
+        try:
+            result = _run(options, (options.keep or Path(folder)).absolute())
+        except KeyboardInterrupt:
+            return 130
     print(json.dumps(result, indent=1))
     return 0 if result["good"] else 1
 

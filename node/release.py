@@ -70,7 +70,7 @@ class ReleaseGate:
         self._standbys: dict[str, StandbyPosition] = {}
         self._lock = threading.Lock()
         self._seen_s = float("-inf") if alone else clock()
-        self._alone = False
+        self._alone = self._nobody = False
         self.times_alone = 0
         self._taken(np.uint64(0))  # compiled or loaded now, not at the first output
 
@@ -96,6 +96,10 @@ class ReleaseGate:
 
     # -- from the node
 
+    def expect(self, standbys: bool) -> None:
+        """Whether there is a living node that could follow: where there is none, nobody is waited for (if `solo`)."""
+        self._nobody = not standbys
+
     def mark(self, sequence: int, outputs: int) -> None:
         """While the loop does not run (a restart's replay): the first `outputs` outputs come from events below `sequence`."""
         put_mark_now(self.marks, np.uint64(sequence - self._journal.first_sequence), np.uint64(outputs))
@@ -118,7 +122,7 @@ class ReleaseGate:
         if counted:
             self._seen_s, self._alone = now, False
             return min(counted) if self.acks == "all" else max(counted)
-        if not self.solo or now - self._seen_s < self._solo_after_s:
+        if not self.solo or (now - self._seen_s < self._solo_after_s and not self._nobody):
             return 0
         self.times_alone += not self._alone
         self._alone = True

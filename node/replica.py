@@ -250,6 +250,12 @@ class Replica:
             return {"role": "leader", "epoch": self.epoch, "sequence": journal.next_sequence, "release": gate}
         return {"role": "standby", **self._standby.status(), "error": self.error or self._standby.follower.error}
 
+    def expect(self, *, standbys: bool) -> None:
+        """Whether a living node could follow this one: else its outputs wait for none."""
+        thread = self.thread
+        if thread is not None and thread.gate is not None:
+            thread.gate.expect(standbys)
+
     # -- taking over
 
     def lead(self, epoch: int, *, alone: bool) -> None:

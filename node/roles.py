@@ -225,8 +225,15 @@ class Roles:
             every_ms=config.leadership.heartbeat_ms,
             suspect_ms=config.leadership.suspect_ms,
             system=system.client if system else None,
-            changed=lambda: self._leadership.changed() if self._leadership else None,
+            changed=self._heard,
         )
+
+    def _heard(self) -> None:
+        """A node is new, is suspected or back, or says something else of its shards."""
+        if self._leadership is not None:
+            self._leadership.changed()
+        for number, replica in self._replicas.items():
+            replica.expect(standbys=bool(self._others(number)))
 
     def _beat(self) -> Beat:
         shards = {number: replica.beat() for number, replica in self._replicas.items()}

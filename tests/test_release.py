@@ -113,6 +113,20 @@ def test_alone_after_a_while_if_that_is_wanted(tmp_path: Path) -> None:
         assert made.status()["times_alone"] == 2
 
 
+def test_alone_at_once_when_nobody_could_follow(tmp_path: Path) -> None:
+    with gate(tmp_path, acks=1, solo=True) as (made, _, _):
+        made.expect(standbys=False)
+        made.update("a", 100, 100)
+        assert (made.released(), made.standing) == (200, "waiting")  # it acknowledges all the same
+        made.leave("a")
+        assert made.standing == "solo"
+        made.expect(standbys=True)
+        assert made.standing == "held"
+    with gate(tmp_path / "not alone", acks=1, solo=False) as (made, _, _):
+        made.expect(standbys=False)
+        assert (made.released(), made.standing) == (0, "held")
+
+
 def test_never_alone_if_that_is_not_wanted(tmp_path: Path) -> None:
     with gate(tmp_path, acks=1, solo=False) as (made, _, clock):
         clock.now += 1e6

@@ -51,6 +51,8 @@ _FENCE_S = 10.0
 """How long a takeover waits for the output streams."""
 _HAND_OVER_S = 3.0
 _TAKE_OVER_S = 5.0
+_TOLD_S = 0.5
+"""A replica without a journal that has not been told of a leader for so long may be the first to lead."""
 _LOOK_S = 0.0005
 _TRIM_EVENTS = 1 << 14
 _BEHIND_MAX = 20_000
@@ -101,7 +103,7 @@ class Replica:
         self._leader_known = self._closed = False
         self._turn = threading.RLock()
         self._retention: Retention | None = None
-        self._lacking = 0
+        self._lacking, self._made_s = 0, time.monotonic()
         self._journal: Journal | None = None
         self._buffers: dict[str, _Buffer] = {}
         self._trimming = threading.Lock()
@@ -233,7 +235,8 @@ class Replica:
         standby = self._standby
         journal, built = standby.follower.journal, standby.built
         if journal is None:
-            return ShardBeat("standby", self.epoch, 0, standby.follower.looked and not self._leader_known)
+            led_by_nobody = not self._leader_known and time.monotonic() - self._made_s > _TOLD_S
+            return ShardBeat("standby", self.epoch, 0, standby.follower.looked and led_by_nobody)
         behind = journal.next_sequence - standby.taken
         ready = built is not None and standby.error is None and 0 <= behind <= _BEHIND_MAX and not self._lacks(built)
         return ShardBeat("standby", self.epoch, journal.next_sequence, ready)

@@ -254,7 +254,7 @@ class Heartbeats:
                 self._excused_s = now + self._suspect_s  # the others may need a moment longer to come back
             self._own_s = now
         before = self._heard.get(beat.node)
-        if before and before.beat.incarnation == beat.incarnation and now - before.told_dead_s < 2 * self._every_s:
+        if before and before.beat.incarnation == beat.incarnation and now - before.told_dead_s < self._suspect_s:
             return  # was under way when its process died
         if before is None and len(self._heard) >= _NODES_MAX:
             return

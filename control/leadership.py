@@ -566,8 +566,8 @@ class Leadership:
             with contextlib.suppress(StoreError):
                 await self._store.delete(move_key(self.options.root, one.number))
             return False
+        await self._give_up_lease(one)  # nothing more is written: the successor need not wait for our becoming a standby
         await self._replicas.stop_leading(one.number, f"handed over to {to}")
-        await self._give_up_lease(one)
         one.free_since_s = time.monotonic()
         one.status.state, one.status.reason = "standby", f"handed over to {to}"
         return True

@@ -47,7 +47,7 @@ class ReleaseGate:
         solo_after_s: how long to wait for one before going on alone.
         lag_s_max: a standby keeps up if it has what the journal had so long ago.
         waits: histogram of the time in ns from an output to its release, see :mod:`tickmesh.transports.counters`.
-        alone: no standby is expected, as after a takeover from the only other replica: it need not be waited for.
+        alone: the first standby is not waited for, as after a takeover.
         clock: monotonic seconds.
     """
 

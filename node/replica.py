@@ -57,6 +57,8 @@ _LOOK_S = 0.0005
 _TRIM_EVENTS = 1 << 14
 _BEHIND_MAX = 20_000
 """A standby whose loop is further behind its journal does not offer to lead."""
+_NEAR = 2_000
+"""A successor that is further behind, in events or outputs, is not handed over to."""
 _EVERYTHING = 1 << 62
 _log = structlog.get_logger("replica")
 
@@ -261,11 +263,8 @@ class Replica:
 
     # -- taking over
 
-    def lead(self, epoch: int, *, alone: bool) -> None:
+    def lead(self, epoch: int) -> None:
         """Take over under `epoch`; while leading already: fence anew under it.
-
-        Args:
-            alone: no standby is expected to follow soon.
 
         Raises:
             TakeoverRefused: it cannot; it is a standby as before.
@@ -283,7 +282,7 @@ class Replica:
                 self.error = str(error)
                 raise TakeoverRefused(self.number, str(error)) from error
             try:
-                self._begin_leading(journal, built, epoch, alone)
+                self._begin_leading(journal, built, epoch)
             except BaseException as error:
                 self._back_to_standby(journal, built.output)
                 self.error = str(error)
@@ -322,9 +321,9 @@ class Replica:
         Documents(journal.folder).write(document)
         return journal, Built(shard, ring)
 
-    def _begin_leading(self, journal: Journal, built: Built, epoch: int, alone: bool) -> None:
+    def _begin_leading(self, journal: Journal, built: Built, epoch: int) -> None:
         node, outputs = self.node, int(built.shard.arrays.core["out_seq"][0])
-        gate = release_gate(node.config, journal, alone=alone)
+        gate = release_gate(node.config, journal, alone=True)  # its first standby is not waited for: outputs stayed away long enough
         gate.mark(journal.next_sequence, outputs)
         node.know({int(built.shard.arrays.core["config_version"][0]): signal_names(built.shard.plan)})
         for gateway in node.gateways.values():
@@ -494,20 +493,24 @@ class Replica:
         """
         with self._turn, self.node.changing.role():
             thread, journal = self.thread, self._journal
-            if thread is None or journal is None or not self._follows(to, journal.next_sequence - _BEHIND_MAX):
+            if thread is None or journal is None:
+                return False
+            core = thread.shard.arrays.core[0]
+            if not self._follows(to, journal.next_sequence - _NEAR, int(core["out_seq"]) - _NEAR):
                 return False
             thread.end()
-            end = time.monotonic() + _HAND_OVER_S
+            end, outputs = time.monotonic() + _HAND_OVER_S, int(core["out_seq"])
             while time.monotonic() < end and not thread.inputs_filling:
-                if self._follows(to, journal.next_sequence) and self._stored() >= int(thread.shard.arrays.core["out_seq"][0]):
+                if self._follows(to, journal.next_sequence, outputs) and self._stored() >= outputs:
                     return True
                 time.sleep(_LOOK_S)
             thread.let_go_of_inputs()
             raise HandOverFailed(self.number, to)
 
-    def _follows(self, node: str, sequence: int) -> bool:
-        """Whether a standby has the events below `sequence`."""
-        return any(s["node"] == node and s["shard"] == self.number and s["sequence"] >= sequence for s in self._server.status())
+    def _follows(self, node: str, sequence: int, outputs: int) -> bool:
+        """Whether a standby has the events below `sequence`, and has made so many outputs."""
+        mine = [s for s in self._server.status() if s["node"] == node and s["shard"] == self.number]
+        return any(s["sequence"] >= sequence and s["outputs"] >= outputs for s in mine)
 
     def close(self) -> None:
         """End it; a leader hands over before that."""

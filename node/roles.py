@@ -282,8 +282,8 @@ class Roles:
 
     async def lead(self, shard: int, epoch: int) -> None:
         """See :class:`tickmesh.control.leadership.Replicas`."""
-        replica, alone = self._replicas[shard], not self._others(shard)
-        await self._apart(lambda: replica.lead(epoch, alone=alone))
+        replica = self._replicas[shard]
+        await self._apart(lambda: replica.lead(epoch))
 
     def _others(self, shard: int) -> list[str]:
         """Living nodes that have the shard too, and will follow."""

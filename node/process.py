@@ -237,7 +237,7 @@ class Node:
             number,
             output,
             epoch=epoch,
-            latency=latency_of(self.telemetry, name, number),
+            latency=latency_of(self.telemetry, name, number) if self.telemetry.has(f"delivery.{name}.0") else None,
             changes=Changes(shard.arrays.changes),
             gate=gate,
             references=shard.references(),

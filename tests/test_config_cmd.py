@@ -67,7 +67,7 @@ def test_schema_table_shows_every_key() -> None:
 def test_json_schema_is_one() -> None:
     schema = json.loads(json.dumps(json_schema()))
     assert schema["additionalProperties"] is False
-    sections = {"cluster", "data_sources", "processing", "risk", "journal", "replication", "delivery", "logging", "store"}
+    sections = {"cluster", "data_sources", "processing", "risk", "journal", "leadership", "replication", "delivery", "logging", "store"}
     assert set(schema["properties"]) == sections
 
 

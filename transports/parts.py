@@ -247,7 +247,7 @@ class PartCache(NullCache):  # type: ignore[misc]
 
     def __init__(self, function: Any, inline: bool) -> None:
         self._function, self._inline = function, inline
-        self._kept = function.__module__.split(".")[0] == _KEPT_PACKAGE
+        self._kept = (function.__module__ or "").split(".")[0] == _KEPT_PACKAGE
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         if _store is None or not self._kept:

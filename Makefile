@@ -15,7 +15,8 @@ cluster: $(STAMP)
 	@$(BIN)/tickmesh cluster $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -n auto --dist loadfile
+	@$(BIN)/python -m pytest -n auto --dist loadfile -m "not cluster"
+	@$(BIN)/python -m pytest -m cluster
 
 check: $(STAMP)
 	@$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" -x

@@ -23,7 +23,7 @@ from tickmesh.ops.local_cluster import LocalCluster, LocalClusterOptions, NodeEn
 from tickmesh.transports.nats import Login, connect
 from tickmesh.transports.nats_reader import stream_bounds
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 
 @pytest.fixture(params=["nats", "consul"])

@@ -21,7 +21,7 @@ from tickmesh.ops.local_cluster import LocalCluster, LocalClusterOptions
 from tickmesh.ops.shards_cmd import Shard
 from tickmesh.transports.nats import Login, connect
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 SHARDS = 2
 
 

@@ -56,7 +56,7 @@ def _type_text(kind: Any) -> str | None:
 
 def part_key(function: Any, inline: bool, arguments: tuple[Any, ...]) -> str | None:
     """Hash of everything that a part's code comes of; None for one that cannot be known by that: not ours, a closure, unusual types."""
-    if function.__module__.split(".")[0] not in _OWN or function.__closure__:
+    if (function.__module__ or "").split(".")[0] not in _OWN or function.__closure__:
         return None
     code, kinds = function.__code__, [_type_text(kind) for kind in arguments]
     if None in kinds:

@@ -86,6 +86,7 @@ def store(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.timeout(1200)
 def test_leaders_that_are_killed_paused_moved_and_ended_lose_and_double_nothing(store: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tickmesh.chaos.failover", "--store", store, "--kills", "2", "--moves", "1", "--sigterms", "1"]

@@ -147,21 +147,16 @@ def test_a_node_without_data_joins_in_the_middle_of_the_session_and_leads(cluste
 async def symbols(cluster: LocalCluster) -> set[str]:
     """Of every instrument that an output stream has named so far."""
     found: set[str] = set()
-    kinds = [Kind.REFERENCE]
     for shard in range(SHARDS):
-        end = last_of(await asyncio.to_thread(last_output, cluster, shard))
-        async with subscribe(
-            cluster.nats.url, cluster=cluster.options.name, shard=shard, kinds=kinds, from_sequence="all"
-        ) as outputs, asyncio.timeout(60):
+        end = (await asyncio.to_thread(last_output, cluster, shard))[0]
+        url, name = cluster.nats.url, cluster.options.name
+        async with asyncio.timeout(60), subscribe(url, cluster=name, shard=shard, from_sequence="all") as outputs:
             async for batch in outputs:
-                found.update(event.tobytes()[40:64].rstrip(b"\0").decode() for event in batch.events)
-                if batch.first + len(batch.events) >= end or len(found) >= cluster.options.symbols:
+                named = batch.events[batch.events["kind"] == Kind.REFERENCE]
+                found.update(event.tobytes()[40:64].rstrip(b"\0").decode() for event in named)
+                if batch.first + len(batch.events) > end:
                     break
     return found
-
-
-def last_of(output: tuple[int, int, int]) -> int:
-    return output[0]
 
 
 def test_all_nodes_killed_at_once_go_on_where_they_were(cluster: LocalCluster) -> None:

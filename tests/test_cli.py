@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import os
 import signal
 import subprocess
@@ -338,7 +339,7 @@ def test_a_silent_node_is_told(cluster: str) -> None:
         node.set("node.heartbeat_ns", time.time_ns() - 60 * 10**9)
         code, out, _ = run("status", "--cluster", cluster)
     assert code == 0
-    assert "silent for 60 s" in out
+    assert re.search(r"silent for 6[0-9] s", out), "a minute, and however long the command took to start"
 
 
 def test_top_once(cluster: str) -> None:

@@ -252,7 +252,7 @@ def test_a_process_that_is_told_to_stop_hands_over_without_a_lease_running_out(t
     grows(team)
     leader.signal(signal.SIGTERM)
     until(lambda: standby.said("leads"), "the standby leads")
-    assert leader.said("hands over", to=standby.node)
+    until(lambda: leader.said("hands over", to=standby.node), "the old one has handed over")
     until(lambda: leader.child.poll() is not None, "the process ends")
     grows(team)
     team.check()
@@ -264,7 +264,7 @@ def test_an_operator_moves_a_shard(team: Team) -> None:
     asyncio.run(_with_store(team, lambda store: request_move(store, f"{team.cluster}/", 0, standby.node, "a test")))
     until(lambda: standby.said("leads"), "the standby leads")
     until(lambda: leader.state(0) == "standby", "the old one stands by")
-    assert leader.said("hands over", to=standby.node)
+    until(lambda: leader.said("hands over", to=standby.node), "the old one has handed over")
     grows(team)
     assert team.leader() == standby.node
     team.check()

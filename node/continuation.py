@@ -167,11 +167,6 @@ def resume(position: Any, batch: Any, count: Any) -> Any:
     return kept
 
 
-def begin_following(positions: Any, sessions: Any) -> None:
-    """Before a standby trims its rings: the sessions (u64 per source) in which its receivers began; 0 where that is not known."""
-    positions["own_session"] = np.where(sessions != 0, sessions, positions["session"])
-
-
 def begin_resuming(positions: Any) -> None:
     """Before a new leader reads its sources: look for the place in each that the journal has anything of."""
     positions["resuming"] = (positions["sequence"] > 0) | (positions["timer_ns"] != 0) | (positions["session"] != 0)

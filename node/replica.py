@@ -105,6 +105,7 @@ class Replica:
         self._leader_known = self._closed = False
         self._turn = threading.RLock()
         self._retention: Retention | None = None
+        self._snapshots: list[Path] = []
         self._lacking, self._made_s = 0, time.monotonic()
         self._journal: Journal | None = None
         self._buffers: dict[str, _Buffer] = {}
@@ -213,21 +214,18 @@ class Replica:
         if self.thread is not None or journal is None or built is None:
             return
         if self._retention is None or self._retention.journal is not journal:
-            self._retention = Retention(journal, keep_bytes=keep_bytes, keep_s=keep_s, needed_whole=True)
-        stored = standby.status()["stored"]
+            self._retention, self._snapshots = Retention(journal, keep_bytes=keep_bytes, keep_s=keep_s, needed_whole=True), []
+        stored, found = standby.status()["stored"], snapshots(snapshot_folder(self.folder))
         self._retention.mark(standby.taken, int(built.shard.arrays.core["out_seq"][0]))
         try:
-            self._retention.covered = keep_snapshots(self.folder, stored, built.shard.arrays)
+            if found != self._snapshots:
+                self._retention.covered = keep_snapshots(self.folder, stored, built.shard.arrays)
+                self._snapshots = snapshots(snapshot_folder(self.folder))
             self._retention.trim(stored)
         except (JournalError, OSError, ValueError) as error:  # it is being cut or made anew
             _log.debug("a standby's journal is not trimmed now", shard=self.number, reason=str(error))
 
     # -- what others are told
-
-    @property
-    def leading(self) -> bool:
-        """Whether its loop runs here."""
-        return self.thread is not None
 
     def beat(self) -> ShardBeat:
         """What the node's heartbeat says of it."""

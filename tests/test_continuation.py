@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from tickmesh.node.continuation import (
     UNSEEN,
     advance,
-    begin_following,
     begin_resuming,
     follow_positions,
     localize,
@@ -215,7 +214,7 @@ def test_a_receiver_that_started_in_a_later_session_finds_its_place(feed: list[d
     while 0 < begun < len(leader) and leader[begun]["seq"] == leader[begun - 1]["seq"]:
         begun -= 1  # a receiver begins with a whole message
     session = max([int(one["id"]) for one in leader[:begun] if one["kind"] == Kind.CLEAR], default=0)
-    begin_following(position, np.array([session], np.uint64))
+    position["own_session"] = session or position["session"]
     begin_resuming(position)
     mine = leader[begun:].copy()
     mine = mine[: int(_resume_now(position, mine, len(mine)))]

@@ -150,7 +150,8 @@ class LeadershipOptions:
         stagger_ms: how long each further candidate waits for those before it.
         settle_ms: how long the first campaign after the start waits for others to be heard.
         grace_s: how long leaders go on without the store.
-        pick_timeout_s: how long the named successor of a move has, before others may take the shard.
+        pick_timeout_s: how long the named successor of a move has, before others may take the shard; also how long a node that stops
+            waits for a standby to be ready.
     """
 
     root: str
@@ -245,8 +246,10 @@ class Leadership:
         ]
 
     async def close(self, *, hand_over: bool = True) -> None:
-        """Stop. Shards that are led are handed over to a standby first, if one is ready; leases are released."""
+        """Stop. Shards that are led are handed over to a standby first, if one is ready, or will be soon; leases are released."""
         self._closing = True
+        if hand_over:
+            await self._wait_for_successors()
         for task in self._tasks:
             await end_task(task)
         for one in self._tended.values():
@@ -550,6 +553,15 @@ class Leadership:
         """The readiest standby."""
         standbys = [node for node in self._placed.get(shard, ()) if node != self._holder.node and self._ready(shard, node)]
         return max(standbys, key=lambda node: self._position(shard, node), default=None)
+
+    async def _wait_for_successors(self) -> None:
+        """Lead on for a moment if a node that has just come is about to be ready: better than a shard that nobody leads."""
+        end_s = time.monotonic() + self.options.pick_timeout_s
+        led = [one.number for one in self._tended.values() if one.leading]
+        while time.monotonic() < end_s and any(self._successor(shard) is None for shard in led):
+            if self.options.replicas < 2 or not set(self._beats.alive()) - {self._holder.node}:
+                return
+            await asyncio.sleep(0.02)
 
     async def _hand_over(self, one: _Tended, to: str) -> bool:
         """Planned: the successor has everything before the lease is free, and the wish names it, so that nobody else takes it."""

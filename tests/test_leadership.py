@@ -258,6 +258,18 @@ def test_a_process_that_is_told_to_stop_hands_over_without_a_lease_running_out(t
     team.check()
 
 
+def test_a_process_that_is_told_to_stop_waits_for_a_standby_that_has_just_come(team: Team) -> None:
+    leader = team.join("a")
+    until(lambda: leader.said("leads"), "it leads")
+    standby = team.join("b")
+    until(lambda: standby.said("hosts"), "another node has come")
+    leader.signal(signal.SIGTERM)
+    until(lambda: leader.said("hands over", to="b"), "the old one has handed over")
+    until(lambda: standby.said("leads"), "the standby leads")
+    grows(team)
+    team.check()
+
+
 def test_an_operator_moves_a_shard(team: Team) -> None:
     leader, standby = two(team)
     grows(team)

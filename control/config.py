@@ -536,6 +536,9 @@ class Calculation(BaseModel):
     )
     against: str | None = key(None, "Second series, for a calculation of two.", live=True, min_length=1)
     symbols: list[Symbol] = key([], "Symbols it runs for, as globs: * any run of characters, ? one; empty: all.", live=True)
+    inputs: list[Annotated[str, StringConstraints(min_length=1, max_length=64)]] = key(
+        [], 'For one calculation over several instruments: what it takes, "bbo:SYMBOL" or "trade:SYMBOL", on whatever shards.', live=True
+    )
     silent: bool = key(False, "Compute it for others, but put nothing out.", live=True)
 
     @property

@@ -33,16 +33,20 @@ from numba import types as nb
 from numba.core.errors import NumbaError
 
 from tickmesh.node.event import ANY_VIEW
+from tickmesh.node.joining import BY_KIND, LEGS_MAX
+from tickmesh.node.symbol_filter import SYMBOL_BYTES
 from tickmesh.transports.codecache import import_generated, write_generated
 from tickmesh.transports.toolbox import inlined
 
-INPUTS = ("trade", "bbo", "order", "bar")
-"""What a calculation can listen to. `order` is any event that changes a book."""
+INPUTS = ("trade", "bbo", "order", "bar", "legs")
+"""What a calculation can listen to. `order` is any event that changes a book; `legs`: it is one calculation over several instruments, and
+its key `inputs` says which of them, and which of their events."""
 SERIES = {"trade.price": "trade", "trade.qty": "trade", "bbo.mid": "bbo", "bbo.spread": "bbo", "bbo.microprice": "bbo"}
 """Float series a calculation can read, and the event that feeds each."""
-INSTRUMENT_FACTS = ("tick", "exponent")
-"""Keyword parameters that the shard fills in per instrument: tick size (i64, 1e-9) and quantity exponent (i64). Not configurable."""
-CONFIG_KEYS = frozenset({"use", "of", "against", "symbols", "silent"})
+INSTRUMENT_FACTS = ("tick", "exponent", "legs")
+"""Keyword parameters that the shard fills in: the instrument's tick size (i64, 1e-9) and quantity exponent (i64), how many legs the
+calculation has (i64). Not configurable."""
+CONFIG_KEYS = frozenset({"use", "of", "against", "symbols", "silent", "inputs"})
 """Keys of a calculation's table that are not its parameters."""
 ENTRY_POINTS = "tickmesh.calculations"
 """Entry point group under which an installed package offers calculations."""
@@ -192,6 +196,7 @@ class Calculation:
     timer: bool
     parameters: tuple[Parameter, ...]
     parameter_names: tuple[str, ...]
+    legs: tuple[int, int]
     _state: StateFields | Callable[[dict[str, Any]], StateFields] = field(repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -220,7 +225,7 @@ class Calculation:
 
     def state_dtype(self, params: Mapping[str, Any] | None = None) -> np.dtype[Any]:
         """Record of its state under these parameters (defaults for those not named); one unused byte if it has none."""
-        values = {p.name: p.default for p in self.parameters} | dict(params or {})
+        values = {p.name: p.default for p in self.parameters} | {"legs": self.legs[0]} | dict(params or {})
         fields = self._state(values) if callable(self._state) else self._state
         return np.dtype(list(fields) or [("_unused", "u1")], align=True)
 
@@ -239,28 +244,31 @@ def calculation(
     timer: bool = False,
     bounds: Mapping[str, tuple[float, float]] | None = None,
 ) -> Callable[[Callable[..., Any]], Calculation]:
-    """Make a calculation of a function ``f(event | x, [y], [event], state, [out], *, parameters)``.
+    """Make a calculation of a function ``f(event | x, [y], [event], [leg], state, [out], *, parameters)``.
 
     Args:
         inputs: events it listens to, comma separated (``"trade,bbo"``); leave empty where the first argument is a series `x`.
-        state: numpy fields of one state record, zero at the start; or a function of the parameters that returns them.
+        state: numpy fields of one state record, zero at the start; or a function of the parameters (and of ``legs``, how many) that
+            returns them.
         outputs: names of the values that a signal returns; one float, or a tuple of as many floats. NaN emits nothing.
         emits: `signal`, or `alert`, `bar`, `intent`: then the function fills `out` and returns whether to emit it.
         scope: `instrument` or `shard`: whose state it is.
         timer: call it with TIMER events too.
-        bounds: inclusive ``(low, high)`` of parameters.
+        bounds: inclusive ``(low, high)`` of parameters; ``legs``: how many it can have.
 
     Raises:
         DefinitionError: the function does not have that shape.
     """
 
     def decorate(function: Callable[..., Any]) -> Calculation:
-        arguments, names, parameters = _signature(function, dict(bounds or {}))
+        limits = dict(bounds or {})
+        low, high = limits.pop("legs", (1, LEGS_MAX)) if "legs" in inputs else (1, 1)
+        legs = int(low), int(min(high, LEGS_MAX))
+        arguments, names, parameters = _signature(function, limits)
         listens = tuple(part.strip() for part in inputs.split(",") if part.strip())
         _check_shape(function.__name__, arguments, listens, tuple(outputs), emits, scope, timer)
-        made = Calculation(
-            function, inlined(_positional(function)), arguments, listens, tuple(outputs), emits, scope, timer, parameters, names, state
-        )
+        kernel, values = inlined(_positional(function)), tuple(outputs)
+        made = Calculation(function, kernel, arguments, listens, values, emits, scope, timer, parameters, names, legs, state)
         _check_state(made)
         return made
 
@@ -317,13 +325,16 @@ def _check_shape(
 ) -> None:
     first = [a for a in arguments if a in ("x", "y")]
     event = ["event"] if not first or "event" in arguments else []
-    wanted = (*first, *event, "state", *(["out"] if emits != "signal" else []))
+    leg = ["leg"] if inputs == ("legs",) else []
+    wanted = (*first, *event, *leg, "state", *(["out"] if emits != "signal" else []))
     if emits not in ("signal", "alert", "bar", "intent"):
         raise DefinitionError(name, f"emits {emits!r}", "use signal, alert, bar or intent")
     if arguments != wanted or first not in ([], ["x"], ["x", "y"]):
         raise DefinitionError(name, f"takes ({', '.join(arguments)})", f"make it ({', '.join(wanted)}); x is a series, y a second one")
     if scope not in ("instrument", "shard"):
         raise DefinitionError(name, f"scope {scope!r}", "use instrument or shard")
+    if "legs" in inputs and (len(inputs) > 1 or timer or emits == "bar"):
+        raise DefinitionError(name, "takes legs and something else, or makes bars of them", 'inputs="legs" stands alone')
     if first and (inputs or timer):
         raise DefinitionError(name, "takes a series x and names inputs or a timer", "leave them out: the key `of` chooses the series")
     unknown = [i for i in inputs if i not in INPUTS]
@@ -448,7 +459,8 @@ def check_compiles(made: Calculation, params: Mapping[str, Any] | None = None, u
     """
     use = use or made.name
     record = from_dtype(ANY_VIEW)
-    kinds = {"x": nb.float64, "y": nb.float64, "event": record, "out": record, "state": from_dtype(made.state_dtype(params))}
+    kinds = {"x": nb.float64, "y": nb.float64, "event": record, "leg": nb.int64, "out": record}
+    kinds["state"] = from_dtype(made.state_dtype(params))
     of_type = {int: nb.int64, float: nb.float64, bool: nb.boolean}
     by_name = {p.name: of_type[p.type] for p in made.parameters} | dict.fromkeys(INSTRUMENT_FACTS, nb.int64)
     signature = tuple([kinds[a] for a in made.arguments] + [by_name[n] for n in made.parameter_names])
@@ -525,6 +537,7 @@ class Instance:
         symbols: globs of the symbols it runs for; empty: all.
         state: dtype of one state record.
         silent: its values feed other calculations but do not leave as signals.
+        legs: (``bbo`` or ``trade``, symbol) of each, for one over several instruments; else empty.
     """
 
     name: str
@@ -538,6 +551,7 @@ class Instance:
     symbols: tuple[str, ...]
     state: np.dtype[Any]
     silent: bool = False
+    legs: tuple[tuple[str, str], ...] = ()
 
     @property
     def module(self) -> str:
@@ -587,7 +601,9 @@ class Instance:
 
     def same_code(self, other: Instance) -> bool:
         """Whether `other` differs at most in parameter values, so that a live swap of parameters is enough."""
-        mine, its = ((i.name, i.index, i.module, i.function, i.of, i.against, i.bars, i.symbols, i.silent, i.state) for i in (self, other))
+        mine, its = (
+            (i.name, i.index, i.module, i.function, i.of, i.against, i.bars, i.symbols, i.silent, i.legs, i.state) for i in (self, other)
+        )
         return mine == its
 
 
@@ -625,6 +641,7 @@ class _Entry:
     of: str | None = None
     against: str | None = None
     bars: str | None = None
+    legs: tuple[tuple[str, str], ...] = ()
 
 
 class _Planner:
@@ -690,6 +707,10 @@ class _Planner:
             entry.bars = self._bars(f"{path}.of", table.get("of"))
         elif "of" in table:
             self.problem(f"{path}.of", f"{made.name} takes events, not a series", "leave `of` out")
+        if made.inputs == ("legs",):
+            entry.legs = self._legs(name, entry)
+        elif "inputs" in table:
+            self.problem(f"{path}.inputs", f"{made.name} runs for each instrument by itself", "leave `inputs` out, or use symbols")
         if "against" in table and "y" not in made.arguments:
             self.problem(f"{path}.against", f"{made.name} takes one series", "leave `against` out")
         symbols = table.get("symbols", [])
@@ -697,6 +718,31 @@ class _Planner:
             self.problem(f"{path}.symbols", f"is {symbols!r}", 'a list of symbols or globs: ["AAPL", "ES*"]')
         if not isinstance(table.get("silent", False), bool):
             self.problem(f"{path}.silent", f"is {table['silent']!r}, not true or false")
+
+    def _legs(self, name: str, entry: _Entry) -> tuple[tuple[str, str], ...]:
+        """The key `inputs`: ``bbo:SYMBOL`` or ``trade:SYMBOL`` for each leg."""
+        path, inputs, (low, high) = f"{entry.path}.inputs", entry.table.get("inputs"), entry.calculation.legs
+        example = 'like ["bbo:AAPL", "trade:MSFT"]'
+        if not isinstance(inputs, (list, tuple)) or not all(isinstance(text, str) for text in inputs):
+            self.problem(path, "is missing" if inputs is None else f"is {inputs!r}", f"name what it takes, {example}")
+            return ()
+        if not low <= len(inputs) <= high:
+            count = f"{low}" if low == high else f"{low} to {high}"
+            self.problem(path, f"names {len(inputs)}, {entry.calculation.name} takes {count}", example)
+        legs = []
+        for place, text in enumerate(inputs):
+            kind, _, symbol = text.partition(":")
+            if kind not in BY_KIND or not _is_symbol(symbol):
+                self.problem(f"{path}[{place}]", f"is {text!r}", f"{' or '.join(BY_KIND)}, a colon and a symbol, {example}")
+            elif (kind, symbol) in legs:
+                self.problem(f"{path}[{place}]", f"{text!r} is there already", "name each once")
+            else:
+                legs.append((kind, symbol))
+        if len(name) > SYMBOL_BYTES:
+            self.problem(entry.path, f"has a name of more than {SYMBOL_BYTES} characters", "its signals have the name for a symbol")
+        if "symbols" in entry.table:
+            self.problem(f"{entry.path}.symbols", "has no meaning with inputs", "leave it out")
+        return tuple(legs)
 
     def _against(self, entry: _Entry) -> str | None:
         if "against" not in entry.table:
@@ -764,11 +810,16 @@ class _Planner:
         entry = self.entries[name]
         made = entry.calculation
         values = tuple(entry.values[p.name] for p in made.parameters) or (0,)
+        sizes = entry.values | ({"legs": len(entry.legs)} if entry.legs else {})
         return Instance(
             name=name, use=entry.use, index=index, calculation=made, params=np.array([values], made.params_dtype)[0], of=entry.of,
             against=entry.against, bars=entry.bars, symbols=tuple(entry.table.get("symbols", ())),
-            state=made.state_dtype(entry.values), silent=bool(entry.table.get("silent", False)),
+            state=made.state_dtype(sizes), silent=bool(entry.table.get("silent", False)), legs=entry.legs,
         )  # fmt: skip
+
+
+def _is_symbol(text: str) -> bool:
+    return 0 < len(text) <= SYMBOL_BYTES and text.isascii() and text.isprintable() and " " not in text
 
 
 def compile_problems(instances: Iterable[Instance]) -> list[PlanProblem]:
@@ -785,4 +836,5 @@ def compile_problems(instances: Iterable[Instance]) -> list[PlanProblem]:
 
 
 def _as_dict(instance: Instance) -> dict[str, Any]:
-    return {p.name: instance.params[p.name].item() for p in instance.calculation.parameters}
+    legs = {"legs": len(instance.legs)} if instance.legs else {}
+    return {p.name: instance.params[p.name].item() for p in instance.calculation.parameters} | legs

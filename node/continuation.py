@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tickmesh.node.event import ALL_INSTRUMENTS, NO_INSTRUMENT, Kind
+from tickmesh.node.event import ALL_INSTRUMENTS, NO_INSTRUMENT, PEERS, Kind
 from tickmesh.transports.ring import ring_available, ring_read_slot, ring_release
 from tickmesh.transports.toolbox import copy_record, inlined, loop, outlined
 
@@ -33,8 +33,8 @@ POSITION = np.dtype(
 whole source, 0 before the first), the time of the last timer (ns, the source's clock). And of this node's own receiver: the session that
 its ring begins in; while a new leader looks for its place, `resuming` is not 0, `left` events of the last sequence are to be skipped."""
 
-_CLEAR, _REFERENCE, _GAP, _TIMER, _CONFIG, _CODE = (
-    np.uint8(kind) for kind in (Kind.CLEAR, Kind.REFERENCE, Kind.GAP, Kind.TIMER, Kind.CONFIG, Kind.CODE)
+_CLEAR, _REFERENCE, _GAP, _TIMER, _CONFIG, _CODE, _PEER_REFERENCE = (
+    np.uint8(kind) for kind in (Kind.CLEAR, Kind.REFERENCE, Kind.GAP, Kind.TIMER, Kind.CONFIG, Kind.CODE, Kind.PEER_REFERENCE)
 )
 _ALL, _NONE = np.uint32(ALL_INSTRUMENTS), np.uint32(NO_INSTRUMENT)
 _U = np.uint64
@@ -82,6 +82,8 @@ def _is_session(event: Any) -> Any:
 @inlined
 def advance(position: Any, event: Any) -> None:
     """Take note of an event of a source that the journal has now."""
+    if event.kind == _PEER_REFERENCE:
+        return
     if event.kind == _TIMER:
         position.timer_ns = max(position.timer_ns, event.ts_event)
         return
@@ -108,7 +110,7 @@ def _source_of(owners: Any, event: Any) -> Any:
         return event.price
     if event.instrument >= np.uint32(owners.size):
         return np.int64(-1)
-    if event.kind == _REFERENCE or event.kind == _CODE:
+    if event.kind == _REFERENCE or event.kind == _CODE or event.kind == _PEER_REFERENCE:
         owners[event.instrument] = np.int32(event.flags)
     return np.int64(owners[event.instrument])
 
@@ -171,6 +173,7 @@ def begin_resuming(positions: Any) -> None:
     """Before a new leader reads its sources: look for the place in each that the journal has anything of."""
     positions["resuming"] = (positions["sequence"] > 0) | (positions["timer_ns"] != 0) | (positions["session"] != 0)
     positions["left"] = positions["same"]
+    positions["resuming"][PEERS:] = 0  # other shards' outputs are asked for from the place on
 
 
 @outlined

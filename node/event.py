@@ -102,13 +102,20 @@ class Kind(IntEnum):
     GAP = 15
     """Source sequence `id`..`aux` is missing; instrument = ALL_INSTRUMENTS: every book of the source is stale."""
     TIMER = 16
-    """`ts_event` of source `price` has come: ends a bar that no trade ends."""
+    """`ts_event` of source `price` has come: ends a bar that no trade ends. `aux`: see :class:`Told`."""
     CONFIG = 17
     """Configuration `id` takes effect; bit 0 of `aux` is the slot of its parameters, and with NEW_CODE another loop goes on."""
     BREAK = 18
     """Trade `id` is cancelled by the venue."""
     CODE = 19
     """The instrument's numeric code at its source is `id`; follows its REFERENCE, so that a journal knows it."""
+    PEER_BBO = 32
+    """A BBO of another shard, taken from its output stream. Of all PEER kinds `seq` is the output's sequence there."""
+    PEER_TRADE = 33
+    PEER_TIMER = 34
+    """Another shard (`price` = its source number here, from PEERS on) has put out all of source `aux` before `ts_event`."""
+    PEER_REFERENCE = 35
+    """An instrument of another shard (`flags` as `price` above); `seq` is the number of its source there."""
     BBO = 64
     SIGNAL = 65
     ALERT = 66
@@ -140,6 +147,17 @@ class Flag(IntFlag):
     """CONFIG: other code, or other arrays, from the next event on."""
     ROUNDED = 2048
     """BAR: a price was no multiple of the tick, or too far from the open; it is rounded to what fits."""
+
+
+class Told(IntEnum):
+    """`aux` of a TIMER: what has told the time."""
+
+    BY_EVENT = 0
+    """The event behind it: no earlier one of its source follows."""
+    BY_CLOCK = 1
+    """The host's clock, in a silence: an earlier one may follow."""
+    LATE = 2
+    """The event behind it, after a clock had told a later time: time does not go back for what waits for timers."""
 
 
 class TradingStatus(IntEnum):
@@ -174,12 +192,17 @@ BID, ASK, NO_SIDE = 0, 1, 2
 NO_INSTRUMENT = 0xFFFFFFFF
 ALL_INSTRUMENTS = 0xFFFFFFFF
 NO_PRICE = -(1 << 63)
+PEERS = 0xF000
+"""Source numbers from here on are other shards: PEERS + shard."""
+DERIVED = 0xFFFE
+"""Source number of instruments that stand for a calculation over several instruments; they have its name."""
 PRICE_SCALE = 1_000_000_000
 PRICE_DECIMALS = 9
 
 VIEWS: dict[Kind, np.dtype[Any]] = {
     Kind.ADD: ORDER, Kind.EXECUTE: ORDER, Kind.CANCEL: ORDER, Kind.DELETE: ORDER, Kind.REPLACE: ORDER, Kind.MODIFY: ORDER,
     Kind.LEVEL: LEVEL, Kind.TRADE: TRADE, Kind.QUOTE: QUOTE, Kind.BBO: QUOTE, Kind.STATUS: EVENT, Kind.REFERENCE: REFERENCE,
+    Kind.PEER_BBO: QUOTE, Kind.PEER_TRADE: TRADE, Kind.PEER_REFERENCE: REFERENCE,
     Kind.GAP: GAP, Kind.SIGNAL: SIGNAL, Kind.ALERT: ALERT, Kind.RISK: RISK, Kind.BAR: BAR,
 }  # fmt: skip
 

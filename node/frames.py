@@ -164,12 +164,14 @@ class InstrumentName(NamedTuple):
         tick_size: in units of 1e-9.
         exponent: quantities are ``qty * 10**-exponent``.
         token: the symbol as one token of a NATS subject.
+        source: number of the source that it comes from.
     """
 
     symbol: str | None
     tick_size: int
     exponent: int
     token: str
+    source: int = 0
 
 
 class InstrumentNames:
@@ -184,7 +186,7 @@ class InstrumentNames:
         changed = np.zeros(len(found), np.bool_)
         for position, row in enumerate(found):
             symbol = bytes(row["symbol"]).decode("utf-8", "replace")
-            name = InstrumentName(symbol, int(row["tick_size"]), int(row["side"]), subject_token(symbol))
+            name = InstrumentName(symbol, int(row["tick_size"]), int(row["side"]), subject_token(symbol), int(row["flags"]))
             changed[position] = self._known.get(int(row["instrument"])) != name
             self._known[int(row["instrument"])] = name
         news: EventArray = found[changed].view(EVENT)
@@ -195,6 +197,10 @@ class InstrumentNames:
 
     def __len__(self) -> int:
         return len(self._known)
+
+    def items(self) -> list[tuple[int, InstrumentName]]:
+        """Everything that is known, by id."""
+        return list(self._known.items())
 
     def ids(self, symbols: Iterable[str]) -> npt.NDArray[np.uint32]:
         """Ids of the instruments that have one of these symbols."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tickmesh.node.calculation import calculation
-from tickmesh.node.event import ASK, BID, NO_PRICE, Kind
+from tickmesh.node.event import ASK, BID, NO_PRICE, Flag, Kind
 from tickmesh.node.exact_math import add_product, exp, log, wide_float
 from tickmesh.node.window import (
     capacity,
@@ -33,6 +33,7 @@ _WINDOW_2 = {"window": (2, WINDOW_MAX)}
 _LN2 = 0.6931471805599453
 _NO_PRICE, _BBO = np.int64(NO_PRICE), np.uint8(Kind.BBO)
 _BID, _ASK = np.uint8(BID), np.uint8(ASK)
+_STALE = np.uint16(Flag.STALE)
 
 
 def _window_state(p: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -375,3 +376,39 @@ def cross_intent(x: Any, y: Any, event: Any, state: Any, out: Any, *, qty: int =
     out.price = price
     out.qty = qty
     return price != _NO_PRICE
+
+
+# ---------------------------------------------------------------- over several instruments
+
+
+@inlined
+def _leg_price(event: Any) -> Any:
+    """A leg's mid, or price of its trade, in currency; NaN while a side is empty or the book misses data."""
+    if event.kind != _BBO:
+        return np.float64(event.price) / 1e9
+    if event.bid == _NO_PRICE or event.ask == _NO_PRICE or event.flags & _STALE:
+        return math.nan
+    return np.float64(event.bid + event.ask) / 2e9
+
+
+@calculation(inputs="legs", state=[("price", "f8", (2,)), ("seen", "i8", (2,))], bounds={"legs": (2, 2)})
+def spread(event: Any, leg: Any, state: Any, *, ratio: float = 1.0) -> Any:
+    """Price of the first leg less `ratio` times that of the second: mids of BBOs, or prices of trades. None while one is not known."""
+    state.price[leg] = _leg_price(event)
+    state.seen[leg] = 1
+    if state.seen[0] == 0 or state.seen[1] == 0:
+        return math.nan
+    return state.price[0] - ratio * state.price[1]
+
+
+@calculation(inputs="legs", state=lambda p: [("price", "f8", (p["legs"],)), ("seen", "i8", (p["legs"],))])
+def basket(event: Any, leg: Any, state: Any, *, scale: float = 1.0, legs: int = 1) -> Any:
+    """`scale` times the mean price of all legs: mids of BBOs, or prices of trades. None while one is not known."""
+    state.price[leg] = _leg_price(event)
+    state.seen[leg] = 1
+    total = 0.0
+    for j in range(legs):
+        if state.seen[j] == 0:
+            return math.nan
+        total += state.price[j]
+    return scale * (total / np.float64(legs))

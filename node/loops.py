@@ -144,7 +144,7 @@ import tickmesh_generated.{shard} as shard_module
 from tickmesh_generated.{decoder} import {decode}
 from tickmesh_generated.{shard} import step
 
-FIRST = np.int64(0)
+FIRST = BY_EVENT = np.int64(0)
 
 {each}
 @loop
@@ -167,7 +167,7 @@ def step_timed(batch, batch_any, count, shard, clock, timer, timer_any):
         if timer_due(clock, batch[i]):
             step(batch_any, first, i, shard)
             first = i
-            fill_timer(clock, FIRST, batch[i].ts_recv, timer[0])
+            fill_timer(clock, FIRST, batch[i].ts_recv, BY_EVENT, timer[0])
             step(timer_any, FIRST, FIRST + 1, shard)
     step(batch_any, first, count, shard)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tickmesh.control.config import Config, Source
-from tickmesh.node.calculation import Instance, plan
+from tickmesh.node.calculation import Instance, PlanError, PlanProblem, plan
 from tickmesh.node.event import Kind
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.risk import make_limits
@@ -46,7 +46,24 @@ def make_plan(config: Config, folder: Path) -> ShardPlan:
         {name: b.table() for name, b in processing.bars.items()},
         folder,
     )
+    _check_joins(config, instances)
     return ShardPlan(tuple(instances), outputs_of(config), config.risk.enabled)
+
+
+def _check_joins(config: Config, instances: Sequence[Instance]) -> None:
+    """A calculation over several instruments takes what the shards put out."""
+    joins = [instance for instance in instances if instance.legs]
+    outputs, problems = outputs_of(config), []
+    for kind in sorted({Kind.REFERENCE, *(Kind[kind.upper()] for join in joins for kind, _ in join.legs)} - outputs if joins else ()):
+        reason = f"lacks {kind.name.lower()!r}, which {joins[0].name} needs from other shards"
+        problems.append(PlanProblem("processing.outputs", reason, "add it"))
+    if joins and config.processing.timer_interval_ms == 0:
+        reason = f"is 0, but {joins[0].name} must know how far the instruments have come"
+        problems.append(PlanProblem("processing.timer_interval_ms", reason, "set it to the longest that it may wait, e.g. 10"))
+    if joins and config.cluster.shards > 1 and not any(delivery.method == "nats" for delivery in config.delivery.values()):
+        problems.append(PlanProblem("delivery", f"has none over NATS, from which {joins[0].name} takes other shards' outputs", "add one"))
+    if problems:
+        raise PlanError(problems)
 
 
 def outputs_of(config: Config) -> frozenset[Kind]:

@@ -31,12 +31,23 @@ from tickmesh.node.changing import Changing
 from tickmesh.node.delivery import Changes, Gateway
 from tickmesh.node.errors import NodeError
 from tickmesh.node.event import EVENT
+from tickmesh.node.exchange import Exchange, Streams
 from tickmesh.node.frames import CalculationNames
-from tickmesh.node.gateways import StreamUnknown, delivery_numbers, latency_of, make_gateway, nats_deliveries, signal_names, stream_ends
+from tickmesh.node.gateways import (
+    StreamUnknown,
+    delivery_numbers,
+    latency_of,
+    login_of,
+    make_gateway,
+    nats_deliveries,
+    signal_names,
+    stream_ends,
+)
 from tickmesh.node.journal import Journal, JournalError
 from tickmesh.node.known_instruments import KnownInstruments
 from tickmesh.node.logs import set_log_level
 from tickmesh.node.loops import live_loop
+from tickmesh.node.peers import Wanted
 from tickmesh.node.pipeline import make_table
 from tickmesh.node.receivers import BlockSourceMaker, Receiver, ReceiverContext, make_receiver
 from tickmesh.node.release import ReleaseGate
@@ -52,6 +63,7 @@ from tickmesh.node.succession import common_numbering, numbering_after
 from tickmesh.node.telemetry import NodeState, Telemetry
 from tickmesh.node.versions import Documents
 from tickmesh.transports.codecache import import_generated, watched_compiles, write_generated
+from tickmesh.transports.nats import Login
 from tickmesh.transports.ring import Ring, ring_path
 from tickmesh.transports.toolbox import IDLE_MODES
 
@@ -114,6 +126,7 @@ class Node:
         self.plan: ShardPlan | None = None
         self._reload = Reload(self)
         self._ids: list[dict[int, int]] = []
+        self._known: list[RestoredShard] = []
         self._replays = False
         self._snapshotter: Snapshotter | None = None
         self._stopped = False
@@ -166,6 +179,9 @@ class Node:
             thread = ShardThread(number, shard, mine, output, journal, self.telemetry, idle, self.progress)
             if self._ids:
                 thread.know_ids(self._ids[number])
+            fresh = journal is None or journal.next_sequence == 0
+            begins = {other: begun[other][0].document.outputs for other in range(cluster.shards)} if fresh else {}
+            self.make_exchange(thread, self._known[number] if self._known else RestoredShard(), begins)
             self.shards.append(thread)
             if journal and thread.documents:
                 thread.retention = self._retention(journal)
@@ -191,7 +207,7 @@ class Node:
             receiver.resume(codes.get(receiver.context.number, {}), 0)
         assert self.plan is not None
         parts = import_generated(write_generated("shard_parts", generate(self.plan)))
-        live_loop(parts, inputs_room(len(self.inputs) + 1), BATCH_EVENTS, self.progress)
+        live_loop(parts, inputs_room(len(self.inputs)), BATCH_EVENTS, self.progress)
         self.names = {self.document.version: signal_names(self.plan)}
         sizes = self.config.cluster.instruments_max, self.config.cluster.orders_max
         self._snapshotter = Snapshotter([], self.config.journal.snapshot_interval_s, sizes)
@@ -256,6 +272,18 @@ class Node:
         for gateway in self.gateways.values():
             for version, calculations in names.items():
                 gateway.know(version, calculations)
+
+    def exchange(self, thread: ShardThread, plan: ShardPlan, config: Config) -> None:
+        """Have a shard take of others what its calculations under a plan need."""
+        if thread.exchange is not None:
+            name, delivery = next(iter(nats_deliveries(config).items()), ("", None))
+            target = self.targets.get(name, delivery.target) if delivery else None
+            login = login_of(delivery) if delivery else Login.from_environment()
+            thread.exchange.take(Wanted.of(plan, config, thread.number), Streams(config.cluster.name, target, login))
+
+    def make_exchange(self, thread: ShardThread, known: RestoredShard, begins: Mapping[int, int]) -> None:
+        """Give a shard its exchange with others; `begins`: after which outputs of each it begins, where its journal does not say."""
+        thread.exchange = Exchange(thread.number, thread.peers, self.table, known, begins)
 
     def make_output(self, number: int) -> Ring:
         """The output ring of a shard."""
@@ -335,6 +363,7 @@ class Node:
         """Make the instruments of the journals known again, and tell the receivers how far their sources had come."""
         begun = [(start.sequence, start.known) for start in starts]
         restored = read_restored([journal.folder for journal in self.journals], begun)
+        self._known = restored.shards
         self._ids, codes = restored.intern(self.table)
         for rules in self._filters:
             self.table.let_through(*rules)
@@ -359,6 +388,7 @@ class Node:
         if stop.is_set():
             return
         for shard in self.shards:
+            self.exchange(shard, shard.shard.plan, self.config)
             shard.start()
         for receiver in self.receivers:
             receiver.start()
@@ -433,7 +463,11 @@ class Node:
     @property
     def finished(self) -> bool:
         """Whether every source has come to its end and everything it brought has been processed."""
-        return all(receiver.finished for receiver in self.receivers) and self.drained()
+        if not all(receiver.finished for receiver in self.receivers) or not self.drained():
+            return False
+        made = {shard.number: int(shard.shard.arrays.core["out_seq"][0]) for shard in self.shards}
+        caught_up = all(shard.exchange is None or shard.exchange.caught_up(lambda other: made.get(other, 0)) for shard in self.shards)
+        return caught_up and self.drained()
 
     def drained(self) -> bool:
         """Whether the shards have taken everything from their input rings."""
@@ -545,8 +579,13 @@ class Node:
         self.telemetry.set_state(NodeState.STOPPING)
         for receiver in self.receivers:
             receiver.ask_stop()
+        exchanges = [shard.exchange for shard in self.shards if shard.exchange is not None]
+        for exchange in exchanges:
+            exchange.ask_stop()
         for receiver in self.receivers:
             receiver.join(_STOP_S)
+        for exchange in exchanges:
+            exchange.close()
         limit = time.monotonic() + _STOP_S
         while self.shards and not self.drained() and time.monotonic() < limit and all(s.running for s in self.shards):
             time.sleep(0.002)

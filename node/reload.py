@@ -225,8 +225,8 @@ class Reload:
         node, running = self._node, self._node.plan
         assert running is not None
         module = import_generated(write_generated("shard_parts", generate(plan)))
-        room = inputs_room(sources + 1)
-        if module is not import_generated(write_generated("shard_parts", generate(running))) or room != inputs_room(len(node.inputs) + 1):
+        room = inputs_room(sources)
+        if module is not import_generated(write_generated("shard_parts", generate(running))) or room != inputs_room(len(node.inputs)):
             known = {(i.module, i.function) for i in running.instances}
             problems = compile_problems(i for i in plan.instances if (i.module, i.function) not in known)
             if problems:
@@ -400,6 +400,8 @@ class _Change:
         yield from self._end_receivers()
         for thread in self.threads:
             yield from self._turn(thread, self.legs.get(thread.number))
+        for thread in self.threads:
+            node.exchange(thread, self.plan, self.config)
         yield from self._begin_receivers()
         self._begin_gateways()
         with node.swap:

@@ -13,6 +13,7 @@ from tickmesh.control.config import Config
 from tickmesh.node.event import ALL_INSTRUMENTS, ANY_VIEW, EVENT, EventArray
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.loops import replay_loop
+from tickmesh.node.peers import LocalExchange
 from tickmesh.node.pipeline import make_shards, make_table
 from tickmesh.node.reader import PacketReader, Reader, SourceError, StreamReader, open_reader
 from tickmesh.node.shard import BATCH_EVENTS, Shard
@@ -55,18 +56,22 @@ def replay(
     table = make_table(config)
     in_one_loop = observe is None and config.cluster.shards == 1
     reader = open_reader(name, options, files, table, 0, progress, alone=not in_one_loop)
-    rings = [Ring.create(None, 1 << 16 if observe else _RING_EVENTS, EVENT, mode="lossy") for _ in range(config.cluster.shards)]
+    in_parts = observe is not None or config.cluster.shards > 1
+    rings = [Ring.create(None, 1 << 16 if in_parts else _RING_EVENTS, EVENT, mode="lossy") for _ in range(config.cluster.shards)]
     shards = make_shards(config, rings, folder, reader.order_ids, progress)
+    exchange = LocalExchange(shards[0].plan, config, table)
     clock = make_clock(config.processing.timer_interval_ms * 1_000_000)
     if in_one_loop and isinstance(reader, (StreamReader, PacketReader)):
         module = replay_loop(reader.decoder, shards[0].module, progress, timers=True)
+        if exchange:
+            shards[0].step(exchange.first[0].view(ANY_VIEW), 0, len(exchange.first[0]))
         started = time.perf_counter()
         _replay_compiled(module, reader, shards[0], clock)
     else:
         for shard in shards:
             shard.prepare_step()
         started = time.perf_counter()
-        _replay_batches(reader, shards, table, rings, clock, observe)
+        _Batches(shards, table, rings, exchange, observe).run(reader, clock)
     seconds = time.perf_counter() - started
     messages = reader.messages
     return summarise(
@@ -111,24 +116,37 @@ def _replay_compiled(module: Any, reader: Reader, shard: Shard, clock: Any) -> N
         module.replay(*nothing, 0, 0, reader.flush_ns, reader.feed, *timed)
 
 
-def _replay_batches(
-    reader: Reader,
-    shards: list[Shard],
-    table: InstrumentTable,
-    rings: list[Ring],
-    clock: Any,
-    observe: Callable[[int, EventArray], None] | None,
-) -> None:
-    batch, wide = zeros_aligned(_BATCH_EVENTS_PYTHON, EVENT), zeros_aligned(2 * _BATCH_EVENTS_PYTHON, EVENT)
-    readers = [ring.reader("replay") for ring in rings] if observe else []
-    while count := reader.read(batch):
-        timed = with_timers(clock, batch[:count], 0, wide)
-        for index, shard in enumerate(shards):
-            events = of_shard(timed, table, index, len(shards))
-            for first in range(0, len(events), BATCH_EVENTS):
-                shard.step(events.view(ANY_VIEW), first, min(first + BATCH_EVENTS, len(events)))
-                if observe:
-                    observe(index, readers[index].read(1 << 16))
+class _Batches:
+    """Shards stepped from Python, batch by batch, with what they take of each other."""
+
+    def __init__(
+        self,
+        shards: list[Shard],
+        table: InstrumentTable,
+        rings: list[Ring],
+        exchange: LocalExchange,
+        observe: Callable[[int, EventArray], None] | None,
+    ) -> None:
+        self._shards, self._table, self._exchange, self._observe = shards, table, exchange, observe
+        self._readers = [ring.reader("replay") for ring in rings] if observe or exchange else []
+
+    def run(self, reader: Reader, clock: Any) -> None:
+        for shard, events in self._exchange.first.items():
+            self._step(shard, events)
+        batch, wide = zeros_aligned(_BATCH_EVENTS_PYTHON, EVENT), zeros_aligned(2 * _BATCH_EVENTS_PYTHON, EVENT)
+        while count := reader.read(batch):
+            timed = with_timers(clock, batch[:count], 0, wide)
+            for index in range(len(self._shards)):
+                self._step(index, of_shard(timed, self._table, index, len(self._shards)))
+
+    def _step(self, index: int, events: EventArray) -> None:
+        for first in range(0, len(events), BATCH_EVENTS):
+            self._shards[index].step(events.view(ANY_VIEW), first, min(first + BATCH_EVENTS, len(events)))
+            outputs = self._readers[index].read(1 << 16).view(EVENT) if self._readers else events[:0]
+            if self._observe:
+                self._observe(index, outputs)
+            for taker, taken in self._exchange.pass_on(index, outputs):
+                self._step(taker, taken)
 
 
 def of_shard(events: EventArray, table: InstrumentTable, shard: int, shards: int) -> EventArray:

@@ -250,7 +250,8 @@ class Replica:
         thread, journal = self.thread, self._journal
         if thread is not None and journal is not None:
             gate = thread.gate.status() if thread.gate else {}
-            return {"role": "leader", "epoch": self.epoch, "sequence": journal.next_sequence, "release": gate}
+            taken = {"exchange": thread.exchange.status()} if thread.exchange and thread.exchange.status() else {}
+            return {"role": "leader", "epoch": self.epoch, "sequence": journal.next_sequence, "release": gate, **taken}
         return {"role": "standby", **self._standby.status(), "error": self.error or self._standby.follower.error}
 
     def expect(self, *, standbys: bool) -> None:
@@ -334,6 +335,7 @@ class Replica:
         # not before the fence: standbys cut their journals to one that is served, and this one might lack what has been published
         self._server.lead(self.number, Leading(journal, epoch, gate, self._stored, lambda: self._snapshot(journal)))
         node.add_shard(thread, journal)
+        node.exchange(thread, built.shard.plan, node.config)
         thread.start()
         node.pin_shard(thread)
 
@@ -373,6 +375,7 @@ class Replica:
         thread = ShardThread(self.number, built.shard, inputs, built.output, journal, node.telemetry, idle, node.progress, gate, epoch)
         thread.know_ids(known.intern(node.table, self.number, skip_filtered=True)[0])
         thread.given[0] = max(known.references, default=-1) + 1
+        node.make_exchange(thread, known, {} if journal.next_sequence else dict.fromkeys(range(node.config.cluster.shards), 0))
         self._put_first(thread, journal, known, [*self._breaks(known), *self._introduce(thread)])
         thread.positions[:] = known.positions
         begin_resuming(thread.positions)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tickmesh.node.continuation import POSITION, follow_positions, make_positions
-from tickmesh.node.event import EVENT, EventArray, Kind
+from tickmesh.node.event import DERIVED, EVENT, PEERS, EventArray, Kind
 from tickmesh.node.instruments import InstrumentTable, InstrumentTableFull, SymbolFiltered
 from tickmesh.node.journal import JournalReader
 from tickmesh.node.shard_state import SOURCES
@@ -25,7 +25,7 @@ class RestoredShard:
     """What one shard's journal says.
 
     Attributes:
-        references: the last REFERENCE event of each instrument, by the shard's id.
+        references: the last REFERENCE event of each instrument, by the shard's id; of another shard's: PEER_REFERENCE.
         codes: the venue's numeric code, by the same.
         positions: where the journal stands in each source (:mod:`tickmesh.node.continuation`).
     """
@@ -37,9 +37,9 @@ class RestoredShard:
 
     def take(self, batch: EventArray) -> None:
         """Take note of events of the journal."""
-        definitions = batch[np.isin(batch["kind"], (int(Kind.REFERENCE), int(Kind.CODE)))]
+        definitions = batch[np.isin(batch["kind"], (int(Kind.REFERENCE), int(Kind.CODE), int(Kind.PEER_REFERENCE)))]
         for event in definitions:
-            if event["kind"] == Kind.REFERENCE:
+            if event["kind"] != Kind.CODE:
                 self.references[int(event["instrument"])] = event.copy()
             else:
                 self.codes[int(event["instrument"])] = int(event["id"])
@@ -143,9 +143,12 @@ class Restored:
 
 def _intern(table: InstrumentTable, shard: int, event: Any, source: int, symbol: str) -> int:
     try:
-        node = int(table.intern(symbol, source, int(event["price"]), int(np.int8(event["side"]))))
+        at = shard if source == DERIVED else None
+        node = int(table.intern(symbol, source, int(event["price"]), int(np.int8(event["side"])), at))
     except (SymbolFiltered, InstrumentTableFull) as error:
         raise RestoreError(f"instrument {symbol} is in the journal, but: {error}; or move the journal away") from error
+    if source >= PEERS:
+        return node
     placed = int(table.arrays.records["shard"][node])
     if placed != shard:
         advice = "undo the change of shards or placements, or move the journals away"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_SIDE, Kind
+from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_SIDE, Kind, Told
 from tickmesh.node.timers import C_HOLD, NOT_LIVE, fill_timer, make_clock, timer_due, timer_in_silence, timer_seen
 from tickmesh.transports.ring import RingArrays, ring_wait, ring_write_some
 from tickmesh.transports.toolbox import copy_record, inlined, loop, monotonic_ns, now_ns, outlined, zeros_aligned
@@ -24,6 +24,7 @@ _STAGED = 3 * ROUTE_EVENTS
 """Room per shard: each event may have a timer before it, and be an instrument's definition, which is followed by its code."""
 _REFERENCE, _CODE = np.uint8(Kind.REFERENCE), np.uint8(Kind.CODE)
 _ALL = np.uint32(ALL_INSTRUMENTS)
+_BY_EVENT, _BY_CLOCK = np.int64(Told.BY_EVENT), np.int64(Told.BY_CLOCK)
 
 
 class Router(NamedTuple):
@@ -91,8 +92,8 @@ def _stage_code(router: Any, shard: Any, batch: Any, i: Any) -> None:
 
 
 @outlined
-def _stage_timer(router: Any, ts_recv: Any) -> None:
-    fill_timer(router.clock, router.settings[0], ts_recv, router.timer[0])
+def _stage_timer(router: Any, ts_recv: Any, told: Any) -> None:
+    fill_timer(router.clock, router.settings[0], ts_recv, told, router.timer[0])
     for shard in range(len(router.rings)):
         _stage(router, shard, router.timer, 0)
 
@@ -122,7 +123,7 @@ def route(router: Any, batch: Any, first: Any, count: Any) -> Any:
         if now != 0:
             event.ts_recv = now
         if timer_due(router.clock, event):
-            _stage_timer(router, event.ts_recv)
+            _stage_timer(router, event.ts_recv, _BY_EVENT)
         if event.instrument == _ALL:
             event.price = source
             for shard in range(shards):
@@ -156,7 +157,7 @@ def route_silence(router: Any) -> Any:
     """While a live source brings nothing: its timer, if one is due; false once the stop flag is set."""
     if router.clock[C_HOLD] < 0 or not timer_in_silence(router.clock, monotonic_ns()):
         return True
-    _stage_timer(router, now_ns())
+    _stage_timer(router, now_ns(), _BY_CLOCK)
     return _flush_all(router)
 
 

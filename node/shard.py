@@ -19,7 +19,8 @@ import numpy as np
 
 from tickmesh.node.book import FAR_AHEAD, NEAR_AHEAD
 from tickmesh.node.calculation import SERIES, Instance
-from tickmesh.node.event import EVENT, EventArray, Kind
+from tickmesh.node.event import DERIVED, EVENT, PEERS, EventArray, Kind
+from tickmesh.node.joining import make_join
 from tickmesh.node.loops import step_loop
 from tickmesh.node.shard_state import make_arrays
 from tickmesh.node.symbol_filter import pattern_table
@@ -38,6 +39,7 @@ import numpy as np
 from tickmesh.node.book import (
     bbo_defer, bbo_deferred, bbo_fill, bbo_update, book_apply, book_apply_planned, book_best, book_plan, book_prefetch, book_state,
 )
+from tickmesh.node.joining import join_meet, join_next, join_put, join_take, join_time
 from tickmesh.node.risk import risk_check, risk_fill
 from tickmesh.node.shard_kernels import (
     bbo_microprice, bbo_mid, bbo_spread, begin_output, begin_record, fill_signal, fill_trade, pass_through, reaches, record_bbo,
@@ -54,7 +56,8 @@ FOR_BOOK, FOR_SOURCE, FOR_ALERT, FOR_BAR, FOR_INTENT, FOR_RISK = (np.uint64(plac
 SLOTS = {slots}  # last values kept per instrument
 DTYPES = [  # state and parameters of the calculations
 {dtypes}
-]"""
+]
+JOINS = {joins}  # name and legs of those over several instruments, by place"""
 
 _DECISION = """\
 @outlined
@@ -86,6 +89,7 @@ def publish_bbo(shard, event, i, w):
         shard.counts[64] += 1
         record_bbo(shard.statistics, o)
         w = on_bbo(shard, o, i, w)
+        put_bbo(shard, o, i)  #? joins
     return w
 
 
@@ -96,6 +100,7 @@ def publish_trade(shard, event, i, w):
     w += np.uint64(1)  #? emit_trade
     o = begin_output(shard.scratch, FOR_BOOK, event, TRADE)  #? no_trade
     fill_trade(o, event)
+    put_trade(shard, o, i)  #? joins
     return on_trade(shard, o, i, w)
 
 
@@ -126,11 +131,21 @@ def on_rare(shard, event, w):
     i = np.int64(event.instrument)
     if kind == 13:
         is_new = register_instrument(shard.core, shard.info, shard.books.ticks, shard.patterns, shard.masks, event)
+        meet(shard, i)  #? joins
         w = pass_through(shard.out.slots, w, event)  #? emit_reference
         if is_new and shard.source_stale[event.flags] != 0:
             w = apply_to_one(shard, event, 15, 2, i, w)  # its first orders may have been in the gap
     elif kind == 17:
         record_config(shard.core, shard.changes, event, w)
+    elif kind == 32 and i < shard.info.size:  #? joins
+        put_bbo(shard, event, i)  #? joins
+    elif kind == 33 and i < shard.info.size:  #? joins
+        put_trade(shard, event, i)  #? joins
+    elif kind == 34:  #? joins
+        tell_time(shard, event.price, event.aux, event.ts_event, event.flags)  #? joins
+    elif kind == 35:
+        register_instrument(shard.core, shard.info, shard.books.ticks, shard.patterns, shard.masks, event)
+        meet(shard, i)  #? joins
     elif kind == 11:
         if rare_apply(shard, event) < 0:
             shard.core[0].refused += 1
@@ -206,7 +221,11 @@ def over_instruments(shard, event, w, limit):
         elif event.kind == 7:
             shard.source_stale[np.uint16(event.price)] = 0
             w = pass_through(shard.out.slots, w, event)  #? emit_clear
-        else:  #? no_timers
+        else:
+            w = pass_through(shard.out.slots, w, event)  #? joins
+            tell_time(shard, event.price, event.price, event.ts_event, event.aux)  #? joins
+            if event.aux == 2:  # time does not go back for those that listen
+                core.cursor = core.instruments + 1
             core.cursor = core.instruments + 1  # nothing listens to timers  #? no_timers
     while core.cursor <= core.instruments:
         if w + np.uint64(ROOM) > limit:
@@ -255,7 +274,9 @@ def step(batch, first, count, shard):
         if i + {near} < count:
             book_plan(shard.books, batch[np.uint64(i + {near})], i + {near})
         event = batch[np.uint64(i)]
-        if event.kind == 16 or (event.instrument == np.uint32(0xFFFFFFFF) and (event.kind == 15 or event.kind == 7)):
+        if core.releasing != 0 and core.cursor == 0:
+            pass  # the event is done: goes on with what it has set free
+        elif event.kind == 16 or (event.instrument == np.uint32(0xFFFFFFFF) and (event.kind == 15 or event.kind == 7)):
             w = over_instruments(shard, event, w, start + np.uint64(claimed))
             if core.cursor <= core.instruments:
                 claimed = np.int64(0)
@@ -263,12 +284,20 @@ def step(batch, first, count, shard):
             core.cursor = 0
         else:
             w = on_event(shard, event, w, i)
+        {release}
         i += 1
     core.events += np.uint64(i - np.int64(first))
     core.out_seq = w
     ring_publish(shard.out, w - start)
     return i - np.int64(first)
 """
+
+_RELEASE = """\
+if core.releasing != 0:
+            w = release(shard, w, start + np.uint64(claimed))
+            if core.releasing != 0:
+                claimed = np.int64(0)
+                continue"""
 
 DEFAULT_OUTPUTS = frozenset(
     {Kind.BBO, Kind.TRADE, Kind.SIGNAL, Kind.ALERT, Kind.BAR, Kind.INTENT, Kind.RISK, Kind.STATUS, Kind.GAP, Kind.REFERENCE, Kind.IMBALANCE}
@@ -315,6 +344,11 @@ class _Generator:
         self.slots = series_slots(plan)
 
     @property
+    def joined(self) -> list[int]:
+        """Places of the calculations over several instruments."""
+        return [k for k, instance in enumerate(self.plan.instances) if instance.legs]
+
+    @property
     def room(self) -> int:
         """The most outputs that one input event can cause: an execution is an order event, a trade and a new BBO at once."""
         calls = max((len(self._triggers(i) - {"timer"}) for i in self.plan.instances), default=1)
@@ -326,16 +360,20 @@ class _Generator:
         self.out.lines.append(_select(_DECISION, {**emits, "no_risk": not emits["emit_risk"]}))
         for trigger in ("trade", "bbo", "order", "timer"):
             self._listeners(trigger)
+        if self.joined:
+            self._joins()
         self._event()
-        self.out.lines.append(_LOOPS.format(room=self.room, claim=64 * self.room, far=FAR_AHEAD, near=NEAR_AHEAD))
+        release = _RELEASE if self.joined else "# no calculation is over several instruments"
+        self.out.lines.append(_LOOPS.format(room=self.room, claim=64 * self.room, far=FAR_AHEAD, near=NEAR_AHEAD, release=release))
         return self.out.text()
 
     def _imports(self) -> None:
         names = ", ".join(f"{i.name} = {i.use}" for i in self.plan.instances) or "none"
-        fields = " ".join(f"s{k} p{k}" for k in range(len(self.plan.instances)))
+        fields = " ".join(f"s{k} p{k}" + (f" q{k}" if i.legs else "") for k, i in enumerate(self.plan.instances))
+        joins = {k: (i.name, i.legs) for k, i in enumerate(self.plan.instances) if i.legs}
         pairs = ((i.state, i.calculation.params_dtype) for i in self.plan.instances)
         dtypes = "\n".join(f"    (np.{state!r}, np.{params!r})," for state, params in pairs)
-        self.out.lines.append(_IMPORTS.format(names=names, fields=fields, slots=max(1, len(self.slots)), dtypes=dtypes))
+        self.out.lines.append(_IMPORTS.format(names=names, fields=fields, slots=max(1, len(self.slots)), dtypes=dtypes, joins=joins))
         for k, instance in enumerate(self.plan.instances):
             self.out.add(0, f"from {instance.module} import {instance.function} as c{k}", f"k{k} = c{k}.kernel")
         self.out.add(0, "", "")
@@ -354,7 +392,30 @@ class _Generator:
             self._call(1, k, "event")
         self.out.add(1, "return w", "", "")
 
+    def _joins(self) -> None:
+        """What feeds the joins, and what runs on the events that come out of them."""
+        out = self.out
+        for row, name in enumerate(("bbo", "trade")):
+            places = [k for k in self.joined if any(kind == name for kind, _ in self.plan.instances[k].legs)]
+            out.add(0, "@inlined", f"def put_{name}(shard, event, i):")
+            out.add(1, *(f"join_put(shard.q{k}, shard.core, shard.info, {row}, i, event)" for k in places), "return", "", "")
+        out.add(0, "@outlined", "def meet(shard, i):", "    if i >= shard.info.size:", "        return")
+        out.add(1, *(f"join_meet(shard.q{k}, shard.info, i)" for k in self.joined), "", "")
+        out.add(0, "@outlined", "def tell_time(shard, source, feed, time_ns, told):")
+        out.add(1, *(f"join_time(shard.q{k}, shard.core, shard.info, source, feed, time_ns, told)" for k in self.joined), "", "")
+        for k in self.joined:
+            out.add(0, "@outlined", f"def release_{k}(shard, w, limit):")
+            out.add(1, f"join = shard.q{k}", "while w + np.uint64(ROOM) <= limit:")
+            out.add(2, "leg = join_next(join)", "if leg < 0:", "    return w", "event = join.slots[join_take(join, leg)]")
+            out.add(2, "i = join.state[0].home - 1", "v = shard.core[0].parameters")
+            self._call(2, k, "event")
+            out.add(1, "shard.core[0].releasing = 1  # the rest when there is room", "return w", "", "")
+        out.add(0, "@outlined", "def release(shard, w, limit):", "    # what waits for nothing any more", "    shard.core[0].releasing = 0")
+        out.add(1, *(f"w = release_{k}(shard, w, limit)" for k in self.joined), "return w", "", "")
+
     def _triggers(self, instance: Instance) -> set[str]:
+        if instance.legs:
+            return set()
         timer = {"timer"} if instance.timer else set()
         if instance.of is not None:
             return ({SERIES[instance.of]} if instance.of in SERIES else set()) | timer
@@ -377,9 +438,11 @@ class _Generator:
                 arguments.append(f"y{k}")
         if instance.of is None or instance.takes_event:
             arguments.append(event)
+        if instance.legs:
+            arguments.append("leg")
         out.add(depth, f"if {condition}:")
-        arguments.append(f"shard.s{k}[{'0' if instance.calculation.scope == 'shard' else 'i'}]")
-        parameters = [_parameter(k, name) for name in instance.parameter_names]
+        arguments.append(f"shard.s{k}[{'0' if instance.legs or instance.calculation.scope == 'shard' else 'i'}]")
+        parameters = [_parameter(k, name, len(instance.legs)) for name in instance.parameter_names]
         if instance.emits == "signal":
             self._signal(depth + 1, k, event, [*arguments, *parameters])
         else:
@@ -426,7 +489,7 @@ class _Generator:
         flags = {f"emit_{kind.name.lower()}": kind in outputs for kind in Kind}
         flags |= {"no_bbo": not flags["emit_bbo"], "no_trade": not flags["emit_trade"]}
         triggers = set().union(*(self._triggers(i) for i in self.plan.instances))
-        flags |= {"orders": "order" in triggers, "no_timers": "timer" not in triggers}
+        flags |= {"orders": "order" in triggers, "no_timers": "timer" not in triggers, "joins": bool(self.joined)}
         self.out.lines.append(_select(_EVENT, flags))
 
 
@@ -434,8 +497,8 @@ def _series(name: str, event: str) -> str:
     return f"{name.replace('.', '_')}(shard.info, {event})"
 
 
-def _parameter(k: int, name: str) -> str:
-    facts = {"tick": "shard.info[i].tick_size", "exponent": "np.int64(shard.info[i].exponent)"}
+def _parameter(k: int, name: str, legs: int) -> str:
+    facts = {"tick": "shard.info[i].tick_size", "exponent": "np.int64(shard.info[i].exponent)", "legs": f"np.int64({legs})"}
     return facts.get(name, f"shard.p{k}[v].{name}")
 
 
@@ -516,7 +579,9 @@ class Shard:
         return pattern_table([instance.symbols for instance in self.plan.instances])
 
     @classmethod
-    def following(cls, before: Shard, plan: ShardPlan, limits: Any, states: Mapping[int, Any], books: Any) -> Shard:
+    def following(
+        cls, before: Shard, plan: ShardPlan, limits: Any, states: Mapping[int, Any], joins: Mapping[int, Any], books: Any
+    ) -> Shard:
         """A shard that goes on with another's books and instruments under another plan; what it listens to is for a hand-over to fill in.
 
         Args:
@@ -524,6 +589,7 @@ class Shard:
             plan: of the new one.
             limits: LIMITS record array of one.
             states: arrays of the calculations that go on where they are, by place in the plan.
+            joins: the same for what waits in their joins.
             books: the other one's, or what becomes of them.
         """
         shard = cls.__new__(cls)
@@ -534,6 +600,8 @@ class Shard:
             values = np.zeros(2, parameters)
             values[:] = instance.params
             calculations += [states[k] if k in states else np.zeros(instruments, state), values]
+            if instance.legs:
+                calculations.append(joins[k] if k in joins else make_join(instance.name, instance.legs, instruments))
         masks, last = np.zeros((max(1, len(plan.instances)), instruments), np.uint8), np.full((shard.module.SLOTS, instruments), np.nan)
         masks.fill(0)  # its pages are there before the hand-over
         same = {name: getattr(before.arrays, name) for name in _KEPT_ARRAYS} | {"books": books}
@@ -563,7 +631,7 @@ class Shard:
         return bytes(self.arrays.info["symbol"][instrument]).rstrip(b"\0").decode("ascii")
 
     def references(self) -> EventArray:
-        """A REFERENCE event, without times, of every instrument that this shard has been told of."""
+        """A REFERENCE event, without times, of every instrument that this shard has been told of and that is its own."""
         seen = self.seen_instruments()
         events, info = np.zeros(len(seen), EVENT), self.arrays.info[seen]
         events["instrument"], events["kind"] = seen, Kind.REFERENCE
@@ -574,8 +642,9 @@ class Shard:
         return events
 
     def seen_instruments(self) -> list[int]:
-        """Ids of the instruments that this shard has been told of."""
-        return [int(i) for i in np.flatnonzero(self.arrays.info["tick_size"])]
+        """Ids of the instruments that this shard has been told of and that are its own, those of calculations included."""
+        info = self.arrays.info
+        return [int(i) for i in np.flatnonzero(info["tick_size"]) if info["source"][i] < PEERS or info["source"][i] == DERIVED]
 
     def gaps(self) -> list[tuple[int, int]]:
         """First and last missing source sequence of the gaps so far, the first 4096 of them."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tickmesh.node.event import Flag, Kind
+from tickmesh.node.event import PEERS, Flag, Kind
 from tickmesh.node.symbol_filter import symbol_passes
 from tickmesh.transports.toolbox import bits_f64, f64_bits, inlined, outlined
 
@@ -14,6 +14,8 @@ _U = np.uint64
 _SIGNAL, _TRADE, _EXECUTE = np.uint8(Kind.SIGNAL), np.uint8(Kind.TRADE), np.uint8(Kind.EXECUTE)
 _NO_SIDE = np.uint8(2)
 _GAP = np.int64(Kind.GAP)
+_PEERS = np.int32(PEERS)
+_PEER_REFERENCE = np.uint8(Kind.PEER_REFERENCE)
 _HIDDEN_AND_AUCTION = np.uint16(Flag.HIDDEN | Flag.AUCTION)
 _NO_PRICE = np.int64(-(1 << 63))
 
@@ -157,6 +159,7 @@ def register_instrument(core: Any, info: Any, ticks: Any, patterns: Any, masks: 
         scale /= 10.0
     r.quantity_scale = scale
     r.source = np.int32(event.flags)
+    r.feed = np.int32(event.seq) if event.kind == _PEER_REFERENCE else r.source
     w0, w1, w2 = _U(event.qty), event.id, _U(event.aux)
     for k in range(8):
         shift = _U(8 * k)
@@ -175,8 +178,8 @@ def register_instrument(core: Any, info: Any, ticks: Any, patterns: Any, masks: 
 
 @inlined
 def reaches(info: Any, event: Any, i: Any) -> Any:
-    """Whether a whole-source event (its `price` is the source's number) concerns instrument `i`."""
-    return info[i].tick_size != 0 and np.int64(info[i].source) == event.price
+    """Whether a whole-source event (its `price` is the source's number) concerns instrument `i`, which has its book here."""
+    return info[i].tick_size != 0 and np.int64(info[i].source) == event.price and info[i].source < _PEERS
 
 
 @inlined

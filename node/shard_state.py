@@ -9,6 +9,7 @@ import numpy as np
 
 from tickmesh.node.book import make_books
 from tickmesh.node.event import ANY_VIEW
+from tickmesh.node.joining import make_join
 from tickmesh.node.risk import make_risk_state, no_limits
 from tickmesh.node.symbol_filter import pattern_table
 from tickmesh.transports.ring import HEADER_BYTES, RingArrays
@@ -34,14 +35,25 @@ CORE = np.dtype(
         ("refused", "<i8"),
         ("blocked", "<i8"),
         ("cursor", "<i8"),
+        ("releasing", "<i8"),
     ]
 )
 """A shard's scalars: outputs written, inputs taken, version and slot of the live parameters, highest instrument + 1, inputs that the
-book refused, times that the output ring was full, next instrument of a timer or gap under way."""
+book refused, times that the output ring was full, next instrument of a timer or gap under way, whether events that wait in joins may
+be due."""
 
 INSTRUMENT_INFO = np.dtype(
-    [("tick_size", "<i8"), ("quantity_scale", "<f8"), ("exponent", "<i4"), ("source", "<i4"), ("symbol", "u1", (24,))]
+    [
+        ("tick_size", "<i8"),
+        ("quantity_scale", "<f8"),
+        ("exponent", "<i4"),
+        ("source", "<i4"),
+        ("symbol", "u1", (24,)),
+        ("feed", "<i4"),
+        ("_unused", "<i4"),
+    ]
 )
+"""`source` is the number of the source that brings it here (of another shard's: PEERS + shard); `feed` that of the one where it lives."""
 
 STATISTICS = np.dtype(
     [
@@ -71,8 +83,11 @@ def make_arrays(
     """
     last = np.full((module.SLOTS, instruments_max), np.nan)
     calculations: list[Any] = []
-    for state, parameters in module.DTYPES:
+    for k, (state, parameters) in enumerate(module.DTYPES):
         calculations += [np.zeros(instruments_max, state), np.zeros(2, parameters)]
+        if k in module.JOINS:
+            name, legs = module.JOINS[k]
+            calculations.append(make_join(name, legs, instruments_max))
     return module.Shard(
         make_books(instruments_max, orders_max, order_ids),
         np.zeros(1, CORE),

@@ -14,8 +14,10 @@ import numpy as np
 from tickmesh.node.book import resting_orders
 from tickmesh.node.continuation import UNSEEN, make_ids, make_positions
 from tickmesh.node.errors import NodeError
-from tickmesh.node.event import ANY_VIEW, EVENT, NO_PRICE, EventArray, Kind
+from tickmesh.node.event import ANY_VIEW, DERIVED, EVENT, NO_PRICE, EventArray, Kind
+from tickmesh.node.exchange import Exchange
 from tickmesh.node.handover import AWAKE, CANCELLED, NEAR, PARKED, PASSED_NS, TAKEN_NS, TURN, Carry, make_baton, no_carry
+from tickmesh.node.joining import forced
 from tickmesh.node.journal import Journal, JournalArrays
 from tickmesh.node.loops import live_loop
 from tickmesh.node.release import ReleaseGate
@@ -30,6 +32,8 @@ from tickmesh.transports.toolbox import zeros_aligned
 
 Progress = Callable[[str], None] | None
 CONTROL_EVENTS = 1024
+PEER_EVENTS = 1 << 14
+_OWN_INPUTS = 2
 _STOP_S = 5.0
 _PARK_S = 30.0
 _AWAKE_S = 0.1
@@ -40,9 +44,9 @@ class ShardError(NodeError):
     """A shard had to stop; the message says what to do."""
 
 
-def inputs_room(inputs: int) -> int:
-    """How many rings a loop is compiled for: some to spare, so that a source that is added needs no other code."""
-    return max(4, 1 << (inputs - 1).bit_length())
+def inputs_room(sources: int) -> int:
+    """How many rings a loop of so many sources is compiled for: some to spare, so that a source that is added needs no other code."""
+    return max(4, 1 << (sources + _OWN_INPUTS - 1).bit_length())
 
 
 class Input(NamedTuple):
@@ -66,7 +70,7 @@ class Leg:
     Attributes:
         shard: its arrays.
         module: the compiled loop.
-        inputs: the control ring and the sources' rings.
+        inputs: the control ring, the ring of what other shards put out, and the sources' rings.
         readers: of each of them.
         turn: how many hand-overs came before.
         carry: what it copies when it begins.
@@ -91,6 +95,7 @@ class ShardThread:
         ids: u32 by the node's id of an instrument, the shard's; `given`: i64[1], how many there are. See :mod:`tickmesh.node.continuation`.
         positions: where the journal stood in each source when a takeover began.
         epoch: of the leadership under which its outputs are delivered.
+        peers: the input ring of what other shards put out; `exchange` writes it.
         pause_ns: how long the last hand-over took, from the end of one loop to the next one's first look at its inputs.
     """
 
@@ -122,6 +127,8 @@ class ShardThread:
         self.ids, self.given = make_ids(len(shard.arrays.info))
         self.positions = make_positions(SOURCES)
         self._control = Ring.create(None, CONTROL_EVENTS, EVENT, reader_timeout_ms=_READER_MS)
+        self.peers = Ring.create(None, PEER_EVENTS, EVENT, reader_timeout_ms=_READER_MS)
+        self.exchange: Exchange | None = None
         self._leg = self._make_leg(shard, inputs, 0, no_carry(shard.arrays.books), telemetry)
         self._taken_before = -sum(reader.position for reader in self._leg.readers)
         self.writer = output.writer
@@ -129,8 +136,8 @@ class ShardThread:
     def _make_leg(
         self, shard: Shard, sources: Sequence[Input], turn: int, carry: Carry, telemetry: Telemetry, before: Leg | None = None
     ) -> Leg:
-        inputs = [Input(self._control, -1), *sources]
-        module = live_loop(shard.module, inputs_room(len(inputs)), BATCH_EVENTS, self._progress)
+        inputs = [Input(self._control, -1), Input(self.peers, DERIVED), *sources]
+        module = live_loop(shard.module, inputs_room(len(sources)), BATCH_EVENTS, self._progress)
         known = {id(reader.ring): reader for reader in before.readers} if before else {}
         readers = [known.get(id(one.ring)) or one.reader or one.ring.reader(f"shard-{self.number}") for one in inputs]
         numbers = telemetry.shard(self.number)
@@ -191,6 +198,8 @@ class ShardThread:
     def end(self) -> None:
         """Stop the loop after the batch in hand."""
         self.stop[0] = 1
+        if self.exchange is not None:
+            self.exchange.ask_stop()
         for leg in (self._leg, self._parked):
             if leg and leg.thread and leg.thread.ident is not None:
                 leg.thread.join(_STOP_S)
@@ -204,12 +213,15 @@ class ShardThread:
     @property
     def inputs_filling(self) -> bool:
         """Whether a source's ring is nearly full."""
-        return any(reader.lag > reader.ring.capacity * 3 // 4 for reader in self._leg.readers[1:])
+        return any(reader.lag > reader.ring.capacity * 3 // 4 for reader in self._leg.readers[_OWN_INPUTS:])
 
     def close(self) -> None:
         """Let go of its rings, after :meth:`end`."""
         self.let_go_of_inputs()
+        if self.exchange is not None:
+            self.exchange.close()
         self._control.close()
+        self.peers.close()
 
     def _run(self, leg: Leg) -> None:
         try:
@@ -227,14 +239,18 @@ class ShardThread:
     def adopt(self, shard: Shard) -> None:
         """Before the start: go on with another shard, which has taken over from the one so far."""
         if shard.module is not self._leg.shard.module:
-            self._leg.module = live_loop(shard.module, inputs_room(len(self._leg.inputs)), BATCH_EVENTS, self._progress)
+            self._leg.module = live_loop(shard.module, self._room(self._leg), BATCH_EVENTS, self._progress)
         self._leg.shard = shard
+
+    @staticmethod
+    def _room(leg: Leg) -> int:
+        return inputs_room(len(leg.inputs) - _OWN_INPUTS)
 
     def _call(self, leg: Leg, batch: EventArray, first: int, end: int) -> int:
         """The loop, whose one entry point does both: two would be compiled twice."""
         words = np.zeros(1, np.uint64)
         journal = self.journal.arrays if self.journal else JournalArrays(words, words, np.zeros(1, EVENT), words)
-        room = inputs_room(len(leg.inputs))
+        room = self._room(leg)
         rings = tuple(one.ring.arrays for one in leg.inputs)
         result = leg.module.run(
             np.array([first, end], np.int64),
@@ -366,5 +382,7 @@ def shard_numbers(shard: ShardThread) -> dict[str, int]:
         ShardCounter.CROSSED: np.count_nonzero(both & (bids >= asks)),
         ShardCounter.ORDERS: resting_orders(arrays.books),
         ShardCounter.OUTPUT_LAG: shard.output.lag,
+        ShardCounter.FROM_SHARDS: counts[Kind.PEER_BBO] + counts[Kind.PEER_TRADE],
+        ShardCounter.NOT_WAITED: forced(arrays),
     }
     return {counter.name.lower(): int(value) for counter, value in numbers.items()}

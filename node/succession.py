@@ -15,7 +15,7 @@ from tickmesh.node.shard import Shard, ShardPlan, series_slots
 
 def keeps_state(old: Instance, new: Instance) -> bool:
     """Whether a calculation goes on where it is: the same name, code, inputs and layout of its state."""
-    mine, its = ((i.name, i.module, i.function, i.of, i.against, i.bars, i.state) for i in (old, new))
+    mine, its = ((i.name, i.module, i.function, i.of, i.against, i.bars, i.legs, i.state) for i in (old, new))
     return mine == its
 
 
@@ -40,6 +40,7 @@ def succeed(shard: Shard, plan: ShardPlan, limits: Any, order_ids: str) -> tuple
     before = {instance.name: instance for instance in shard.plan.instances}
     kept = [before[i.name].index if i.name in before and keeps_state(before[i.name], i) else None for i in plan.instances]
     states = {k: getattr(shard.arrays, f"s{place}") for k, place in enumerate(kept) if place is not None}
+    joins = {k: getattr(shard.arrays, f"q{place}") for k, place in enumerate(kept) if place is not None and plan.instances[k].legs}
     was, now = series_slots(shard.plan), series_slots(plan)
     surviving = {i.name for i, place in zip(plan.instances, kept) if place is not None}
     last_rows = [was.get(name, NOTHING) if name in SERIES or name.split(".")[0] in surviving else NOTHING for name in now]
@@ -47,7 +48,7 @@ def succeed(shard: Shard, plan: ShardPlan, limits: Any, order_ids: str) -> tuple
     old, renumber = shard.arrays.books, numbering_of(shard.arrays.books) != order_ids
     rows = np.array(mask_rows, np.int64), np.array(last_rows, np.int64)
     carry = Carry(shard.arrays.masks, shard.arrays.last, *rows, old, np.array([renumber], np.int64))
-    return Shard.following(shard, plan, limits, states, renumbered(old, order_ids) if renumber else old), carry
+    return Shard.following(shard, plan, limits, states, joins, renumbered(old, order_ids) if renumber else old), carry
 
 
 def common_numbering(sources: Sequence[str]) -> str:

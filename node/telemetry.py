@@ -98,6 +98,8 @@ class ShardCounter(IntEnum):
     CONFIG_VERSION = 12
     OUTPUT_LAG = 13
     JOURNAL_DROPPED = 14
+    FROM_SHARDS = 15
+    NOT_WAITED = 16
 
 
 class DeliveryCounter(IntEnum):
@@ -147,6 +149,8 @@ SHARD_ABOUT = {
     ShardCounter.CONFIG_VERSION: "version of the configuration in use",
     ShardCounter.OUTPUT_LAG: "outputs the slowest reader of the output ring has not read",
     ShardCounter.JOURNAL_DROPPED: "journal segments deleted because of journal.keep_mb or keep_hours",
+    ShardCounter.FROM_SHARDS: "best bids and offers and trades taken of other shards",
+    ShardCounter.NOT_WAITED: "of those and our own, events of full legs that did not wait for the other legs",
 }
 DELIVERY_ABOUT = {
     DeliveryCounter.FRAMES: "frames sent",

@@ -2,7 +2,8 @@
 
 A source's time is the `ts_event` of its events. The TIMER of a boundary goes in front of the first event at or past it, wherever a batch
 ends: what a recording gives depends on its events alone. Where several boundaries are passed at once, there is one TIMER, at the last.
-A live source's time also goes on while the line is silent, as fast as the host's monotonic clock, held back by what may still come.
+A live source's time also goes on while the line is silent, as fast as the host's monotonic clock, held back by what may still come. Such
+a TIMER says so (:class:`tickmesh.node.event.Told`), and so does that of an event that comes behind it nevertheless.
 
 Time does not go back for an event that comes late. An event that lies further back than :data:`REWIND_NS` starts it anew: a second day
 that counts from midnight again, or the end of a damaged time in the far future. Events of a whole source do not count: a gap has no
@@ -15,18 +16,19 @@ from typing import Any
 
 import numpy as np
 
-from tickmesh.node.event import ALL_INSTRUMENTS, NO_SIDE, EventArray, Kind
+from tickmesh.node.event import ALL_INSTRUMENTS, NO_SIDE, EventArray, Kind, Told
 from tickmesh.transports.toolbox import copy_record, inlined, loop, outlined
 
 REWIND_NS = 3_600_000_000_000
 """An event that is this much and an interval older than the next boundary starts the clock anew."""
 NOT_LIVE = -1
 
-C_INTERVAL, C_DUE, C_LOW, C_SPAN, C_HOLD, C_EVENT, C_SEEN, _WORDS = 0, 1, 2, 3, 4, 5, 6, 8
-"""Words of a clock, all ns: the interval; the next boundary (0: no event yet); an event in ``[low, low + span)`` passes none; how far a
-live source is held back; `ts_event` of its last event, and the monotonic clock then."""
+C_INTERVAL, C_DUE, C_LOW, C_SPAN, C_HOLD, C_EVENT, C_SEEN, C_SILENT, _WORDS = 0, 1, 2, 3, 4, 5, 6, 7, 8
+"""Words of a clock, all ns: the interval; the next boundary for events (0: there was none); an event in ``[low, low + span)`` passes none;
+how far a live source is held back; `ts_event` of its last event, and the monotonic clock then; the next boundary after a silence."""
 _TIMER, _NO_SIDE = np.uint8(Kind.TIMER), np.uint8(NO_SIDE)
 _ALL = np.uint32(ALL_INSTRUMENTS)
+_BY_EVENT, _BY_CLOCK, _LATE = (np.int64(told) for told in Told)
 
 
 def make_clock(interval_ns: int, hold_ns: int = NOT_LIVE) -> Any:
@@ -62,6 +64,8 @@ def _passed(clock: Any, event: Any) -> Any:
     if event.ts_event <= 0 or event.instrument == _ALL or clock[C_INTERVAL] == 0:
         return False
     fires = clock[C_DUE] != 0 and event.ts_event >= clock[C_DUE]
+    if not fires:
+        clock[C_SILENT] = 0  # the first one, or time begins anew
     _move(clock, event.ts_event)
     return fires
 
@@ -88,17 +92,22 @@ def timer_in_silence(clock: Any, monotonic_ns: Any) -> Any:
     if clock[C_SEEN] == 0 or clock[C_DUE] == 0:
         return False
     time_ns = clock[C_EVENT] + (monotonic_ns - clock[C_SEEN]) - clock[C_HOLD]
-    if time_ns < clock[C_DUE]:
+    if time_ns < clock[C_DUE] or time_ns < clock[C_SILENT]:
         return False
-    _move(clock, time_ns)
+    clock[C_SILENT] = time_ns - time_ns % clock[C_INTERVAL] + clock[C_INTERVAL]
     return True
 
 
 @outlined
-def fill_timer(clock: Any, source: Any, ts_recv: Any, out: Any) -> None:
-    """The TIMER of the boundary passed last, for the instruments of `source`, into the event record `out`."""
+def fill_timer(clock: Any, source: Any, ts_recv: Any, told: Any, out: Any) -> None:
+    """The TIMER of the boundary passed last, for the instruments of `source`, into the event record `out`.
+
+    `told`: what has passed it, an event (it may turn out to be late) or the clock in a silence, see :class:`tickmesh.node.event.Told`.
+    """
     out.seq = np.uint64(0)
-    out.ts_event = clock[C_DUE] - clock[C_INTERVAL]
+    due = clock[C_SILENT] if told == _BY_CLOCK else clock[C_DUE]
+    out.ts_event = due - clock[C_INTERVAL]
+    out.aux = _LATE if told == _BY_EVENT and due <= clock[C_SILENT] else told
     out.ts_recv = ts_recv
     out.instrument = _ALL
     out.kind = _TIMER
@@ -107,7 +116,6 @@ def fill_timer(clock: Any, source: Any, ts_recv: Any, out: Any) -> None:
     out.price = source
     out.qty = np.int64(0)
     out.id = np.uint64(0)
-    out.aux = np.int64(0)
 
 
 @loop
@@ -115,7 +123,7 @@ def _insert(clock: Any, batch: Any, source: Any, out: Any) -> Any:
     n = 0
     for i in range(batch.size):
         if timer_due(clock, batch[i]):
-            fill_timer(clock, source, batch[i].ts_recv, out[n])
+            fill_timer(clock, source, batch[i].ts_recv, _BY_EVENT, out[n])
             n += 1
         copy_record(out, n, batch, i)
         n += 1

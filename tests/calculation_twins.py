@@ -86,7 +86,9 @@ class Run:
         self.state = np.zeros(1, made.state_dtype(params))
         self.function = _entry(made) if compiled else interpreted(made.function)
 
-    def __call__(self, event: PlainRecord | None, x: float = 0.0, y: float = 0.0, **params: Any) -> tuple[Any, PlainRecord]:
+    def __call__(
+        self, event: PlainRecord | None, x: float = 0.0, y: float = 0.0, leg: int = 0, **params: Any
+    ) -> tuple[Any, PlainRecord]:
         """Returns what the calculation returned, and the event that it filled."""
         outs, events = np.zeros(1, ANY_VIEW), np.zeros(1, ANY_VIEW)
         out = PlainRecord(outs[0])
@@ -97,6 +99,7 @@ class Run:
             parameters = [values[name] for name in self.made.parameter_names]
             return self.function(events, float(x), float(y), self.state, outs, *parameters), out
         given = {"x": np.float64(x), "y": np.float64(y), "event": PlainRecord(events[0]), "state": PlainRecord(self.state[0]), "out": out}
+        given["leg"] = np.int64(leg)
         arguments = [given[name] for name in self.made.arguments]
         with np.errstate(all="ignore"):
             return self.function(*arguments, **{name: values[name] for name in self.made.parameter_names}), out

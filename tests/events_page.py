@@ -10,7 +10,7 @@ from enum import IntEnum, IntFlag
 from pathlib import Path
 
 from tickmesh.node import event
-from tickmesh.node.event import EVENT, VIEWS, Flag, Kind, RiskReason, TradingStatus
+from tickmesh.node.event import EVENT, VIEWS, Flag, Kind, RiskReason, Told, TradingStatus
 
 SOURCE = Path(event.__file__).resolve()
 HEADER = 7
@@ -23,6 +23,7 @@ MEANINGS = {
     "Kind.STATUS": "The instrument's trading status; `aux` = a trading status below.",
     "Kind.REFERENCE": "An instrument's definition, before its first other event.",
     "Kind.CONFIG": "New parameters from here on: `id` = config version. The loop takes it; no part of a node makes it yet.",
+    "Kind.PEER_TRADE": "A trade of another shard.",
     "Kind.BBO": "The best bid and offer of our book, whenever it differs from the last one put out.",
     "Kind.SIGNAL": "A value of a calculation.",
     "Kind.ALERT": "A condition has come true.",
@@ -116,6 +117,7 @@ def page() -> str:
     layout, kinds, views, flags = ("\n".join(rows()) for rows in (layout_rows, kind_rows, view_rows, flag_rows))
     parts = [_HEAD, layout, _KINDS, kinds, _VIEWS, views, _FLAGS, flags]
     parts += [_STATUS, ", ".join(f"{status.value} {status.name}" for status in TradingStatus) + "."]
+    parts += ["What has told a TIMER, in its `aux`: " + " ".join(f"{told.value} {told.name}: {meaning(told)}" for told in Told)]
     parts += ["Reason of a RISK event: " + ", ".join(f"{reason.value} {reason.name}" for reason in RiskReason) + ".", _TAIL]
     return "\n\n".join(parts) + "\n"
 

@@ -13,7 +13,20 @@ from calculation_twins import Run, interpreted
 from test_book import DictBook
 
 from tickmesh.node.calculation import Instance, PlainRecord, new_event
-from tickmesh.node.event import ALL_INSTRUMENTS, ANY_VIEW, EVENT, NO_PRICE, NO_SIDE, EventArray, Flag, Kind, RiskReason
+from tickmesh.node.event import (
+    ALL_INSTRUMENTS,
+    ANY_VIEW,
+    DERIVED,
+    EVENT,
+    NO_PRICE,
+    NO_SIDE,
+    PEERS,
+    EventArray,
+    Flag,
+    Kind,
+    RiskReason,
+    Told,
+)
 from tickmesh.node.risk import RISK_STATE, risk_check
 
 PLAN = """
@@ -44,6 +57,16 @@ window = 2
 use = "cross_intent"
 of = "average"
 against = "slow"
+[processing.calculations.pair]
+use = "spread"
+inputs = ["bbo:ESM4", "trade:FAR"]
+[processing.calculations.several]
+use = "basket"
+inputs = ["trade:BTC", "bbo:XYZ", "bbo:FAR"]
+[processing.calculations.trend]
+use = "ema"
+of = "pair"
+window = 3
 [processing.alerts.jump]
 use = "threshold"
 of = "bands.upper"
@@ -60,8 +83,11 @@ enabled = true
 max_qty = 5
 price_collar_bps = 20
 max_rate = 3
+[delivery.events]
+method = "nats"
 """
-"""Calculations of every kind: of trades, of the best bid and offer, of each other, of bars; alerts, intents and limits."""
+"""Calculations of every kind: of trades, of the best bid and offer, of each other, of bars, of several instruments; alerts,
+intents and limits."""
 
 CHECK = interpreted(risk_check.py_func)
 TRADE_SERIES, BBO_SERIES = ("trade.price", "trade.qty"), ("bbo.mid", "bbo.spread", "bbo.microprice")
@@ -88,6 +114,46 @@ def glob(pattern: str, symbol: str) -> bool:
     return symbol.startswith(pattern[:-1]) if pattern.endswith("*") else symbol == pattern
 
 
+class JoinTwin:
+    """What waits for a calculation over several instruments."""
+
+    def __init__(self, instance: Instance) -> None:
+        self.instance = instance
+        self.home: int | None = None
+        self.met: dict[int, tuple[int, int, list[int]]] = {}
+        self.reached = [0] * len(instance.legs)
+        self.held: list[list[tuple[int, PlainRecord]]] = [[] for _ in instance.legs]
+
+    def meet(self, instrument: int, symbol: str, source: int, feed: int) -> None:
+        if source == DERIVED:
+            self.home = instrument if symbol == self.instance.name else self.home
+        elif any(symbol == leg for _, leg in self.instance.legs):
+            legs = [j for j, (_, leg) in enumerate(self.instance.legs) if leg == symbol]
+            self.met.pop(instrument, None)
+            self.met[instrument] = source, feed, legs
+
+    def put(self, kind: str, instrument: int, event: PlainRecord) -> None:
+        for j in self.met.get(instrument, (0, 0, []))[2]:
+            if self.instance.legs[j][0] == kind and self.home is not None:
+                self.reached[j] = max(self.reached[j], event.ts_event)
+                copy = PlainRecord(object.__getattribute__(event, "_row").copy())
+                copy.kind, copy.instrument, copy.seq = Kind[kind.upper()], self.home, 0
+                self.held[j].append((self.reached[j], copy))
+
+    def tell(self, source: int, feed: int, time_ns: int, told: int) -> None:
+        last = {j: (source, feed) for source, feed, legs in self.met.values() for j in legs}
+        several = len({feed for _, feed, _ in self.met.values()}) > 1
+        for j, of in last.items():
+            if of == (source, feed) and self.home is not None and (told != Told.BY_CLOCK or several):
+                self.reached[j] = max(self.reached[j], time_ns)
+
+    def due(self) -> tuple[int, PlainRecord] | None:
+        """The first event in the order of (time, leg), unless an earlier one may come."""
+        times = [held[0][0] if held else reached for held, reached in zip(self.held, self.reached)]
+        first = times.index(min(times))
+        return (first, self.held[first].pop(0)[1]) if self.held[first] else None
+
+
 class ShardTwin:
     """Feed it events with :meth:`step`; it returns the outputs that the compiled loop must give.
 
@@ -107,6 +173,7 @@ class ShardTwin:
         self.runs: dict[tuple[int, int], Run] = {}
         self.last: dict[tuple[str, int], float] = {}
         self.risk_states: dict[int, Any] = {}
+        self.joins = [JoinTwin(instance) for instance in instances if instance.legs]
         self.refused = 0
         self.out: list[PlainRecord] = []
         self.seq = 0
@@ -135,6 +202,9 @@ class ShardTwin:
         self.out = []
         for row in events:
             self._one(PlainRecord(np.array([row], EVENT).view(ANY_VIEW)[0]))
+            for join in self.joins:
+                while (due := join.due()) is not None and join.home is not None:
+                    self._call(join.instance, due[1], join.home, leg=due[0])
         rows = [object.__getattribute__(record, "_row") for record in self.out]
         return np.array([row.tobytes() for row in rows], "V64").view(EVENT) if rows else np.zeros(0, EVENT)
 
@@ -149,8 +219,14 @@ class ShardTwin:
                 self.refused += 1
             elif not event.flags & Flag.NON_PRINTABLE:
                 self._trade(event)
-        elif event.kind == Kind.REFERENCE:
+        elif event.kind in (Kind.REFERENCE, Kind.PEER_REFERENCE):
             self._reference(event)
+        elif event.kind in (Kind.PEER_BBO, Kind.PEER_TRADE):
+            for join in self.joins:
+                join.put("bbo" if event.kind == Kind.PEER_BBO else "trade", event.instrument, event)
+        elif event.kind == Kind.PEER_TIMER:
+            for join in self.joins:
+                join.tell(event.price, event.aux, event.ts_event, event.flags)
         elif event.kind == Kind.STATUS:
             if self._apply(event):
                 self._pass(event)
@@ -164,11 +240,21 @@ class ShardTwin:
             self._pass(event)
 
     def _everyone(self, event: PlainRecord) -> None:
+        if event.kind == Kind.TIMER:
+            for join in self.joins:
+                join.tell(event.price, event.price, event.ts_event, event.aux)
+            if self.joins:
+                copy = PlainRecord(object.__getattribute__(event, "_row").copy())
+                self.seq += 1
+                copy.seq = self.seq
+                self.out.append(copy)
+            if event.aux == Told.LATE:
+                return
         if event.kind in (Kind.GAP, Kind.CLEAR):
             self._pass(event)
             (self.stale_sources.add if event.kind == Kind.GAP else self.stale_sources.discard)(event.price)
         for instrument in range(self.highest):
-            if instrument not in self.known or self.known[instrument][3] != event.price:
+            if instrument not in self.known or self.known[instrument][3] != event.price or event.price >= PEERS:
                 continue
             if event.kind == Kind.TIMER:
                 self._listeners("timer", event, instrument)
@@ -211,6 +297,10 @@ class ShardTwin:
         tick = old[0] if old else event.price
         self.known[event.instrument] = (tick, int(np.int8(event.side)), symbol, int(event.flags))
         self.highest = max(self.highest, event.instrument + 1)
+        for join in self.joins:
+            join.meet(event.instrument, symbol, int(event.flags), int(event.seq if event.kind == Kind.PEER_REFERENCE else event.flags))
+        if event.kind == Kind.PEER_REFERENCE:
+            return
         self._pass(event)
         if old is None and int(event.flags) in self.stale_sources:
             self._one_of_all(Kind.GAP, event, event.instrument, NO_SIDE)
@@ -223,6 +313,8 @@ class ShardTwin:
             trade.side = 1 - event.side if event.side < 2 else NO_SIDE
             trade.id, trade.aux = int(event.aux) % (1 << 64), (int(event.id) + (1 << 63)) % (1 << 64) - (1 << 63)
         self._emit(trade, Kind.TRADE)
+        for join in self.joins:
+            join.put("trade", event.instrument, trade)
         self._listeners("trade", trade, event.instrument)
 
     def _bbo(self, event: PlainRecord, instrument: int) -> None:
@@ -232,6 +324,8 @@ class ShardTwin:
         bbo.bid, bbo.bid_qty, bbo.ask, bbo.ask_qty, bbo.flags = self.book.bbo(instrument)
         self._emit(bbo, Kind.BBO)
         self._listeners("bbo", bbo, instrument)
+        for join in self.joins:
+            join.put("bbo", instrument, bbo)
 
     # ---- calculations
 
@@ -246,7 +340,7 @@ class ShardTwin:
             elif instance.of is None and (trigger in instance.inputs or (trigger == "timer" and instance.timer)):
                 self._call(instance, event, instrument)
 
-    def _call(self, instance: Instance, event: PlainRecord, instrument: int, x: float = math.nan) -> None:
+    def _call(self, instance: Instance, event: PlainRecord, instrument: int, x: float = math.nan, leg: int = -1) -> None:
         if instrument not in self.known:
             return
         tick, exponent, symbol, _ = self.known[instrument]
@@ -258,7 +352,7 @@ class ShardTwin:
         run = self.runs.setdefault((instance.index, instrument), self._run(instance))
         kinds = {"signal": Kind.SIGNAL, "alert": Kind.ALERT, "bar": Kind.BAR, "intent": Kind.INTENT}
         kind = kinds[instance.emits]
-        returned, filled = run(event, x, y, tick=tick, exponent=exponent)
+        returned, filled = run(event, x, y, leg, tick=tick, exponent=exponent, legs=len(instance.legs))
         if kind == Kind.SIGNAL:
             self._signals(instance, event, instrument, returned if isinstance(returned, tuple) else (returned,))
         elif returned:
@@ -267,7 +361,7 @@ class ShardTwin:
     @staticmethod
     def _run(instance: Instance) -> Run:
         given = {p.name: instance.params[p.name].item() for p in instance.calculation.parameters}
-        return Run(instance.calculation, False, **given)
+        return Run(instance.calculation, False, **given, legs=len(instance.legs))
 
     def _signals(self, instance: Instance, event: PlainRecord, instrument: int, values: tuple[float, ...]) -> None:
         for j, (name, value) in enumerate(zip(instance.outputs, values, strict=True)):

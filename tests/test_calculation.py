@@ -345,16 +345,18 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def test_the_how_to_works_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, trial, intent = blocks(DOCS / "howto" / "add-a-calculation.md", "python")
+    first, trial, legs, intent = blocks(DOCS / "howto" / "add-a-calculation.md", "python")
     (tmp_path / "trade_flow.py").write_text(first)
+    (tmp_path / "highest_bid.py").write_text(legs)
     (tmp_path / "join_bid.py").write_text(intent)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "trade_flow", raising=False)
     exec(trial, {})
-    tables = tomllib.loads(blocks(DOCS / "howto" / "add-a-calculation.md", "toml")[0])["processing"]
-    tables["calculations"]["join"] = {"use": "join_bid.py:join_bid"}
+    configured = [tomllib.loads(block)["processing"] for block in blocks(DOCS / "howto" / "add-a-calculation.md", "toml")]
+    tables = configured[0]
+    tables["calculations"] |= configured[1]["calculations"] | {"join": {"use": "join_bid.py:join_bid"}}
     made = plan(tables["calculations"], tables["alerts"], folder=tmp_path)
-    assert names(made) == ["flow", "join", "smooth_flow", "one_sided"]
+    assert names(made) == ["flow", "highest", "join", "smooth_flow", "one_sided"]
     assert compile_problems(made) == []
 
 

@@ -76,7 +76,7 @@ def test_a_simulated_market_comes_out_whole(nats_server: NatsServer, cluster: st
 
 STILL = {
     "source": {"packets", "malformed", "gaps", "missing", "duplicates", "filtered", "ring_full", "dropped_by_kernel"},
-    "shard": {"refused", "blocked", "alerts", "crossed", "config_version", "output_lag", "journal_dropped"},
+    "shard": {"refused", "blocked", "alerts", "crossed", "config_version", "output_lag", "journal_dropped", "from_shards", "not_waited"},
     "delivery": {"retries", "reconnects", "skipped", "lag"},
 }
 """Counters that may stay at 0 while a simulated market, which has no packets and makes no mistakes, goes to a server that is well."""

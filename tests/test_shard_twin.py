@@ -15,15 +15,16 @@ from test_book import DictBook
 
 from tickmesh.control.config import parse_config
 from tickmesh.node.book import DEFAULT_TICK, Refusal, counts, top
-from tickmesh.node.event import ALL_INSTRUMENTS, ANY_VIEW, EVENT, NO_INSTRUMENT, NO_SIDE, EventArray, Flag, Kind
+from tickmesh.node.event import ALL_INSTRUMENTS, ANY_VIEW, DERIVED, EVENT, NO_INSTRUMENT, NO_SIDE, PEERS, EventArray, Flag, Kind
 from tickmesh.node.pipeline import make_plan, risk_limits
 from tickmesh.node.shard import Shard, ShardPlan
 from tickmesh.transports.ring import Ring
 
-INSTRUMENTS = 4
-SYMBOLS = (b"BTC", b"ESM4", b"XYZ")
-SOURCES = (0, 0, 1)
-EXPONENTS = (0, 3, 8)
+INSTRUMENTS = 7
+SYMBOLS = (b"BTC", b"ESM4", b"XYZ", b"pair", b"several", b"FAR")
+SOURCES = (0, 0, 1, DERIVED, DERIVED, PEERS + 2)
+EXPONENTS = (0, 3, 8, 0, 0, 0)
+FAR = 5
 CONFIG = parse_config(PLAN)
 _plans: list[ShardPlan] = []
 
@@ -35,8 +36,8 @@ def the_plan() -> ShardPlan:
 
 
 def reference(instrument: int) -> tuple[Any, ...]:
-    symbol = int.from_bytes(SYMBOLS[instrument], "little")
-    return (0, 0, 0, instrument, Kind.REFERENCE, EXPONENTS[instrument], SOURCES[instrument], DEFAULT_TICK, symbol, 0, 0)
+    symbol, kind = int.from_bytes(SYMBOLS[instrument], "little"), Kind.PEER_REFERENCE if instrument == FAR else Kind.REFERENCE
+    return (0, 0, 0, instrument, kind, EXPONENTS[instrument], SOURCES[instrument], DEFAULT_TICK, symbol, 0, 0)
 
 
 def rows_to_events(rows: list[tuple[Any, ...]]) -> EventArray:
@@ -47,7 +48,7 @@ def rows_to_events(rows: list[tuple[Any, ...]]) -> EventArray:
         event["seq"], event["ts_event"], event["ts_recv"] = clock % 1000, clock, clock + 7
         for field, value in zip(EVENT.names[3:], (instrument, kind, side, flags, price, qty, name, aux)):
             event[field] = value
-    return np.concatenate([np.array([reference(i) for i in range(3)], EVENT), events])
+    return np.concatenate([np.array([reference(i) for i in range(len(SYMBOLS))], EVENT), events])
 
 
 def loop_outputs(events: EventArray, capacity: int, seed: int) -> tuple[Shard, EventArray]:
@@ -92,7 +93,7 @@ PRICES = st.integers(9_990, 10_010).map(lambda ticks: ticks * DEFAULT_TICK) | st
 QTYS = st.integers(1, 8) | st.sampled_from([0, -1, 10**6, 1 << 40])
 SIDES = st.sampled_from([0, 1, 0, 1, 2, 3])
 WAITS = st.sampled_from([0, 1000, 10**8, 6 * 10**8, 10**10, -(10**7)])
-SOME = st.sampled_from([0, 0, 1, 2, 3, INSTRUMENTS])
+SOME = st.sampled_from([0, 0, 1, 2, 6, INSTRUMENTS])
 MAYBE = SOME | st.just(NO_INSTRUMENT)
 FLAGS = st.sampled_from([0, 0, 0, Flag.MORE, Flag.NON_PRINTABLE, Flag.PRICED, Flag.HIDDEN]).map(int)
 
@@ -110,7 +111,16 @@ SESSION = st.tuples(
     st.sampled_from([int(k) for k in (Kind.TIMER, Kind.GAP, Kind.CLEAR, Kind.STATUS, Kind.CONFIG, Kind.SYSTEM, Kind.BREAK, Kind.QUOTE)]),
     SOME | st.just(ALL_INSTRUMENTS), SIDES, st.just(0), st.integers(0, 1), st.integers(0, 1), st.just(3), st.integers(0, 7), WAITS,
 ).filter(lambda row: row[0] in (Kind.TIMER, Kind.GAP, Kind.CLEAR) or row[1] != ALL_INSTRUMENTS)  # fmt: skip
-ROWS = st.lists(st.one_of(ORDERS, ORDERS, CHANGES, LEVELS, TRADES, TRADES, SESSION), min_size=1, max_size=80)
+PEERS_OUTPUTS = st.tuples(
+    st.sampled_from([int(k) for k in (Kind.PEER_BBO, Kind.PEER_TRADE)]),
+    st.sampled_from([FAR, FAR, FAR, 1, INSTRUMENTS]), SIDES, st.sampled_from([0, 0, int(Flag.STALE)]), PRICES, QTYS, IDS, PRICES, WAITS,
+)  # fmt: skip
+PEERS_TIMES = st.tuples(
+    st.just(int(Kind.PEER_TIMER)),
+    st.just(ALL_INSTRUMENTS), SIDES, st.integers(0, 2), st.sampled_from([PEERS + 2, PEERS + 2, PEERS + 1]), QTYS, IDS, st.integers(0, 1),
+    WAITS,
+)  # fmt: skip
+ROWS = st.lists(st.one_of(ORDERS, ORDERS, CHANGES, LEVELS, TRADES, TRADES, SESSION, PEERS_OUTPUTS, PEERS_TIMES), min_size=1, max_size=80)
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -139,6 +149,10 @@ def market(seed: int, count: int) -> list[tuple[Any, ...]]:
             rows.append((kind, NO_INSTRUMENT, NO_SIDE, flags, price, int(rng.integers(1, 4)), old, int(rng.choice(alive)), wait))
         elif draw < 0.8:
             rows.append((Kind.LEVEL, 2, side, flags, price, int(rng.integers(0, 9)), 0, 0, wait))
+        elif draw < 0.85:
+            kind, wait = int(rng.choice([Kind.PEER_BBO, Kind.PEER_TRADE])), 0
+            rows.append((kind, FAR, side, 0, centre * DEFAULT_TICK, int(rng.integers(1, 9)), number, (centre + 2) * DEFAULT_TICK, wait))
+            rows.append((Kind.PEER_TIMER, ALL_INSTRUMENTS, NO_SIDE, 0, PEERS + 2, 0, 0, 0, 1))
         elif draw < 0.95:
             rows.append((Kind.TRADE, int(rng.integers(3)), side, 0, centre * DEFAULT_TICK, int(rng.integers(1, 9)), number, 0, wait))
         else:
@@ -169,7 +183,9 @@ def test_an_instrument_first_seen_after_a_gap_of_its_source_is_stale() -> None:
     gap = (Kind.GAP, ALL_INSTRUMENTS, NO_SIDE, 0, 0, 0, 3, 9, 1)
     level = (Kind.LEVEL, 2, 0, 0, 9_992 * DEFAULT_TICK, 5, 0, 0, 1)
     fresh = (Kind.CLEAR, ALL_INSTRUMENTS, NO_SIDE, 0, 0, 0, 0, 0, 1)
-    definitions, (gap_event, add_1, level_2, clear, add_0) = np.split(rows_to_events([gap, prices[1], level, fresh, prices[0]]), [3])
+    definitions, (gap_event, add_1, level_2, clear, add_0) = np.split(
+        rows_to_events([gap, prices[1], level, fresh, prices[0]]), [len(SYMBOLS)]
+    )
     of = [definitions[i : i + 1] for i in range(3)]
     rest = [event.reshape(1) for event in (gap_event, add_1, level_2, clear, add_0)]
     outputs = check_events(np.concatenate([rest[0], of[1], rest[1], of[2], rest[2], rest[3], of[0], rest[4]]))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tickmesh.node.event import Kind
 from tickmesh.node.frames import FrameError, decode_frame, stream_name, stream_subject
 from tickmesh.transports.nats import NatsLink
 
@@ -73,6 +74,7 @@ class Arrivals:
         self.shards = [ShardArrivals() for _ in range(shards)]
         self._link, self._cluster, self._subscriptions = link, cluster, list[Any]()
         self._news = asyncio.Event()
+        self.told = False
 
     async def start(self) -> None:
         """Begin to read. Raises StreamMissing's cause, an error of JetStream, if a stream is not there."""
@@ -102,11 +104,12 @@ class Arrivals:
             if (message.headers or {}).get("Kind") == "fence":
                 return
             try:
-                header, _ = decode_frame(message.data)
+                header, events = decode_frame(message.data)
             except FrameError:
                 return  # the checker tells of it
             if header.count:
                 shard.take(header.epoch, at_s)
+                self.told = self.told or bool((events["kind"] != Kind.TIMER).any())
                 self._news.set()
 
         return take
@@ -126,13 +129,12 @@ class Arrivals:
         return found
 
     async def quiet(self, silent_s: float, limit_s: float) -> bool:
-        """Wait until nothing has arrived for so long; whether that came in time."""
+        """Wait until nothing but TIMERs has arrived for so long; whether that came in time."""
         end = time.monotonic() + limit_s
         while time.monotonic() < end:
-            self._news.clear()
-            try:
-                await asyncio.wait_for(self._news.wait(), silent_s)
-            except TimeoutError:
+            self.told = False
+            await asyncio.sleep(silent_s)
+            if not self.told:
                 return True
         return False
 

@@ -8,8 +8,9 @@ Each time a shard is drawn by the seed, and its leader is the victim. Kills are 
 Measured is the time from the signal to the first output under a later epoch, in every shard that the victim led, and of planned changes
 the pause between the last output of the old epoch and the first of the new one, all by one clock. Before the next victim is drawn,
 every shard has a leader and its standbys again. In the end the checker reads every output stream and compares it with the replay of the
-leader's journal. One JSON object is printed; the exit code is 0 if every change came to its end and every output is there once, in order,
-and the right one.
+leader's journal; and the signals of calculations over several shards are compared with those of one process that replays the same feed
+(:mod:`tickmesh.chaos.one_process`). One JSON object is printed; the exit code is 0 if every change came to its end, every output is there
+once, in order, and the right one, and so are the signals.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any, Literal
 
 from tickmesh.chaos.arrivals import Arrivals, percentiles
 from tickmesh.chaos.checker import Report, check_stream
+from tickmesh.chaos.one_process import JoinReport, compare
 from tickmesh.control.leadership import request_move
 from tickmesh.ops.local_cluster import LocalCluster, LocalClusterOptions, NodeProcess, NotWhole
 from tickmesh.ops.shards_cmd import Cluster, Shard, opened
@@ -102,9 +104,10 @@ class Scenario:
             for node in self.cluster.nodes.values():
                 node.kill()
             reports = [await self._check(link, number, leaders[number]) for number in range(self.cluster.options.shards)]
+            joins = await compare(self.cluster)
         finally:
             await link.close()
-        return self._result(gaps, reports)
+        return self._result(gaps, reports, joins)
 
     # -- one change
 
@@ -186,7 +189,7 @@ class Scenario:
 
     # -- the result
 
-    def _result(self, gaps: dict[str, float], reports: Sequence[Report]) -> dict[str, Any]:
+    def _result(self, gaps: dict[str, float], reports: Sequence[Report], joins: JoinReport) -> dict[str, Any]:
         faults = {fault: sum(report.counts.get(fault, 0) for report in reports) for fault in _FAULTS}
         never = [asdict(one) for one in self.changes if one.took_ms is None]
         planned = [one for one in self.changes if one.deed in ("move", "sigterm")]
@@ -201,8 +204,9 @@ class Scenario:
             "planned": {"pause_ms": pauses, "request_ms": self._times("move"), "sigterm_ms": self._times("sigterm")},
             "whole_again_ms": percentiles([s * 1000 for s in self.whole_s]), "frame_gap_ms": gaps, "never": never,
             "checker": [str(report) for report in reports], "faults": faults, "outputs": sum(report.outputs for report in reports),
+            "across_shards": asdict(joins),
             "within_bars": failovers.get("p99", 0.0) <= FAILOVER_MS and pauses.get("p99", 0.0) <= MOVE_MS,
-            "good": not never and all(report.good for report in reports),
+            "good": not never and all(report.good for report in reports) and joins.good,
         }  # fmt: skip
 
     def _rounds(self) -> set[tuple[Deed, int]]:

@@ -38,12 +38,14 @@ class ShardBeat:
         epoch: of the leadership that it leads or follows.
         position: events of the shard's journal that it has.
         ready: whether it could lead now.
+        follows: a standby: whether the leader's journal comes to it. One that does not may lack what has been released meanwhile.
     """
 
     role: Role
     epoch: int
     position: int
     ready: bool = True
+    follows: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def client_name(cluster: str, node: str, incarnation: str) -> str:
 
 def encode_beat(beat: Beat) -> bytes:
     """A heartbeat as MessagePack."""
-    shards = {number: (one.role, one.epoch, one.position, one.ready) for number, one in beat.shards.items()}
+    shards = {number: (one.role, one.epoch, one.position, one.ready, one.follows) for number, one in beat.shards.items()}
     packed: bytes = msgpack.packb({"node": beat.node, "incarnation": beat.incarnation, "address": beat.address, "shards": shards})
     return packed
 
@@ -86,11 +88,14 @@ def decode_beat(data: bytes) -> Beat | None:
         return None
     try:
         found = msgpack.unpackb(data, strict_map_key=False)
-        rows = found["shards"].items()
-        shards = {int(number): ShardBeat(role, int(epoch), int(at), bool(ready)) for number, (role, epoch, at, ready) in rows}
+        shards = {int(number): _shard_beat(*row) for number, row in found["shards"].items()}
         return Beat(str(found["node"]), str(found["incarnation"]), str(found["address"]), shards)
     except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException):
         return None
+
+
+def _shard_beat(role: Role, epoch: int, position: int, ready: bool, follows: bool) -> ShardBeat:
+    return ShardBeat(role, int(epoch), int(position), bool(ready), bool(follows))
 
 
 @dataclass
@@ -273,5 +278,5 @@ class Heartbeats:
                 self._suspect(heard, "its connection to NATS has ended")
 
 
-def _roles(beat: Beat) -> dict[int, tuple[str, int, bool]]:
-    return {number: (one.role, one.epoch, one.ready) for number, one in beat.shards.items()}
+def _roles(beat: Beat) -> dict[int, tuple[str, int, bool, bool]]:
+    return {number: (one.role, one.epoch, one.ready, one.follows) for number, one in beat.shards.items()}

@@ -430,6 +430,11 @@ class Leadership:
         known = beat.shards.get(shard) if beat and not self._beats.suspected(node) else None
         return known is not None and known.ready
 
+    def _follows(self, shard: int, node: str) -> bool:
+        """Whether a node could lead, and has the leader's journal as it grows."""
+        beat = self._beats.beat(node)
+        return self._ready(shard, node) and beat is not None and beat.shards[shard].follows
+
     def _position(self, shard: int, node: str) -> int:
         beat = self._beats.beat(node)
         return beat.shards[shard].position if beat and shard in beat.shards else 0
@@ -502,7 +507,7 @@ class Leadership:
         one.status.state = "leading"
         move = self._move(one.number)
         if fresh and move is not None and move.to != self._holder.node:
-            if not self._ready(one.number, move.to):
+            if not self._follows(one.number, move.to):
                 one.status.reason = f"is to be handed over to {move.to}, which is not ready"
                 return 0.05
             await self._hand_over(one, move.to)
@@ -551,7 +556,7 @@ class Leadership:
 
     def _successor(self, shard: int) -> str | None:
         """The readiest standby."""
-        standbys = [node for node in self._placed.get(shard, ()) if node != self._holder.node and self._ready(shard, node)]
+        standbys = [node for node in self._placed.get(shard, ()) if node != self._holder.node and self._follows(shard, node)]
         return max(standbys, key=lambda node: self._position(shard, node), default=None)
 
     async def _wait_for_successors(self) -> None:

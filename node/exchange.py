@@ -19,6 +19,7 @@ import nats.js.errors as js_errors
 import numpy as np
 import structlog
 
+from tickmesh.control.store import end_task
 from tickmesh.node.event import ALL_INSTRUMENTS, DERIVED, EVENT, NO_SIDE, PEERS, EventArray, Kind
 from tickmesh.node.frames import FrameError, stream_name, stream_subject
 from tickmesh.node.instruments import InstrumentTable
@@ -31,6 +32,7 @@ from tickmesh.transports.toolbox import zeros_aligned
 
 _FULL_S = 0.001
 _NO_FEED = -1
+_CLOSE_S = 2.0
 _STOP_S = 5.0
 _log = structlog.get_logger("exchange")
 
@@ -144,7 +146,8 @@ class Exchange:
         self._running = None
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.wait(tasks, timeout=_CLOSE_S)  # each closes its connection; cancelled again it would not
+        await asyncio.gather(*(end_task(task) for task in tasks))
 
     async def _follow(self, streams: Streams, origin: int, legs: frozenset[Leg]) -> None:
         """Read a stream for as long as it takes."""
@@ -162,7 +165,7 @@ class Exchange:
 
     async def _read(self, streams: Streams, origin: int, peer: PeerEvents) -> None:
         assert streams.target is not None
-        after = await self._place(streams, streams.target, origin)
+        after = await self._place(streams, origin)
         reading = Subscription(streams.target, streams.cluster, origin, None, None, after + 1, streams.login)
         async with reading:
             self.errors.pop(origin, None)
@@ -175,11 +178,11 @@ class Exchange:
                 await self._write(origin, _gap(origin, batch.first, last) if batch.missing else peer.take(batch.events))
                 self._positions[origin] = self.seen[origin] = last
 
-    async def _place(self, streams: Streams, target: str, origin: int) -> int:
+    async def _place(self, streams: Streams, origin: int) -> int:
         """The output after which to read on; where the journal does not say, it is told."""
         if origin in self._positions:
             return self._positions[origin]
-        after = self._begins[origin] if origin in self._begins else await _stored(streams, target, origin)
+        after = self._begins[origin] if origin in self._begins else await last_output(streams, origin)
         event = _of_origin(Kind.PEER_TIMER, origin)
         event["seq"], event["aux"] = after, _NO_FEED
         await self._write(origin, event)
@@ -215,9 +218,10 @@ def _gap(origin: int, first: int, last: int) -> EventArray:
     return event
 
 
-async def _stored(streams: Streams, target: str, origin: int) -> int:
-    """The last output in a shard's stream; 0: there is none."""
-    link = await connect(target, name=f"tickmesh {streams.cluster}", login=streams.login, wait_s=3.0)
+async def last_output(streams: Streams, origin: int) -> int:
+    """The last output in a shard's stream; 0: there is none. Raises as :func:`tickmesh.transports.nats.connect` does."""
+    assert streams.target is not None
+    link = await connect(streams.target, name=f"tickmesh {streams.cluster}", login=streams.login, wait_s=3.0)
     try:
         name = stream_name(streams.cluster, origin), stream_subject(streams.cluster, origin)
         message = await link.client.jetstream(timeout=2).get_last_msg(*name)

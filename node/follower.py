@@ -56,6 +56,7 @@ SNAPSHOTS = "snapshots"
 _EPOCH_FILE = "epoch"
 _BACKOFF_S_MIN, _BACKOFF_S_MAX = 0.02, 1.0
 _SNAPSHOT_NAME_MAX = 200
+_CLOSE_EVENTS = 256
 FollowerState = Literal["idle", "connecting", "following", "refused", "failed", "stopped"]
 _log = structlog.get_logger("replication")
 
@@ -225,6 +226,12 @@ class Follower:
             "silent_ms": (time.monotonic() - self._heard_s) * 1000 if self._heard_s else None,
             **asdict(self.counters),
         }
+
+    @property
+    def follows_closely(self) -> bool:
+        """Whether the leader's journal comes here, and hardly any of it is still to come."""
+        journal = self.journal
+        return self.state == "following" and journal is not None and self.leader_end - journal.next_sequence <= _CLOSE_EVENTS
 
     # -- the thread
 

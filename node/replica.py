@@ -59,6 +59,8 @@ _BEHIND_MAX = 20_000
 """A standby whose loop is further behind its journal does not offer to lead."""
 _NEAR = 2_000
 """A successor that is further behind, in events or outputs, is not handed over to."""
+_PAST = 4
+"""Of a ring's capacity that part is taken of the past, at most."""
 _EVERYTHING = 1 << 62
 _log = structlog.get_logger("replica")
 
@@ -166,9 +168,25 @@ class Replica:
                 continue  # a source that a change is about to bring comes with the change
             if known is not None:
                 known.reader.close()
-            reader, receiver = ring.reader(f"standby-{self.number}"), self.node.receivers_by_name().get(name)
-            at = (receiver.expected, receiver.source_ns, receiver.session) if receiver else (0, 0, 0)
-            self._buffers[name] = _Buffer(ring, reader, numbers[name], *at)
+            self._buffers[name] = self._new_buffer(name, ring, numbers[name])
+
+    def _new_buffer(self, name: str, ring: Ring, source: int) -> _Buffer:
+        """From what the ring still has of the past: one that leads no more may soon have to go on from before its journal's end."""
+        reader, receiver = ring.reader(f"standby-{self.number}", start="oldest"), self.node.receivers_by_name().get(name)
+        expected, source_ns, session = (receiver.expected, receiver.source_ns, receiver.session) if receiver else (0, 0, 0)
+        if reader.lag > ring.capacity // _PAST:
+            reader.skip_to(ring.published - ring.capacity // _PAST)
+        past = ring.arrays.slots[np.arange(reader.position, ring.published) & (ring.capacity - 1)].view(EVENT)
+        if ((past["kind"] == Kind.CLEAR) & (past["instrument"] == ALL_INSTRUMENTS)).any():  # some of it is of another session
+            reader.skip_to(ring.published)
+            expected, source_ns, session = (receiver.expected, receiver.source_ns, receiver.session) if receiver else (0, 0, 0)
+            return _Buffer(ring, reader, source, expected, source_ns, session)
+        if reader.position == 0:
+            return _Buffer(ring, reader, source, session=session)
+        known = past[(past["seq"] > 0) & (past["ts_event"] > 0) & (past["instrument"] != ALL_INSTRUMENTS)]
+        if len(known):  # the message that it is of may have begun before it
+            return _Buffer(ring, reader, source, int(known["seq"][0]) + 1, int(known["ts_event"][0]), session)
+        return _Buffer(ring, reader, source, expected, source_ns, session)
 
     def trim(self) -> int:
         """Let go of waiting events that the leader's journal has; and of the oldest where the ring is nearly full. Returns how many."""
@@ -239,7 +257,7 @@ class Replica:
             return ShardBeat("standby", self.epoch, 0, standby.follower.looked and led_by_nobody)
         behind = journal.next_sequence - standby.taken
         ready = built is not None and standby.error is None and 0 <= behind <= _BEHIND_MAX and not self._lacks(built)
-        return ShardBeat("standby", self.epoch, journal.next_sequence, ready)
+        return ShardBeat("standby", self.epoch, journal.next_sequence, ready, standby.follower.follows_closely)
 
     def _lacks(self, built: Built) -> bool:
         """Whether a takeover was refused for want of outputs that our journal still does not make."""

@@ -28,6 +28,7 @@ import nats.js.errors as js_errors
 import numpy as np
 import numpy.typing as npt
 
+from tickmesh.control.store import end_task
 from tickmesh.node.event import EVENT, EventArray
 from tickmesh.node.frames import (
     EVENT_SIZE,
@@ -227,9 +228,7 @@ class Subscription(_Batches):
 
     async def close(self) -> None:
         """Stop and disconnect."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(end_task(task) for task in self._tasks))
         self._tasks.clear()
         if self._link is not None:
             await self._link.close()

@@ -3,7 +3,8 @@
 A source's time is the `ts_event` of its events. The TIMER of a boundary goes in front of the first event at or past it, wherever a batch
 ends: what a recording gives depends on its events alone. Where several boundaries are passed at once, there is one TIMER, at the last.
 A live source's time also goes on while the line is silent, as fast as the host's monotonic clock, held back by what may still come. Such
-a TIMER says so (:class:`tickmesh.node.event.Told`), and so does that of an event that comes behind it nevertheless.
+a TIMER says so (:class:`tickmesh.node.event.Told`), and so does that of an event that comes behind it nevertheless. Where the interval is
+short they become rarer as a silence lasts, an eighth of it apart, a second at most: a night is not worth a million of them.
 
 Time does not go back for an event that comes late. An event that lies further back than :data:`REWIND_NS` starts it anew: a second day
 that counts from midnight again, or the end of a damaged time in the far future. Events of a whole source do not count: a gap has no
@@ -22,6 +23,7 @@ from tickmesh.transports.toolbox import copy_record, inlined, loop, outlined
 REWIND_NS = 3_600_000_000_000
 """An event that is this much and an interval older than the next boundary starts the clock anew."""
 NOT_LIVE = -1
+_SPACING_NS = 1_000_000_000
 
 C_INTERVAL, C_DUE, C_LOW, C_SPAN, C_HOLD, C_EVENT, C_SEEN, C_SILENT, _WORDS = 0, 1, 2, 3, 4, 5, 6, 7, 8
 """Words of a clock, all ns: the interval; the next boundary for events (0: there was none); an event in ``[low, low + span)`` passes none;
@@ -92,7 +94,8 @@ def timer_in_silence(clock: Any, monotonic_ns: Any) -> Any:
     if clock[C_SEEN] == 0 or clock[C_DUE] == 0:
         return False
     time_ns = clock[C_EVENT] + (monotonic_ns - clock[C_SEEN]) - clock[C_HOLD]
-    if time_ns < clock[C_DUE] or time_ns < clock[C_SILENT]:
+    spacing = min(_SPACING_NS, (monotonic_ns - clock[C_SEEN]) >> 3) - clock[C_INTERVAL]  # the longer the silence, the fewer
+    if time_ns < clock[C_DUE] or time_ns < clock[C_SILENT] + max(spacing, np.int64(0)):
         return False
     clock[C_SILENT] = time_ns - time_ns % clock[C_INTERVAL] + clock[C_INTERVAL]
     return True

@@ -11,6 +11,7 @@ started it.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import secrets
 import signal
@@ -331,7 +332,9 @@ class LocalCluster:
         o = self.options
         demo = (resources.files("tickmesh.ops") / "demo.toml").read_text()
         processing = demo[demo.index("[processing]") : demo.index("[delivery.")]
-        placed = ", ".join(f"{symbol} = {number % o.shards}" for number, symbol in enumerate(symbol_names(o.symbols)))
+        symbols = symbol_names(o.symbols)
+        placed = ", ".join(f"{symbol} = {number % o.shards}" for number, symbol in enumerate(symbols))
+        processing = processing.replace("[processing]\n", "[processing]\ntimer_interval_ms = 10\n", 1)
         return f"""[cluster]
 name = "{o.name}"
 shards = {o.shards}
@@ -360,6 +363,14 @@ data_format = "itch50"
 framing = "moldudp64"
 
 {processing}
+[processing.calculations.pair]   # over two shards
+use = "spread"
+inputs = ["bbo:{symbols[0]}", "bbo:{symbols[1 % len(symbols)]}"]
+
+[processing.calculations.all]   # over all of them
+use = "basket"
+inputs = {json.dumps([f"bbo:{symbol}" for symbol in symbols[: max(4, o.shards)]])}
+
 [delivery.events]
 method = "nats"
 target = "{self.nats.url}"

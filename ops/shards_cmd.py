@@ -67,7 +67,7 @@ class Standby:
 
     Attributes:
         node: where it is.
-        ready: whether it could lead now.
+        ready: whether it could lead now, and follows the leader, if there is one.
         lag: events that the leader's journal has and this one's has not; None: the leader is not heard.
     """
 
@@ -126,7 +126,7 @@ def _shard(number: int, root: str, entries: Mapping[str, Entry], beats: Mapping[
     leads = beats[leader].shards.get(number) if leader in beats else None
     position = leads.position if leads else None
     standbys = tuple(
-        Standby(node, one.ready, None if position is None else max(0, position - one.position))
+        Standby(node, one.ready and (one.follows or not leader), None if position is None else max(0, position - one.position))
         for node, beat in sorted(beats.items())
         if (one := beat.shards.get(number)) is not None and node != leader
     )

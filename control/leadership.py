@@ -195,6 +195,7 @@ class _Tended:
     fenced: bool = False
     free_since_s: float | None = None
     suspect_since_s: float | None = None
+    misplaced_since_s: float | None = None
     followed: tuple[Holder | None, int] | None = None
     refused_until_s: float = 0.0
     refusals: Backoff = field(default_factory=lambda: Backoff(first_s=0.25, last_s=5.0))
@@ -512,7 +513,22 @@ class Leadership:
                 return 0.05
             await self._hand_over(one, move.to)
             return 0.0
+        if fresh and move is None:
+            return await self._go_where_it_is_placed(one)
         return None
+
+    async def _go_where_it_is_placed(self, one: _Tended) -> float | None:
+        """A shard that is placed on other nodes, since those have come, goes to one of them when it is ready."""
+        places, now = self._placed.get(one.number, ()), time.monotonic()
+        to = self._successor(one.number) if places and self._holder.node not in places else None
+        if to is None:
+            one.misplaced_since_s = None
+            return None
+        one.misplaced_since_s = one.misplaced_since_s or now
+        if now - one.misplaced_since_s < self.options.settle_ms / 1000:  # more nodes may be coming, and move it again
+            return 0.05
+        await self._pass_to(one, to)
+        return 0.0
 
     async def _without_lease(self, one: _Tended) -> float | None:
         """The lease has run out. Take it again if it is free; go on for the grace if the store cannot be asked; else step down."""
@@ -589,15 +605,20 @@ class Leadership:
         one.status.state, one.status.reason = "standby", f"handed over to {to}"
         return True
 
+    async def _pass_to(self, one: _Tended, to: str) -> bool:
+        """Hand over by our own wish, which is written down first: nobody else is to take the shard."""
+        if one.lease is None or not one.lease.held:
+            return False
+        wish = Put(move_key(self.options.root, one.number), Move(to, self._holder.node).encode())
+        await self._store.transaction([wish], lease=one.lease)
+        return await self._hand_over(one, to)
+
     async def _leave(self, one: _Tended, hand_over: bool) -> None:
         """Before the node stops."""
         to = self._successor(one.number) if hand_over else None
         try:
-            if to is not None and one.lease is not None and one.lease.held:
-                wish = Put(move_key(self.options.root, one.number), Move(to, self._holder.node).encode())
-                await self._store.transaction([wish], lease=one.lease)
-                if await self._hand_over(one, to):
-                    return
+            if to is not None and await self._pass_to(one, to):
+                return
         except Exception as error:  # of the store or of the node: then without a successor
             _log.warning("a shard could not be handed over", shard=one.number, to=to, reason=str(error) or type(error).__name__)
         try:

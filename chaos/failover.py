@@ -102,6 +102,8 @@ class Scenario:
             leaders = await self._settled(arrivals)
             await arrivals.close()
             for node in self.cluster.nodes.values():
+                node.pause()  # all at once: none is to take over from another
+            for node in self.cluster.nodes.values():
                 node.kill()
             reports = [await self._check(link, number, leaders[number]) for number in range(self.cluster.options.shards)]
             joins = await compare(self.cluster)

@@ -715,7 +715,7 @@ class Delivery(Table):
     port: int = key(4222, "Port of the embedded server; 0: any free one.", ge=0, le=65535, only=("nats",))
     batch_max_events: int = key(512, "Most events of one frame.", unit="events", live=True, ge=1, le=8192, only=("nats",))
     batch_max_wait_ms: float = key(1.0, "Longest wait for a frame to fill.", unit="ms", live=True, ge=0, le=1000, only=("nats",))
-    window: int = key(64, "Most frames sent and not yet acknowledged.", unit="frames", live=True, ge=1, le=4096, only=("nats",))
+    window: int = key(64, "Most frames sent and not yet acknowledged.", unit="frames", live=True, ge=1, le=64, only=("nats",))
     per_event: PerEvent = key(
         [], "Kinds also sent as one message per event (true: all), for clients in any language.", live=True, only=("nats",)
     )

@@ -160,6 +160,7 @@ class Heartbeats:
         self._own_s = self._ticked_s = self._excused_s = 0.0
         self._subscriptions: list[Any] = []
         self._task: asyncio.Task[None] | None = None
+        self._soon = asyncio.Event()
 
     async def start(self) -> None:
         """Begin to send and to listen."""
@@ -203,6 +204,10 @@ class Heartbeats:
         """The nodes that are heard and not suspected, ourselves included."""
         return sorted(node for node, heard in self._heard.items() if not heard.suspected)
 
+    def say_now(self) -> None:
+        """Do not wait for the next heartbeat: something has changed."""
+        self._soon.set()
+
     def report_dead(self, node: str, incarnation: str, reason: str) -> None:
         """Somebody else knows that this process is gone, e.g. its replication port refuses connections."""
         heard = self._heard.get(node)
@@ -217,7 +222,11 @@ class Heartbeats:
             await self._send()
             self._look()
             due_s = max(due_s + self._every_s, time.monotonic())
-            await asyncio.sleep(due_s - time.monotonic())
+            while not self._soon.is_set() and (left_s := due_s - time.monotonic()) > 0:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(left_s):
+                        await self._soon.wait()
+            self._soon.clear()
 
     async def _send(self) -> None:
         if not self._client.is_connected:

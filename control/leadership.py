@@ -32,6 +32,7 @@ from tickmesh.control.placement import replicas_of
 from tickmesh.control.store import Backoff, Delete, Lease, LeaseHeld, Put, Snapshot, Store, StoreError, Watch, end_task
 
 _log = structlog.get_logger("leadership")
+_LOOK_AGAIN_S = 0.02
 LeaderState = Literal["standby", "campaigning", "leading", "leading_without_store", "draining"]
 
 
@@ -128,13 +129,10 @@ class Replicas(Protocol):
         """Stop at once; somebody else may lead already."""
 
     async def hand_over(self, shard: int, to: str) -> bool:
-        """Take no more input, let the standby `to` have everything, store all outputs.
+        """See to it that the standby `to` can go on from whatever is put out from now on. It is led on until `to` takes over.
 
         Returns:
-            False: it leads on, since `to` cannot take over.
-
-        Raises:
-            Exception: it has stopped, and it did not work out.
+            False: `to` does not follow closely enough, and everything is as it was.
         """
 
 
@@ -377,6 +375,8 @@ class Leadership:
             if mine is None or not mine.ready or left_s > 0:
                 return max(0.02, left_s)
             return await self._campaign(one, "it was led by this node before", epoch)
+        if leader is not None and self._called(one.number, leader, epoch):
+            return await self._campaign(one, f"{leader.node} has handed it over", 0)
         if leader is not None:
             one.free_since_s = None
             if one.followed != (leader, epoch):
@@ -385,12 +385,19 @@ class Leadership:
             reason = self._dead(leader)
             if not reason:
                 one.suspect_since_s = None
-                return None
+                return _LOOK_AGAIN_S if self._beats.cut_off else None
             one.suspect_since_s = one.suspect_since_s or time.monotonic()
             return await self._in_turn(one, one.suspect_since_s, f"{leader.node}: {reason}", epoch)
         one.suspect_since_s = None
         one.free_since_s = one.free_since_s or time.monotonic()
         return await self._in_turn(one, one.free_since_s, "nobody led it", 0)
+
+    def _called(self, shard: int, leader: Holder, epoch: int) -> bool:
+        """Whether the leader, that has been asked to hand over to us, says itself that it leads no more."""
+        move, beat = self._move(shard), self._beats.beat(leader.node)
+        said = beat.shards.get(shard) if beat is not None and beat.incarnation == leader.incarnation else None
+        over = said is not None and said.role == "standby" and said.epoch == epoch
+        return over and move is not None and move.to == self._holder.node and self._ready(shard, move.to)
 
     def _dead(self, leader: Holder) -> str:
         """Why the leader is thought dead; empty if it is not."""
@@ -405,16 +412,17 @@ class Leadership:
 
     async def _in_turn(self, one: _Tended, since_s: float, reason: str, epoch: int) -> float | None:
         """Campaign if the candidates before us have had their time."""
-        if self._beats.cut_off:
-            return None
+        move = self._move(one.number)
+        called = epoch == 0 and move is not None and move.to == self._holder.node  # whether we hear anybody does not matter then
+        if self._beats.cut_off and not called:
+            return _LOOK_AGAIN_S
         beat = self._beats.beat(self._holder.node)
         mine = beat.shards.get(one.number) if beat else None
         if mine is None or not mine.ready:
-            return 0.02
+            return _LOOK_AGAIN_S
         now = time.monotonic()
         if now < one.refused_until_s:
             return one.refused_until_s - now
-        move = self._move(one.number)
         delay_s = self._rank(one.number) * self.options.stagger_ms / 1000
         if move is not None and epoch == 0:
             delay_s = 0.0 if move.to == self._holder.node else delay_s + self.options.pick_timeout_s
@@ -462,7 +470,7 @@ class Leadership:
             await self._begin(one, lease, reason)
         except LeaseHeld as held:
             one.status.state, one.status.reason = "standby", str(held)
-            return 0.05
+            return 0.05 if epoch else 0.01  # free, as it seemed: it is about to be
         except TakeoverRefused as refused:
             if one.status.reason != refused.reason:
                 _log.warning("a shard is not taken over", shard=one.number, reason=refused.reason)
@@ -585,25 +593,47 @@ class Leadership:
             await asyncio.sleep(0.02)
 
     async def _hand_over(self, one: _Tended, to: str) -> bool:
-        """Planned: the successor has everything before the lease is free, and the wish names it, so that nobody else takes it."""
-        one.status.state = "draining"
-        try:
-            done = await self._replicas.hand_over(one.number, to)
-        except Exception as error:  # it has stopped, and cannot go on
-            with contextlib.suppress(StoreError):
-                await self._store.delete(move_key(self.options.root, one.number))
-            await self._step_down(one, str(error) or type(error).__name__)
-            return False
-        if not done or one.lease is None:
-            one.status.state, one.status.reason = "leading", f"{to} could not take over: it is not a standby that has everything"
+        """Planned. The lease is given up while we lead on: the successor, whom the wish names, takes it, and then the output stream."""
+        assert one.lease is not None
+        one.status.state, epoch = "draining", one.lease.epoch
+        if not await self._replicas.hand_over(one.number, to):
+            one.status.state, one.status.reason = "leading", f"{to} could not take over: it is not a standby that follows closely"
             with contextlib.suppress(StoreError):
                 await self._store.delete(move_key(self.options.root, one.number))
             return False
-        await self._give_up_lease(one)  # nothing more is written: the successor need not wait for our becoming a standby
+        await self._give_up_lease(one)
+        self._beats.say_now()  # the successor need not wait for the store's news
+        if not await self._taken(one, to, epoch) and not self._closing:
+            return await self._take_back(one, to)
         await self._replicas.stop_leading(one.number, f"handed over to {to}")
-        one.free_since_s = time.monotonic()
+        one.free_since_s, one.fenced = time.monotonic(), False
         one.status.state, one.status.reason = "standby", f"handed over to {to}"
         return True
+
+    async def _taken(self, one: _Tended, to: str, epoch: int) -> bool:
+        """Wait until the successor has the output stream; false if it does not take it in time."""
+        end_s = time.monotonic() + self.options.pick_timeout_s
+        while not one.fenced and time.monotonic() < end_s:
+            beat = self._beats.beat(to)
+            said = beat.shards.get(one.number) if beat is not None else None
+            if said is not None and said.role == "leader" and said.epoch > epoch:
+                return True
+            one.wake.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_AGAIN_S):
+                    await one.wake.wait()
+        return one.fenced or self._entry(one.number)[1] > epoch
+
+    async def _take_back(self, one: _Tended, to: str) -> bool:
+        """The successor has not come: lead on under another epoch, unless somebody else is about to."""
+        with contextlib.suppress(StoreError):
+            await self._store.delete(move_key(self.options.root, one.number))
+        try:
+            lease = await self._store.acquire(lease_key(self.options.root, one.number), self._holder.encode(), self.options.lease_ttl_s)
+            await self._begin(one, lease, f"{to} did not take over")
+        except (LeaseHeld, StoreError, TakeoverRefused) as error:
+            await self._step_down(one, str(error))
+        return False
 
     async def _pass_to(self, one: _Tended, to: str) -> bool:
         """Hand over by our own wish, which is written down first: nobody else is to take the shard."""

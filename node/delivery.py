@@ -92,7 +92,7 @@ class DeliveryOptions:
         epoch: fencing token of this node's leadership.
         batch_max_events: events in a frame at most; less if the server takes smaller messages only.
         batch_max_wait_ms: how long an output may wait for others to share its frame, while earlier frames are under way.
-        window: frames under way at a time, at most 256.
+        window: frames under way at a time, at most 64.
         stream_max_bytes: the oldest frames go when a shard's stream is larger.
         stream_max_age_s: frames go when they are older; 0: never. Once all are gone, a restarted node publishes from its replay anew.
         replicas: of each stream; 3 in a NATS cluster.
@@ -107,7 +107,7 @@ class DeliveryOptions:
     epoch: int = 1
     batch_max_events: int = 1024
     batch_max_wait_ms: float = 1.0
-    window: int = 256
+    window: int = 64
     stream_max_bytes: int = 512 << 20
     replicas: int = 1
     stream_max_age_s: float = 0.0
@@ -249,11 +249,12 @@ class ShardDelivery:
     async def _serve_once(self, stopping: asyncio.Event) -> bool:
         """True when there is nothing more to do."""
         assert self.publisher is not None
+        kept = asyncio.ensure_future(self._kept_names())  # meanwhile
         try:
             await self.publisher.open()
             self.state, self.error = "delivering", ""
             self.judged.set()
-            await self._publish_names()
+            await self._publish_names(await kept)
             if self._references:
                 self._again = asyncio.ensure_future(self._publish_all_references())
             await self._pump(stopping)
@@ -263,6 +264,8 @@ class ShardDelivery:
             self.state, self.error = "refused", str(error)
             self.judged.set()
             return False
+        finally:
+            kept.cancel()
         return True
 
     def _make_publisher(self, link: NatsLink) -> OutputPublisher:
@@ -447,15 +450,18 @@ class ShardDelivery:
             self._reconnects_seen = self._link.reconnects
             self._again = asyncio.ensure_future(self._publish_all_references())
 
-    async def _publish_names(self) -> None:
-        """Say how the calculations are called from the next output on."""
+    async def _kept_names(self) -> NameHistory:
+        """How the calculations were called up to now, as far as the server knows."""
         assert self._link is not None
-        assert self.publisher is not None
         subject, jetstream = calculations_subject(self.options.cluster, self.shard), self._link.client.jetstream(timeout=2)
         with contextlib.suppress(nats.errors.Error, js_errors.Error, FrameError, OSError):  # then there is none to go on with
-            kept = await jetstream.get_last_msg(reference_stream_name(self.options.cluster), subject)
-            self._history = decode_names(kept.data or b"")
-        self._history = names_from(self._history, self.publisher.next_out_seq, self._calculations)
+            return decode_names((await jetstream.get_last_msg(reference_stream_name(self.options.cluster), subject)).data or b"")
+        return self._history
+
+    async def _publish_names(self, kept: NameHistory) -> None:
+        """Say how the calculations are called from the next output on."""
+        assert self.publisher is not None
+        self._history = names_from(kept, self.publisher.next_out_seq, self._calculations)
         await self._send_names()
 
     async def _send_names(self) -> None:

@@ -14,19 +14,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import nats.errors
 import nats.js.errors as js_errors
 import numpy as np
 import structlog
 
 from tickmesh.control.store import end_task
 from tickmesh.node.event import ALL_INSTRUMENTS, DERIVED, EVENT, NO_SIDE, PEERS, EventArray, Kind
-from tickmesh.node.frames import FrameError, stream_name, stream_subject
+from tickmesh.node.frames import stream_name, stream_subject
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.peers import Leg, PeerEvents, Wanted, home_references
 from tickmesh.node.restore import RestoredShard
 from tickmesh.node.subscription import Subscription
-from tickmesh.transports.nats import LinkError, Login, StreamMissing, backoff_s, connect
+from tickmesh.transports.nats import Login, backoff_s, connect
 from tickmesh.transports.ring import Ring
 from tickmesh.transports.toolbox import zeros_aligned
 
@@ -155,7 +154,7 @@ class Exchange:
         while True:
             try:
                 await self._read(streams, origin, peer)
-            except (StreamMissing, LinkError, nats.errors.Error, js_errors.Error, FrameError, OSError, TimeoutError) as error:
+            except Exception as error:  # of NATS, of the table of instruments: whatever it is, it is tried again
                 reason = str(error) or type(error).__name__
                 if self.errors.get(origin) != reason:
                     _log.warning("another shard's outputs cannot be read now", shard=self.number, of=origin, reason=reason)

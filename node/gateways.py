@@ -120,7 +120,7 @@ def delivery_options(config: Config, delivery: Delivery, target: str) -> Deliver
         target=target,
         batch_max_events=delivery.batch_max_events,
         batch_max_wait_ms=delivery.batch_max_wait_ms,
-        window=min(256, delivery.window),
+        window=delivery.window,
         stream_max_bytes=delivery.stream_max_mb << 20,
         stream_max_age_s=delivery.stream_max_age_s,
         replicas=delivery.replicas,

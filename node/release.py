@@ -71,6 +71,7 @@ class ReleaseGate:
         self._lock = threading.Lock()
         self._seen_s = float("-inf") if alone else clock()
         self._alone = self._nobody = False
+        self._required: str | None = None
         self.times_alone = 0
         self._taken(np.uint64(0))  # compiled or loaded now, not at the first output
 
@@ -100,6 +101,11 @@ class ReleaseGate:
         """Whether there is a living node that could follow: where there is none, nobody is waited for (if `solo`)."""
         self._nobody = not standbys
 
+    def require(self, node: str | None) -> None:
+        """From now on what leaves is on this standby, whoever else has it: it is about to take over. None: as it is configured again."""
+        with self._lock:
+            self._required = node
+
     def mark(self, sequence: int, outputs: int) -> None:
         """While the loop does not run (a restart's replay): the first `outputs` outputs come from events below `sequence`."""
         put_mark_now(self.marks, np.uint64(sequence - self._journal.first_sequence), np.uint64(outputs))
@@ -118,6 +124,9 @@ class ReleaseGate:
     def _limit(self) -> int | None:
         """The sequence below which inputs are safe; None: outputs go whatever is safe."""
         now = self._clock()
+        if self._required is not None:
+            required = self._standbys.get(self._required)
+            return required.sequence if required is not None else 0
         counted = [at.sequence for at in self._standbys.values() if self._keeps_up(at, now)]
         if counted:
             self._seen_s, self._alone = now, False

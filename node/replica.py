@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import structlog
 
-from tickmesh.control.heartbeats import ShardBeat
+from tickmesh.control.heartbeats import Role, ShardBeat
 from tickmesh.control.leadership import TakeoverRefused
 from tickmesh.node.beginning import begin_at, begin_shard, journal_folder, make_journal, possible_starts
-from tickmesh.node.continuation import begin_resuming, trim
+from tickmesh.node.continuation import UNSEEN, begin_resuming, trim
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_SIDE, REFERENCE, EventArray, Kind
 from tickmesh.node.gateways import StreamUnknown, signal_names, stream_ends
 from tickmesh.node.instruments import PUBLISHED
@@ -58,7 +58,7 @@ _TRIM_EVENTS = 1 << 14
 _BEHIND_MAX = 20_000
 """A standby whose loop is further behind its journal does not offer to lead."""
 _NEAR = 2_000
-"""A successor that is further behind, in events or outputs, is not handed over to."""
+"""A successor that is further behind, in events, is not handed over to."""
 _PAST = 4
 """Of a ring's capacity that part is taken of the past, at most."""
 _EVERYTHING = 1 << 62
@@ -104,7 +104,7 @@ class Replica:
         self.epoch = 0
         self.thread: ShardThread | None = None
         self.error = ""
-        self._leader_known = self._closed = False
+        self._leader_known = self._closed = self._handed_over = False
         self._turn = threading.RLock()
         self._retention: Retention | None = None
         self._snapshots: list[Path] = []
@@ -249,7 +249,8 @@ class Replica:
         """What the node's heartbeat says of it."""
         thread, journal = self.thread, self._journal
         if thread is not None and journal is not None:
-            return ShardBeat("leader", self.epoch, journal.next_sequence, thread.error is None)
+            role: Role = "standby" if self._handed_over else "leader"
+            return ShardBeat(role, self.epoch, journal.next_sequence, thread.error is None and not self._handed_over, not self._handed_over)
         standby = self._standby
         journal, built = standby.follower.journal, standby.built
         if journal is None:
@@ -345,22 +346,31 @@ class Replica:
         node.know({int(built.shard.arrays.core["config_version"][0]): signal_names(built.shard.plan)})
         for gateway in node.gateways.values():
             node.deliver_shard(gateway, self.number, built.shard, built.output, epoch, gate, after=built.held_from)
-        self._fence(outputs)  # before the inputs are touched: what waits there waits on if this is refused
         with self._trimming:
             self._refresh_buffers()
-            thread = self._make_thread(journal, built, gate, epoch)
-            self.epoch, self.thread, self._journal = epoch, thread, journal
-        # not before the fence: standbys cut their journals to one that is served, and this one might lack what has been published
-        self._server.lead(self.number, Leading(journal, epoch, gate, self._stored, lambda: self._snapshot(journal)))
+        thread = self._make_thread(journal, built, gate, epoch)  # while the streams are being taken
+        try:
+            self._fence(outputs)  # before the inputs are touched: what waits there waits on if this is refused
+            with self._trimming:
+                self._go_on(thread, journal, built.known)
+                self.epoch, self.thread, self._journal = epoch, thread, journal
+        except BaseException:
+            thread.abandon()
+            raise
         node.add_shard(thread, journal)
         node.exchange(thread, built.shard.plan, node.config)
         thread.start()
+        # not before the fence: standbys cut their journals to one that is served, and this one might lack what has been published
+        self._server.lead(self.number, Leading(journal, epoch, gate, self._stored, lambda: self._snapshot(journal)))
         node.pin_shard(thread)
 
     def _lead_again(self, thread: ShardThread, epoch: int) -> None:
         journal, gate = self._journal, thread.gate
         assert journal is not None
         self.epoch = thread.epoch = epoch
+        self._handed_over = False
+        if gate is not None:
+            gate.require(None)
         for gateway in self.node.gateways.values():
             self.node.deliver_shard(gateway, self.number, thread.shard, thread.output, epoch, gate)
         self._fence(_EVERYTHING)
@@ -386,7 +396,7 @@ class Replica:
                 raise TakeoverRefused(self.number, f"delivery.{name}: {reason}")
 
     def _make_thread(self, journal: Journal, built: Built, gate: ReleaseGate, epoch: int) -> ShardThread:
-        """The loop that goes on with this node's rings where the journal ends."""
+        """A loop for this node's rings, not started."""
         node, known = self.node, built.known
         inputs = [Input(b.ring, b.source, b.reader) for b in self._buffers.values()]
         idle = IDLE_MODES[node.config.cluster.idle]
@@ -394,11 +404,18 @@ class Replica:
         thread.know_ids(known.intern(node.table, self.number, skip_filtered=True)[0])
         thread.given[0] = max(known.references, default=-1) + 1
         node.make_exchange(thread, known, {} if journal.next_sequence else dict.fromkeys(range(node.config.cluster.shards), 0))
+        return thread
+
+    def _go_on(self, thread: ShardThread, journal: Journal, known: RestoredShard) -> None:
+        """Have a loop begin where the journal ends; what waits in the rings is its from now on.
+
+        Raises:
+            TakeoverRefused: the outputs of what comes first find no room, or the journal cannot be written.
+        """
         self._put_first(thread, journal, known, [*self._breaks(known), *self._introduce(thread)])
         thread.positions[:] = known.positions
         begin_resuming(thread.positions)
-        self._buffers = {}  # the readers are the thread's
-        return thread
+        self._buffers = {}
 
     def _put_first(self, thread: ShardThread, journal: Journal, known: RestoredShard, events: list[EventArray]) -> None:
         """Journal events before the loop begins, and step over them.
@@ -424,14 +441,12 @@ class Replica:
     def _introduce(self, thread: ShardThread) -> list[EventArray]:
         """Definitions of instruments that our receivers have met, and the journal has not."""
         table, events = self.node.table, []
-        for node_id in range(len(table)):
-            record = table.arrays.records[node_id]
-            if record["shard"] != self.number or record["flags"] != PUBLISHED or not record["announced"]:
-                continue
-            if thread.id_of(node_id) is None:
-                number = int(thread.given[0])
-                thread.ids[node_id], thread.given[0] = number, number + 1
-                events += _definition(table, node_id, number)
+        records = table.arrays.records[: len(table)]
+        mine = (records["shard"] == self.number) & (records["flags"] == PUBLISHED) & (records["announced"] != 0)
+        for node_id in np.flatnonzero(mine & (thread.ids[: len(records)] == UNSEEN)):
+            number = int(thread.given[0])
+            thread.ids[node_id], thread.given[0] = number, number + 1
+            events += _definition(table, int(node_id), number)
         return events
 
     def _breaks(self, known: RestoredShard) -> list[EventArray]:
@@ -490,7 +505,7 @@ class Replica:
             self._back_to_standby(self._journal, thread.output)
 
     def _back_to_standby(self, journal: Journal, output: Ring) -> None:
-        thread, self.thread, self._journal = self.thread, None, None
+        thread, self.thread, self._journal, self._handed_over = self.thread, None, None, False
         self._server.resign(self.number)
         for gateway in self.node.gateways.values():
             gateway.drop(self.number)
@@ -502,34 +517,28 @@ class Replica:
         self._standby = self._new_standby()
 
     def hand_over(self, to: str) -> bool:
-        """Take no more input, until the standby `to` has everything and the streams hold every output.
+        """Let nothing out any more that the standby `to` could not go on from. The loop runs on, until `to` takes the streams.
 
         Returns:
-            False: it leads on, since `to` does not follow closely enough.
-
-        Raises:
-            HandOverFailed: it has stopped, and `to` has not got everything; the shard is whoever's comes first.
+            False: `to` does not follow closely enough; nothing has changed.
         """
         with self._turn, self.node.changing.role():
             thread, journal = self.thread, self._journal
-            if thread is None or journal is None:
+            if thread is None or journal is None or thread.gate is None or not self._follows(to, journal.next_sequence - _NEAR):
                 return False
-            core = thread.shard.arrays.core[0]
-            if not self._follows(to, journal.next_sequence - _NEAR, int(core["out_seq"]) - _NEAR):
-                return False
-            thread.end()
-            end, outputs = time.monotonic() + _HAND_OVER_S, int(core["out_seq"])
-            while time.monotonic() < end and not thread.inputs_filling:
-                if self._follows(to, journal.next_sequence, outputs) and self._stored() >= outputs:
-                    return True
+            thread.gate.require(to)
+            end, sequence = time.monotonic() + _HAND_OVER_S, journal.next_sequence  # what has gone out comes of events before this
+            while not self._follows(to, sequence):
+                if time.monotonic() > end:
+                    thread.gate.require(None)
+                    return False
                 time.sleep(_LOOK_S)
-            thread.let_go_of_inputs()
-            raise HandOverFailed(self.number, to)
+            self._handed_over = True
+            return True
 
-    def _follows(self, node: str, sequence: int, outputs: int) -> bool:
-        """Whether a standby has the events below `sequence`, and has made so many outputs."""
-        mine = [s for s in self._server.status() if s["node"] == node and s["shard"] == self.number]
-        return any(s["sequence"] >= sequence and s["outputs"] >= outputs for s in mine)
+    def _follows(self, node: str, sequence: int) -> bool:
+        """Whether a standby has the events below `sequence`."""
+        return any(s["node"] == node and s["shard"] == self.number and s["sequence"] >= sequence for s in self._server.status())
 
     def close(self) -> None:
         """End it; a leader hands over before that."""
@@ -541,19 +550,6 @@ class Replica:
                 for buffer in self._buffers.values():
                     buffer.reader.close()
                 self._buffers = {}
-
-
-class HandOverFailed(Exception):
-    """A leader has stopped for a successor that has not got everything in time.
-
-    Attributes:
-        shard: the shard.
-        to: the successor.
-    """
-
-    def __init__(self, shard: int, to: str) -> None:
-        super().__init__(f"shard {shard}: {to} or the output streams had not got everything within {_HAND_OVER_S:g} s")
-        self.shard, self.to = shard, to
 
 
 def _break(kind: Kind, source: int, first: int, last: int = 0) -> EventArray:

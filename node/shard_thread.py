@@ -210,10 +210,12 @@ class ShardThread:
             for reader in leg.readers if leg else ():
                 reader.close()
 
-    @property
-    def inputs_filling(self) -> bool:
-        """Whether a source's ring is nearly full."""
-        return any(reader.lag > reader.ring.capacity * 3 // 4 for reader in self._leg.readers[_OWN_INPUTS:])
+    def abandon(self) -> None:
+        """In place of a start: let go of its own rings; its readers of the sources' rings are the caller's again."""
+        if self.exchange is not None:
+            self.exchange.close()
+        self._control.close()
+        self.peers.close()
 
     def close(self) -> None:
         """Let go of its rings, after :meth:`end`."""

@@ -13,6 +13,7 @@ from nats_fixtures import cluster, nats_server, own_nats_server  # noqa: F401
 
 from tickmesh.ops.servers import NatsServer, NatsServerOptions
 from tickmesh.transports.nats import (
+    WINDOW_MAX,
     Fenced,
     ForeignStream,
     Login,
@@ -234,7 +235,7 @@ def test_messages_under_way_do_not_pass_the_fence(nats_server: NatsServer, clust
             await old.publish(1, records(1, 10))
             await old.drain(5)
             async with publishing(two, stream(cluster), epoch=2) as new:
-                for first in range(11, 11 + 256 * 2, 2):  # a whole window, sent before the first refusal comes back
+                for first in range(11, 11 + WINDOW_MAX * 2, 2):  # a whole window, sent before the first refusal comes back
                     await old.publish(first, records(first, 2))
                 with pytest.raises(Fenced):
                     await old.drain(10)

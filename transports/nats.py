@@ -466,7 +466,7 @@ Acked = Callable[[int, int, int], None]
 """Told (first, last, sent_ns) when the stream has stored a message; `sent_ns` is monotonic."""
 
 _NO_ROOM = 10047
-WINDOW_MAX = 256
+WINDOW_MAX = 64
 """Messages a writer may have under way, and messages of a fence. The same for all writers of a stream, for good."""
 _NEVER = frozenset({10054, 10174})
 """Message too large, atomic batches not allowed: sending again cannot help. All other refusals (10071 and 10164: not the expected last
@@ -576,7 +576,7 @@ class OutputPublisher:
         *,
         epoch: int = 1,
         record_bytes: int = 64,
-        window: int = 256,
+        window: int = WINDOW_MAX,
         ack_timeout_s: float = 2.0,
         acked: Acked | None = None,
     ) -> None:
@@ -588,7 +588,7 @@ class OutputPublisher:
             head: makes what precedes a run of records in its message.
             epoch: fencing token; a writer with a higher one takes the stream over.
             record_bytes: size of a record.
-            window: messages that may be unacknowledged at a time, at most 256; a message takes one place whatever its size.
+            window: messages that may be unacknowledged at a time, at most 64; a message takes one place whatever its size.
             ack_timeout_s: after this long without an acknowledgement, the stream is asked what it holds.
             acked: told about every stored message.
         """
@@ -857,7 +857,8 @@ class OutputPublisher:
             await self._link.wait_connected()
             self._by_token.clear()  # acknowledgements of what was sent before say nothing any more
             try:
-                await self._link.client.flush(2)  # the server has taken in all that was sent before
+                if not first_time:
+                    await self._link.client.flush(2)  # the server has taken in all that was sent before
                 last = await self._take_over(first_time)
             except (TimeoutError, nats.errors.Error, js_errors.Error, OSError) as error:
                 self.last_error = str(error) or type(error).__name__

@@ -53,7 +53,7 @@ from tickmesh.node.replication_link import (
 
 SNAPSHOTS = "snapshots"
 """Folder beside the segments for the snapshots that a leader sends."""
-_EPOCH_FILE = "epoch"
+_EPOCH_FILE, _AGREED_FILE = "epoch", "agreed"
 _BACKOFF_S_MIN, _BACKOFF_S_MAX = 0.02, 1.0
 _SNAPSHOT_NAME_MAX = 200
 _CLOSE_EVENTS = 256
@@ -129,6 +129,7 @@ class Follower:
     Attributes:
         journal: None until the leader has said what journal it is.
         looked: whether it is known if there is a journal of its own.
+        agreed: the epoch of the last leader whose journal ours is the beginning of; None: it is not known.
         leader_end: the leader's next sequence, as it said last.
         outputs: told to the leader with each acknowledgement (outputs made here); set by `replica`.
     """
@@ -154,7 +155,7 @@ class Follower:
         self.leader_end = self.outputs = 0
         self.leader_node = ""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.epoch = max(epoch, _read_epoch(self.folder))
+        self.epoch, self.agreed = max(epoch, _read_epoch(self.folder)), read_agreed(self.folder)
         self._epoch_lock = threading.Lock()
         self._address: str | None = None
         self._changed = threading.Event()
@@ -279,6 +280,8 @@ class Follower:
             if self._address != address or self._stopping:
                 return
             self._greet(link)
+            write_agreed(self.folder, self.epoch)
+            self.agreed = self.epoch
             self.state, self.error, self._told = "following", "", ""
             self._take(link)
         finally:
@@ -534,6 +537,21 @@ def _read_epoch(folder: Path) -> int:
         return int((folder / _EPOCH_FILE).read_text())
     except (FileNotFoundError, ValueError):
         return 0
+
+
+def read_agreed(folder: Path) -> int | None:
+    """The last epoch in which the journal in a folder was the leader's, or the beginning of the leader's; None: that is not known."""
+    try:
+        return int((folder / _AGREED_FILE).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def write_agreed(folder: Path, epoch: int) -> None:
+    """Note that the journal in a folder is that of the leader of an epoch, or its beginning. Losing the note costs a takeover at most."""
+    temporary = folder / f".{_AGREED_FILE}.part"
+    temporary.write_text(f"{epoch}\n")
+    temporary.replace(folder / _AGREED_FILE)
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:

@@ -25,6 +25,7 @@ from tickmesh.control.leadership import TakeoverRefused
 from tickmesh.node.beginning import begin_at, begin_shard, journal_folder, make_journal, possible_starts
 from tickmesh.node.continuation import UNSEEN, begin_resuming, trim
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_SIDE, REFERENCE, EventArray, Kind
+from tickmesh.node.follower import read_agreed, write_agreed
 from tickmesh.node.gateways import StreamUnknown, signal_names, stream_ends
 from tickmesh.node.instruments import PUBLISHED
 from tickmesh.node.journal import Journal, JournalError, JournalReader
@@ -108,7 +109,7 @@ class Replica:
         self._turn = threading.RLock()
         self._retention: Retention | None = None
         self._snapshots: list[Path] = []
-        self._lacking, self._made_s = 0, time.monotonic()
+        self._lacking, self._unagreed, self._made_s = 0, 0, time.monotonic()
         self._journal: Journal | None = None
         self._buffers: dict[str, _Buffer] = {}
         self._trimming = threading.Lock()
@@ -261,8 +262,9 @@ class Replica:
         return ShardBeat("standby", self.epoch, journal.next_sequence, ready, standby.follower.follows_closely)
 
     def _lacks(self, built: Built) -> bool:
-        """Whether a takeover was refused for want of outputs that our journal still does not make."""
-        return int(built.shard.arrays.core["out_seq"][0]) < self._lacking
+        """Whether a takeover was refused for want of outputs that our journal still does not make, or of the journal that made them."""
+        agreed = self._standby.follower.agreed
+        return int(built.shard.arrays.core["out_seq"][0]) < self._lacking or (agreed is not None and agreed < self._unagreed)
 
     def status(self) -> dict[str, Any]:
         """As plain data, for the node's status."""
@@ -352,6 +354,7 @@ class Replica:
         try:
             self._fence(outputs)  # before the inputs are touched: what waits there waits on if this is refused
             with self._trimming:
+                write_agreed(self.folder, epoch)  # before anything goes out under it
                 self._go_on(thread, journal, built.known)
                 self.epoch, self.thread, self._journal = epoch, thread, journal
         except BaseException:
@@ -373,14 +376,14 @@ class Replica:
             gate.require(None)
         for gateway in self.node.gateways.values():
             self.node.deliver_shard(gateway, self.number, thread.shard, thread.output, epoch, gate)
-        self._fence(_EVERYTHING)
+        self._fence(_EVERYTHING, check=False)
         self._server.lead(self.number, Leading(journal, epoch, gate, self._stored, lambda: self._snapshot(journal)))
 
-    def _fence(self, outputs: int) -> None:
+    def _fence(self, outputs: int, *, check: bool = True) -> None:
         """Wait until the output streams are ours.
 
         Raises:
-            TakeoverRefused: one is not, or holds more outputs than the journal makes.
+            TakeoverRefused: one is not, or holds more outputs than the journal makes, or those of a leader that ours may differ from.
         """
         end = time.monotonic() + _FENCE_S
         for name, gateway in self.node.gateways.items():
@@ -391,6 +394,11 @@ class Replica:
                 raise TakeoverRefused(self.number, f"delivery.{name}: {delivery.error or delivery.state}")
             held = delivery.publisher.last_out_seq
             self._lacking = max(self._lacking, held if held > outputs else 0)
+            published, agreed = delivery.publisher.records_epoch, read_agreed(self.folder)
+            if check and agreed is not None and published > agreed:  # our journal may end otherwise than the one that made those
+                self._unagreed = published
+                reason = f"the stream holds outputs of epoch {published}, whose leader's journal ours was last compared with in {agreed}"
+                raise TakeoverRefused(self.number, f"delivery.{name}: {reason}: that node, or one that followed it, must lead")
             if held > outputs:
                 reason = f"the stream holds outputs up to {held}, our journal makes {outputs}: the node that has the rest must lead"
                 raise TakeoverRefused(self.number, f"delivery.{name}: {reason}")

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from tickmesh.control.config import ConfigError
 from tickmesh.control.config_store import ConfigStore, Keys, who_text
-from tickmesh.control.heartbeats import Beat, beat_subject, decode_beat
+from tickmesh.control.heartbeats import Beat, ShardBeat, beat_subject, decode_beat
 from tickmesh.control.leadership import lease_key, move_key, request_move
 from tickmesh.control.store import Delete, Entry, Store, VersionMismatch
 from tickmesh.ops.config_store_cmd import Place
@@ -120,13 +120,18 @@ def shards_of(root: str, entries: Mapping[str, Entry], beats: Mapping[str, Beat]
     return [_shard(number, root, entries, beats) for number in sorted(numbers)]
 
 
+def _is_ready(beat: ShardBeat, leader: str) -> bool:
+    """Whether a replica could take over from the leader, or from nobody."""
+    return beat.ready and (not leader or (beat.role == "standby" and beat.follows))
+
+
 def _shard(number: int, root: str, entries: Mapping[str, Entry], beats: Mapping[str, Beat]) -> Shard:
     lease, move = entries.get(lease_key(root, number)), _facts(entries.get(move_key(root, number)))
     leader, epoch = _facts(lease).get("node", ""), (lease.epoch or lease.version) if lease else 0
     leads = beats[leader].shards.get(number) if leader in beats else None
     position = leads.position if leads else None
     standbys = tuple(
-        Standby(node, one.ready and (one.follows or not leader), None if position is None else max(0, position - one.position))
+        Standby(node, _is_ready(one, leader), None if position is None else max(0, position - one.position))
         for node, beat in sorted(beats.items())
         if (one := beat.shards.get(number)) is not None and node != leader
     )

@@ -293,7 +293,8 @@ def _next_server(servers: list[Any], _info: dict[str, Any]) -> tuple[Any, float]
 
 
 class _Client(Client):  # type: ignore[misc]
-    """nats-py's client, which sends its login in the clear to a server that offers no TLS, whatever it was told.
+    """nats-py's client, which sends its login in the clear to a server that offers no TLS, whatever it was told, and stops reading when the
+    answer to a ping comes that nobody waits for any more.
 
     Attributes:
         secure: send nothing without TLS.
@@ -305,6 +306,11 @@ class _Client(Client):  # type: ignore[misc]
         if self.secure and not self._server_info.get("tls_required") and self._current_server.uri.scheme != "wss":
             raise _NotEncrypted("the server does not ask for TLS")
         return super()._connect_command()
+
+    async def _process_pong(self) -> None:
+        if self._pongs and self._pongs[0].done():  # given up: its answer is late
+            self._pongs[0] = asyncio.get_running_loop().create_future()
+        await super()._process_pong()
 
 
 class _NotEncrypted(nats.errors.Error):  # type: ignore[misc]
@@ -546,12 +552,13 @@ class _Unacked:
 
 @dataclass(frozen=True)
 class _Last:
-    """The stream's last message; `out_seq` is None if the stream is empty."""
+    """The stream's last message; `out_seq` is None if the stream is empty, `records_epoch` the epoch of the last one with records in it."""
 
     seq: int
     out_seq: int | None
     epoch: int
     writer: str
+    records_epoch: int
 
 
 def _empty_message(subject: str, headers: Mapping[str, str]) -> bytes:
@@ -566,6 +573,7 @@ class OutputPublisher:
     Attributes:
         counters: what it has done.
         last_error: why it had to recover last; empty if it never had to.
+        records_epoch: the epoch of the last record that the stream held when it was taken over; 0: there was none.
     """
 
     def __init__(
@@ -597,6 +605,7 @@ class OutputPublisher:
         self._record_bytes, self._window, self._ack_timeout_s, self._acked = record_bytes, window, ack_timeout_s, acked
         self.counters = PublisherCounters()
         self.last_error = ""
+        self.records_epoch = 0
         self._unacked: deque[_Unacked] = deque()
         self._by_token: dict[str, _Unacked] = {}
         self._inbox = f"_INBOX.{os.urandom(9).hex()}"
@@ -904,6 +913,7 @@ class OutputPublisher:
     async def _fence(self, last: _Last, held: int) -> _Last:
         client, subject = self._link.client, self._stream.subject
         common = {"Kind": "fence", "Epoch": str(self._epoch), "Writer": self._writer, "Out-Seq": str(held)}
+        common["Records-Epoch"] = str(last.records_epoch)
         common["Nats-Batch-Id"] = os.urandom(9).hex()
         numbered = [{**common, "Nats-Batch-Sequence": "1", "Nats-Expected-Last-Sequence": str(last.seq)}]
         numbered += [{**common, "Nats-Batch-Sequence": str(number)} for number in range(2, WINDOW_MAX)]
@@ -915,7 +925,8 @@ class OutputPublisher:
             if code in _NEVER:
                 raise PublishRefused(self._stream.name, code, description)
             raise nats.errors.Error(f"{description} (JetStream error {code})")  # another writer was faster: read again
-        return _Last(int(answer["seq"]), held, self._epoch, self._writer)
+        self.records_epoch = last.records_epoch
+        return _Last(int(answer["seq"]), held, self._epoch, self._writer, last.records_epoch)
 
     async def _read_last(self) -> _Last:
         """The stream's last message, from the stream's leader; makes the stream if it is absent."""
@@ -927,7 +938,9 @@ class OutputPublisher:
         headers = message.headers or {}
         if "Out-Seq" not in headers or message.seq is None:
             raise ForeignStream(name, message.seq or 0)
-        return _Last(int(message.seq), int(headers["Out-Seq"]), int(headers.get("Epoch", "0")), headers.get("Writer", ""))
+        epoch = int(headers.get("Epoch", "0"))
+        records_epoch = int(headers.get("Records-Epoch", "0")) if headers.get("Kind") == "fence" else epoch
+        return _Last(int(message.seq), int(headers["Out-Seq"]), epoch, headers.get("Writer", ""), records_epoch)
 
     async def _empty_stream(self, jetstream: Any) -> _Last:
         try:
@@ -942,4 +955,4 @@ class OutputPublisher:
                     raise
                 what = f"{error.description}: its {self._stream.bytes_max >> 20} MiB do not fit into the server's store; make either fit"
                 raise PublishRefused(self._stream.name, _NO_ROOM, what) from error
-        return _Last(int(info.state.last_seq), None, 0, "")
+        return _Last(int(info.state.last_seq), None, 0, "", 0)

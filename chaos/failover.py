@@ -265,6 +265,7 @@ def _run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         stream_replicas=options.replicas,
         rate=options.rate,
         seed=options.seed,
+        per_event=(),  # only the streams are looked at
     )
     say(f"seed {options.seed}, data in {folder}")
     with LocalCluster(settings, say) as cluster:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tickmesh.node.event import ALL_INSTRUMENTS, NO_INSTRUMENT, PEERS, Kind
+from tickmesh.node.event import ALL_INSTRUMENTS, NO_INSTRUMENT, Kind
 from tickmesh.transports.ring import ring_available, ring_read_slot, ring_release
 from tickmesh.transports.toolbox import copy_record, inlined, loop, outlined
 
@@ -173,7 +173,6 @@ def begin_resuming(positions: Any) -> None:
     """Before a new leader reads its sources: look for the place in each that the journal has anything of."""
     positions["resuming"] = (positions["sequence"] > 0) | (positions["timer_ns"] != 0) | (positions["session"] != 0)
     positions["left"] = positions["same"]
-    positions["resuming"][PEERS:] = 0  # other shards' outputs are asked for from the place on
 
 
 @outlined

@@ -421,8 +421,9 @@ class Replica:
             TakeoverRefused: the outputs of what comes first find no room, or the journal cannot be written.
         """
         self._put_first(thread, journal, known, [*self._breaks(known), *self._introduce(thread)])
-        thread.positions[:] = known.positions
-        begin_resuming(thread.positions)
+        for source in (buffer.source for buffer in self._buffers.values()):
+            thread.positions[source] = known.positions[source]
+            begin_resuming(thread.positions[source : source + 1])
         self._buffers = {}
 
     def _put_first(self, thread: ShardThread, journal: Journal, known: RestoredShard, events: list[EventArray]) -> None:

@@ -85,6 +85,7 @@ def hints(cluster: LocalCluster) -> list[str]:
     return [
         f"cluster {name} runs in {cluster.options.folder}; in another terminal:",
         f"    tickmesh subscribe 'tm.{name}.bbo.*' --server {server}",
+        f"    tickmesh subscribe 'tm.{name}.signal.pair' --server {server}        a spread of two shards' instruments",
         f"    tickmesh shards {place}",
         f"    tickmesh shards move 0 --to {list(cluster.nodes)[-1]} {place}",
         f"    tickmesh config set processing.calculations.fast.window 20 {place}",

@@ -80,6 +80,7 @@ class LocalClusterOptions:
         symbols: instruments of it.
         seed: of it.
         suspect_ms: silence after which a node is taken for dead; on a host that is busy with other things, more.
+        per_event: kinds of output that also go out as one message each.
         extra: further TOML for the cluster's configuration.
     """
 
@@ -95,6 +96,7 @@ class LocalClusterOptions:
     symbols: int = 16
     seed: int = 1
     suspect_ms: float = 100.0
+    per_event: tuple[str, ...] = ("bbo", "trade", "signal", "alert", "bar", "status")
     extra: str = ""
 
 
@@ -375,7 +377,7 @@ inputs = {json.dumps([f"bbo:{symbol}" for symbol in symbols[: max(4, o.shards)]]
 method = "nats"
 target = "{self.nats.url}"
 replicas = {o.stream_replicas}
-per_event = ["bbo", "trade", "signal", "alert", "bar", "status"]
+per_event = {json.dumps(o.per_event)}
 {o.extra}"""
 
     def _add_node(self, name: str, number: int) -> NodeProcess:

@@ -101,5 +101,8 @@ def test_leaders_that_are_killed_paused_moved_and_ended_lose_and_double_nothing(
     assert found["failover_ms"]["all"]["count"] >= 2
     assert found["never"] == []
     assert not any(found["faults"].values())
+    assert found["across_shards"]["faults"] == {}
+    assert set(found["across_shards"]["signals"]) == {"pair", "all"}
+    assert min(found["across_shards"]["signals"].values()) > 10
     assert found["outputs"] > 0
     assert not list(Path("/dev/shm").glob("tickmesh-failover*"))

@@ -247,6 +247,28 @@ def test_messages_under_way_do_not_pass_the_fence(nats_server: NatsServer, clust
     asyncio.run(run())
 
 
+def test_a_writer_learns_under_which_epoch_the_last_record_was_written(nats_server: NatsServer, cluster: str) -> None:  # noqa: F811
+    """However many writers have taken it over since, and written nothing."""
+
+    async def run() -> None:
+        async with linked(nats_server) as link:
+            async with publishing(link, stream(cluster), epoch=3) as first:
+                assert first.records_epoch == 0
+                await first.publish(1, records(1, 10))
+                await first.drain(5)
+            for epoch in (5, 6):
+                async with publishing(link, stream(cluster), epoch=epoch) as idle:
+                    assert idle.records_epoch == 3
+            async with publishing(link, stream(cluster), epoch=8) as second:
+                assert second.records_epoch == 3
+                await second.publish(11, records(11, 10))
+                await second.drain(5)
+            async with publishing(link, stream(cluster), epoch=9) as last:
+                assert last.records_epoch == 8
+
+    asyncio.run(run())
+
+
 def test_newest_writer_of_an_epoch_wins(nats_server: NatsServer, cluster: str) -> None:  # noqa: F811
     """A node started twice by mistake: each record is still there once, and the older one stops."""
 

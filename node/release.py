@@ -91,9 +91,10 @@ class ReleaseGate:
                     at.caught_up_s = now
 
     def leave(self, node: str) -> None:
-        """A standby is gone, and does not count any more."""
+        """A standby is gone, and does not count any more; what one that is taking over has got stays good."""
         with self._lock:
-            self._standbys.pop(node, None)
+            if node != self._required:
+                self._standbys.pop(node, None)
 
     # -- from the node
 
@@ -104,6 +105,8 @@ class ReleaseGate:
     def require(self, node: str | None) -> None:
         """From now on what leaves is on this standby, whoever else has it: it is about to take over. None: as it is configured again."""
         with self._lock:
+            if node is None and self._required is not None:
+                self._standbys.pop(self._required, None)  # it comes back with its next acknowledgement, if it is there
             self._required = node
 
     def mark(self, sequence: int, outputs: int) -> None:

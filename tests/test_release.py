@@ -273,3 +273,20 @@ def test_a_lapped_gateway_does_not_leak_what_is_held(nats_server: NatsServer, cl
     assert sum(batch.missing for batch in missing) == 2010 - len(outputs)
     assert list(outputs["seq"][:10]) == list(range(1, 11))
     assert outputs["seq"][-1] == 2010
+
+
+def test_outputs_wait_for_the_one_that_is_about_to_take_over(tmp_path: Path) -> None:
+    with gate(tmp_path, acks=1) as (made, journal, _):
+        for node in ("other", "next"):
+            made.update(node, 100, 0)
+        made.mark(journal.append(events(100, 50)) + 100, 300)
+        made.require("next")
+        made.update("other", 150, 0)
+        assert made.released() == 200, "another standby's word is not enough"
+        made.leave("next")
+        made.mark(journal.append(events(150, 50)) + 150, 400)
+        assert made.released() == 200, "what it had when it left stays good, and no more"
+        made.require(None)
+        assert made.released() == 300
+        made.update("other", 200, 0)
+        assert made.released() == 400

@@ -224,7 +224,6 @@ class ShardDelivery:
         self._latency = np.zeros(HISTOGRAM_WORDS, np.int64) if latency is None else latency
         record_ages(self._latency, 0, np.zeros(0, np.int64))  # compiled or loaded now, not at the first acknowledgement
         self._link: NatsLink | None = None
-        self._naming: asyncio.Task[None] | None = None
         self._reconnects_seen = 0
         self._batch = options.batch_max_events
 
@@ -250,11 +249,12 @@ class ShardDelivery:
     async def _serve_once(self, stopping: asyncio.Event) -> bool:
         """True when there is nothing more to do."""
         assert self.publisher is not None
+        kept = asyncio.ensure_future(self._kept_names())  # meanwhile
         try:
             await self.publisher.open()
             self.state, self.error = "delivering", ""
             self.judged.set()
-            self._naming = asyncio.ensure_future(self._publish_names())  # meanwhile outputs may go
+            await self._publish_names(await kept)
             if self._references:
                 self._again = asyncio.ensure_future(self._publish_all_references())
             await self._pump(stopping)
@@ -264,6 +264,8 @@ class ShardDelivery:
             self.state, self.error = "refused", str(error)
             self.judged.set()
             return False
+        finally:
+            kept.cancel()
         return True
 
     def _make_publisher(self, link: NatsLink) -> OutputPublisher:
@@ -369,8 +371,6 @@ class ShardDelivery:
 
     async def _turn_to(self, first: int, version: int) -> None:
         """From output `first` on, outputs are made under another version of the configuration."""
-        if self._naming is not None:
-            await self._naming
         self._versions.append((first, version))
         self.config_version = version
         names = self._names_by_version.get(version)
@@ -458,11 +458,10 @@ class ShardDelivery:
             return decode_names((await jetstream.get_last_msg(reference_stream_name(self.options.cluster), subject)).data or b"")
         return self._history
 
-    async def _publish_names(self) -> None:
+    async def _publish_names(self, kept: NameHistory) -> None:
         """Say how the calculations are called from the next output on."""
         assert self.publisher is not None
-        first, calculations = self.publisher.next_out_seq, self._calculations
-        self._history = names_from(await self._kept_names(), first, calculations)
+        self._history = names_from(kept, self.publisher.next_out_seq, self._calculations)
         await self._send_names()
 
     async def _send_names(self) -> None:

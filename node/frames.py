@@ -370,9 +370,12 @@ _FIELDS: dict[int, _Fields] = {
     Kind.ADD: _order, Kind.EXECUTE: _order, Kind.CANCEL: _order, Kind.DELETE: _order, Kind.REPLACE: _order, Kind.MODIFY: _order,
     Kind.TRADE: _trade, Kind.LEVEL: _level, Kind.QUOTE: _quote, Kind.BBO: _quote, Kind.SIGNAL: _signal, Kind.ALERT: _alert,
     Kind.GAP: _gap, Kind.STATUS: _status, Kind.RISK: _risk, Kind.INTENT: _intent, Kind.IMBALANCE: _imbalance, Kind.BAR: _bar,
-    Kind.REFERENCE: _reference,
+    Kind.REFERENCE: _reference, Kind.PEER_BBO: _quote, Kind.PEER_TRADE: _trade, Kind.PEER_REFERENCE: _reference,
 }  # fmt: skip
-_SIDELESS = {Kind.REFERENCE, Kind.QUOTE, Kind.BBO, Kind.SIGNAL, Kind.ALERT, Kind.GAP, Kind.STATUS, Kind.BAR}
+_SIDELESS = {
+    Kind.REFERENCE, Kind.PEER_REFERENCE, Kind.QUOTE, Kind.BBO, Kind.PEER_BBO,
+    Kind.SIGNAL, Kind.ALERT, Kind.GAP, Kind.STATUS, Kind.BAR,
+}  # fmt: skip
 
 
 def event_maps(events: EventArray, instruments: InstrumentNames, calculations: CalculationNames | None = None) -> list[dict[str, Any]]:

@@ -65,9 +65,9 @@ def quote(bid: int = NO_PRICE, bid_qty: int = 0, ask: int = NO_PRICE, ask_qty: i
 @functools.cache
 def _entry(made: Calculation) -> Any:
     """The kernel behind a function of arrays: records with overlapping fields cannot be passed from Python."""
-    given = {"x": "x", "y": "y", "event": "events[0]", "state": "states[0]", "out": "outs[0]"}
+    given = {"x": "x", "y": "y", "event": "events[0]", "leg": "leg", "state": "states[0]", "out": "outs[0]"}
     call = ", ".join([*(given[a] for a in made.arguments), *made.parameter_names])
-    source = f"def entry({', '.join(['events, x, y, states, outs', *made.parameter_names])}):\n    return kernel({call})\n"
+    source = f"def entry({', '.join(['events, x, y, leg, states, outs', *made.parameter_names])}):\n    return kernel({call})\n"
     names: dict[str, Any] = {"kernel": made.kernel}
     exec(source, names)
     return outlined(names["entry"])
@@ -97,7 +97,7 @@ class Run:
         values = self.defaults | params
         if self.compiled:
             parameters = [values[name] for name in self.made.parameter_names]
-            return self.function(events, float(x), float(y), self.state, outs, *parameters), out
+            return self.function(events, float(x), float(y), leg, self.state, outs, *parameters), out
         given = {"x": np.float64(x), "y": np.float64(y), "event": PlainRecord(events[0]), "state": PlainRecord(self.state[0]), "out": out}
         given["leg"] = np.int64(leg)
         arguments = [given[name] for name in self.made.arguments]

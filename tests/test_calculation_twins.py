@@ -36,6 +36,7 @@ VALUES: dict[str, Any] = {
     "qty": st.integers(1, 10**9), "band": st.floats(0, 100), "above": st.floats(0, 10**5), "below": st.floats(0, 10**5),
     "hysteresis": st.floats(0, 3), "cooldown_ms": st.floats(0, 10**5), "limit": st.floats(0, 4), "percent": st.floats(1e-3, 50),
     "window_ms": st.floats(1, 10**5), "interval_ms": st.integers(1, 10**5), "tick": st.integers(0, 10**8), "exponent": st.integers(0, 9),
+    "ratio": st.floats(-4, 4), "legs": st.just(2),
 }  # fmt: skip
 
 
@@ -60,11 +61,12 @@ def test_compiled_and_interpreted_agree(name: str) -> None:
     @given(EVENTS, st.lists(st.fixed_dictionaries({n: VALUES[n] for n in made.parameter_names}), min_size=1, max_size=2))
     def check(rows: Any, settings_: Any) -> None:
         capacity = CAPACITY if "window" in made.parameter_names and made.state_dtype({"window": 3}) != made.state_dtype() else {}
+        capacity = capacity | ({"legs": 2} if made.inputs == ("legs",) else {})
         fast, slow = Run(made, True, **capacity), Run(made, False, **capacity)
         for k, event in enumerate(event_array(rows, made.inputs)):
             params = settings_[0 if k < len(rows) // 2 else -1]
             x, y = event.price / 1e9, event.qty / 7.0
-            (got, got_out), (wanted, wanted_out) = fast(event, x, y, **params), slow(event, x, y, **params)
+            (got, got_out), (wanted, wanted_out) = fast(event, x, y, k % 2, **params), slow(event, x, y, k % 2, **params)
             assert bits(got) == bits(wanted)
             assert raw(got_out) == raw(wanted_out)
         assert same_state(fast.state, slow.state)

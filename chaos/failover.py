@@ -3,14 +3,16 @@ every output there exactly once?
 
     python -m tickmesh.chaos.failover --store consul --replicas 3 --kills 200 --seed 1
     python -m tickmesh.chaos.failover --kills 0 --moves 100 --sigterms 20
+    python -m tickmesh.chaos.failover --kills 0 --changes 200
 
 Each time a shard is drawn by the seed, and its leader is the victim. Kills are ``kill -9`` and ``SIGSTOP`` for two seconds in turns.
 Measured is the time from the signal to the first output under a later epoch, in every shard that the victim led, and of planned changes
-the pause between the last output of the old epoch and the first of the new one, all by one clock. Before the next victim is drawn,
-every shard has a leader and its standbys again. In the end the checker reads every output stream and compares it with the replay of the
-leader's journal; and the signals of calculations over several shards are compared with those of one process that replays the same feed
-(:mod:`tickmesh.chaos.one_process`). One JSON object is printed; the exit code is 0 if every change came to its end, every output is there
-once, in order, and the right one, and so are the signals.
+the pause between the last output of the old epoch and the first of the new one, all by one clock. A change gives a calculation's
+parameter another value in the store; measured is the time until the last node says that it has applied it. Before the next victim is
+drawn, every shard has a leader and its standbys again. In the end the checker reads every output stream and compares it with the replay
+of the leader's journal; and the signals of calculations over several shards are compared with those of one process that replays the same
+feed (:mod:`tickmesh.chaos.one_process`). One JSON object is printed; the exit code is 0 if every change came to its end, every output is
+there once, in order, and the right one, and so are the signals.
 """
 
 from __future__ import annotations
@@ -34,14 +36,16 @@ from tickmesh.chaos.arrivals import Arrivals, percentiles
 from tickmesh.chaos.checker import Report, check_stream
 from tickmesh.chaos.one_process import JoinReport, compare
 from tickmesh.control.leadership import request_move
+from tickmesh.ops.config_store_cmd import Wish, set_key
 from tickmesh.ops.local_cluster import LocalCluster, LocalClusterOptions, NodeProcess, NotWhole
 from tickmesh.ops.shards_cmd import Cluster, Shard, opened
 from tickmesh.transports.nats import Login, connect
 
-Deed = Literal["kill", "pause", "move", "sigterm"]
+Deed = Literal["kill", "pause", "move", "sigterm", "change"]
 PAUSE_S = 2.0
-FAILOVER_MS, MOVE_MS = 250.0, 50.0
-"""The bars: p99 of a failover, and of the pause of a planned change."""
+FAILOVER_MS, MOVE_MS, APPLIED_MS = 250.0, 50.0, 50.0
+"""The bars: p99 of a failover, of the pause of a planned change, and of new parameters until every node has applied them."""
+_CHANGED_KEY = "processing.calculations.fast.window"
 _CHANGE_S = 20.0
 """A change that takes longer has failed."""
 _WHOLE_S = 90.0
@@ -80,12 +84,16 @@ class Scenario:
         rng: draws shards and targets.
         changes: what was measured.
         whole_s: seconds from each deed until every shard had a leader and its standbys again.
+        applied_ms: of each change of the configuration, until the last node had applied it.
+        refused: what nodes said instead.
     """
 
     cluster: LocalCluster
     rng: random.Random
     changes: list[Change] = field(default_factory=list)
     whole_s: list[float] = field(default_factory=list)
+    applied_ms: list[float] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
     quiet: bool = False
 
     async def run(self, deeds: Sequence[Deed]) -> dict[str, Any]:
@@ -116,6 +124,9 @@ class Scenario:
     async def _one(self, number: int, deed: Deed, arrivals: Arrivals, at: Cluster) -> None:
         shards = await self.cluster.whole(_WHOLE_S)
         began = time.monotonic()
+        if deed == "change":
+            await self._set(number)
+            return
         if deed == "move":
             made = [await self._move(number, shards, arrivals, at)]
         else:
@@ -168,6 +179,16 @@ class Scenario:
         leader = {one.shard: one.leader for one in await at.shards()}.get(shard.shard, "")
         return Change("move", number, shard.shard, shard.leader, (after.first_s - began) * 1000, pause, leader)
 
+    async def _set(self, number: int) -> None:
+        """Change a parameter, while everything runs."""
+        value = str(10 + number % 40)
+        report = await set_key(_CHANGED_KEY, value, self.cluster.place, Wish("failover"), lambda _: None)
+        states = [answer for answer in report.outcome.answers if answer.state != "applied"]
+        self.refused += [f"{answer.node}: {answer.state}, {'; '.join(answer.reasons)}" for answer in states]
+        self.applied_ms.append(max((answer.after_s for answer in report.outcome.answers), default=0.0) * 1000)
+        if not self.quiet:
+            print(f"{number + 1} change  {self.applied_ms[-1]:.0f} ms", file=sys.stderr, flush=True)
+
     # -- before and after
 
     async def _flowing(self, arrivals: Arrivals) -> None:
@@ -204,11 +225,13 @@ class Scenario:
             "done": dict(Counter(deed for deed, _ in self._rounds())),
             "failover_ms": {"all": failovers, "kill": self._times("kill"), "pause": self._times("pause")},
             "planned": {"pause_ms": pauses, "request_ms": self._times("move"), "sigterm_ms": self._times("sigterm")},
+            "changes": {"applied_ms": percentiles(self.applied_ms), "refused": self.refused},
             "whole_again_ms": percentiles([s * 1000 for s in self.whole_s]), "frame_gap_ms": gaps, "never": never,
             "checker": [str(report) for report in reports], "faults": faults, "outputs": sum(report.outputs for report in reports),
             "across_shards": asdict(joins),
-            "within_bars": failovers.get("p99", 0.0) <= FAILOVER_MS and pauses.get("p99", 0.0) <= MOVE_MS,
-            "good": not never and all(report.good for report in reports) and joins.good,
+            "within_bars": failovers.get("p99", 0.0) <= FAILOVER_MS and pauses.get("p99", 0.0) <= MOVE_MS
+            and percentiles(self.applied_ms).get("p99", 0.0) <= APPLIED_MS,
+            "good": not never and not self.refused and all(report.good for report in reports) and joins.good,
         }  # fmt: skip
 
     def _rounds(self) -> set[tuple[Deed, int]]:
@@ -218,10 +241,10 @@ class Scenario:
         return percentiles([one.took_ms for one in self.changes if one.deed in deeds and one.took_ms is not None])
 
 
-def deeds_of(kills: int, moves: int, sigterms: int) -> list[Deed]:
-    """Kills and pauses in turns, then moves, then hand-overs."""
+def deeds_of(kills: int, moves: int, sigterms: int, changes: int = 0) -> list[Deed]:
+    """Kills and pauses in turns, then moves, then hand-overs, then changes of the configuration."""
     found: list[Deed] = ["pause" if number % 2 else "kill" for number in range(kills)]
-    return [*found, *(["move"] * moves), *(["sigterm"] * sigterms)]  # type: ignore[list-item]
+    return [*found, *(["move"] * moves), *(["sigterm"] * sigterms), *(["change"] * changes)]  # type: ignore[list-item]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -232,6 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=20, help="kill -9 and SIGSTOP in turns")
     parser.add_argument("--moves", type=int, default=0, help="planned moves, after the kills")
     parser.add_argument("--sigterms", type=int, default=0, help="nodes asked to end, after the moves")
+    parser.add_argument("--changes", type=int, default=0, help="new values of a parameter, after all that")
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--rate", type=int, default=1000, help="messages per second of the feed")
@@ -270,7 +294,7 @@ def _run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     say(f"seed {options.seed}, data in {folder}")
     with LocalCluster(settings, say) as cluster:
         scenario = Scenario(cluster, random.Random(options.seed), quiet=options.quiet)
-        return asyncio.run(scenario.run(deeds_of(options.kills, options.moves, options.sigterms)))
+        return asyncio.run(scenario.run(deeds_of(options.kills, options.moves, options.sigterms, options.changes)))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ __all__ = ["nats_server"]
 
 
 def test_kills_and_pauses_take_turns() -> None:
-    assert deeds_of(3, 1, 1) == ["kill", "pause", "kill", "move", "sigterm"]
+    assert deeds_of(3, 1, 1, 1) == ["kill", "pause", "kill", "move", "sigterm", "change"]
     assert deeds_of(0, 0, 0) == []
 
 
@@ -89,7 +89,8 @@ def store(request: pytest.FixtureRequest) -> str:
 @pytest.mark.cluster
 @pytest.mark.timeout(1200)
 def test_leaders_that_are_killed_paused_moved_and_ended_lose_and_double_nothing(store: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tickmesh.chaos.failover", "--store", store, "--kills", "2", "--moves", "1", "--sigterms", "1"]
+    deeds = ["--kills", "2", "--moves", "1", "--sigterms", "1", "--changes", "2"]
+    command = [sys.executable, "-m", "tickmesh.chaos.failover", "--store", store, *deeds]
     done = subprocess.run(
         [*command, "--shards", "2", "--rate", "500", "--seed", "3", "--keep", str(tmp_path)],
         capture_output=True, text=True, timeout=1100, check=False,
@@ -98,6 +99,7 @@ def test_leaders_that_are_killed_paused_moved_and_ended_lose_and_double_nothing(
     found = json.loads(done.stdout)
     assert done.returncode == 0, json.dumps(found, indent=1)
     assert found["done"] == {"kill": 1, "pause": 1, "move": 1, "sigterm": 1}
+    assert (found["changes"]["applied_ms"]["count"], found["changes"]["refused"]) == (2, [])
     assert found["failover_ms"]["all"]["count"] >= 2
     assert found["never"] == []
     assert not any(found["faults"].values())

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 from typing import Any
 
 from tickmesh.control.config import FieldOptions, MessageOptions, Refusal, Source
@@ -36,6 +37,7 @@ KINDS = {
 """Kinds of event by their names in the configuration."""
 
 _COMMON = {"symbol", "ts_event", "seq"}
+_TEXT_MAX = 60
 _NEEDED: dict[str, set[str]] = {
     "trade": {"price", "qty"}, "quote": {"bid", "ask"}, "level": {"side", "price", "qty"}, "add": {"side", "price", "qty", "id"},
     "execute": {"id", "qty"}, "cancel": {"id", "qty"}, "delete": {"id"}, "replace": {"id", "aux", "price", "qty"},
@@ -162,10 +164,22 @@ class Field:
         """
         if decimals + self.shift < 0:
             raise BadNumber("too_precise")
-        value = fixed_point(text, decimals + self.shift) * self.multiplier
+        try:
+            value = fixed_point(text, decimals + self.shift) * self.multiplier
+        except BadNumber as error:
+            value = self._exactly(text, decimals, error)
         if abs(value) >= 1 << 63:
             raise BadNumber("too_large")
         return value
+
+    def _exactly(self, text: str, decimals: int, error: BadNumber) -> int:
+        """A number with more decimals than fit, of which the scale may leave none."""
+        if error.reason != "too_precise" or len(text) > _TEXT_MAX or "e" in text.lower():
+            raise error
+        value = Fraction(text) * 10 ** (decimals + self.shift) * self.multiplier
+        if value.denominator != 1:
+            raise error
+        return int(value)
 
     def plain(self, text: str) -> str:
         """The text times the scale, as plain decimal text.

@@ -46,7 +46,7 @@ from tickmesh.node.frames import (
     stream_name,
     stream_subject,
 )
-from tickmesh.transports.nats import Login, NatsLink, StreamMissing, connect
+from tickmesh.transports.nats import LinkError, Login, NatsLink, StreamMissing, backoff_s, connect
 from tickmesh.transports.nats_reader import StreamReader, find_by_header, stream_bounds
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
 Start = int | Literal["now", "all"] | None
 _Item = TypeVar("_Item", covariant=True)
 _QUEUE_BATCHES = 64
+_NAMES_TRIES = 4
 _POLL_MIN_S, _POLL_MAX_S = 0.0002, 0.005
 
 
@@ -267,8 +268,10 @@ class Subscription(_Batches):
             while True:
                 message = await reader.next()
                 if self._link is not None and self._link.reconnects != self._reconnects_seen:
-                    self._reconnects_seen = self._link.reconnects
-                    await self._learn_names(self._link)
+                    seen = self._link.reconnects
+                    with contextlib.suppress(LinkError):  # JetStream is not back yet: with the next message once more
+                        await self._learn_names(self._link)
+                        self._reconnects_seen = seen
                 if not message.data:
                     continue  # a fence
                 try:
@@ -293,11 +296,25 @@ class Subscription(_Batches):
             if shard.isdigit():
                 self._histories[int(shard)] = decode_names(payload)
 
+    @staticmethod
+    async def _last_name(link: NatsLink, name: str) -> int:
+        """The last message of the stream of names; that may be without a leader for a while, when servers were lost."""
+        for attempt in range(_NAMES_TRIES):
+            try:
+                return (await stream_bounds(link, name))[1]
+            except StreamMissing:
+                raise
+            except LinkError:
+                if attempt == _NAMES_TRIES - 1:
+                    raise
+            await asyncio.sleep(backoff_s(attempt))
+        return 0
+
     async def _learn_names(self, link: NatsLink) -> None:
         """Read the kept REFERENCE events and names of calculations of all shards; a cluster without that stream has numbers only."""
         name = reference_stream_name(self._cluster)
         try:
-            _, last = await stream_bounds(link, name)
+            last = await self._last_name(link, name)
         except StreamMissing:
             return
         if last == 0:

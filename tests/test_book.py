@@ -123,7 +123,9 @@ class DictBook:
     def _tick(self, instrument: int, price: int) -> Refusal | None:
         """Refine the tick so that it divides the price; everything must stay within the range of keys."""
         tick = self.ticks[instrument]
-        if tick and price % tick == 0 and abs(price // tick) <= KEY_MAX:
+        if price == 0 and not tick:
+            return None  # a level at 0 is one of whatever tick
+        if tick and price % tick == 0 and -KEY_MAX - 1 <= price // tick <= KEY_MAX:
             return None
         if price == NO_PRICE:
             return Refusal.PRICE_RANGE

@@ -65,7 +65,7 @@ async def compare(cluster: LocalCluster) -> JoinReport:
     wanted = await asyncio.to_thread(_replayed, cluster, config, last_ns)
     for instance in make_plan(config, Path()).instances:
         if instance.legs:
-            due_ns = min(_reached(outputs, config, symbol) for _, symbol in instance.legs)
+            due_ns = min(_reached(outputs, config, kind, symbol) for kind, symbol in instance.legs)
             mine, its = found.get(instance.name, []), wanted.get(instance.name, [])
             report.signals[instance.name] = len(mine)
             faults = _differences(mine, its, due_ns)
@@ -119,11 +119,11 @@ def _signals(outputs: Mapping[int, EventArray]) -> dict[str, list[Row]]:
     return found
 
 
-def _reached(outputs: Mapping[int, EventArray], config: Config, symbol: str) -> float:
-    """How far a symbol's shard is known to have come: by its own last event, or by a timer."""
+def _reached(outputs: Mapping[int, EventArray], config: Config, kind: str, symbol: str) -> float:
+    """How far a leg is known to have come: by its own last event, or by a timer of its shard."""
     events = outputs[shard_of(symbol, config.cluster.shards, config.cluster.shard_overrides)]
     numbers = [number for number, name in _names(events).items() if name == symbol]
-    mine = np.isin(events["instrument"], numbers) & np.isin(events["kind"], [Kind.BBO, Kind.TRADE])
+    mine = np.isin(events["instrument"], numbers) & (events["kind"] == Kind[kind.upper()])
     timers = (events["kind"] == Kind.TIMER) & (events["aux"] != Told.BY_CLOCK)
     times = events["ts_event"][mine | timers]
     return int(times.max()) if len(times) else -math.inf

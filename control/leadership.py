@@ -502,7 +502,8 @@ class Leadership:
 
     async def _lead_on(self, one: _Tended) -> float | None:
         """Look whether we still lead; hand over if somebody wishes that."""
-        assert one.lease is not None
+        if one.lease is None:
+            return await self._step_down(one, "its hand-over was cut short")
         leader, epoch = self._entry(one.number)
         snapshot = self._snapshot
         fresh = snapshot is not None and not snapshot.stale
@@ -628,10 +629,12 @@ class Leadership:
         """The successor has not come: lead on under another epoch, unless somebody else is about to."""
         with contextlib.suppress(StoreError):
             await self._store.delete(move_key(self.options.root, one.number))
+        lease: Lease | None = None
         try:
             lease = await self._store.acquire(lease_key(self.options.root, one.number), self._holder.encode(), self.options.lease_ttl_s)
             await self._begin(one, lease, f"{to} did not take over")
         except (LeaseHeld, StoreError, TakeoverRefused) as error:
+            one.lease = lease  # to be given up
             await self._step_down(one, str(error))
         return False
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tickmesh.node.book import renumber_orders
-from tickmesh.node.symbol_filter import symbol_passes
+from tickmesh.node.symbol_filter import symbol_passes, symbol_word
 from tickmesh.transports.toolbox import IDLE_SLEEP, IDLE_YIELD, idle, inlined, load_acquire, loop, monotonic_ns, outlined, store_release
 
 TURN, NEAR, CANCELLED, PARKED, AWAKE, PASSED_NS, TAKEN_NS, _WORDS = 0, 1, 2, 3, 4, 5, 6, 8
@@ -26,7 +26,6 @@ ALL, MATCHING = -1, -2
 """In ``mask_rows``, in place of a row to copy: every instrument; those whose symbol passes."""
 NOTHING = -1
 """In ``last_rows``: there is no value yet."""
-_U = np.uint64
 
 
 class Carry(NamedTuple):
@@ -87,14 +86,6 @@ def pass_on(baton: Any) -> None:
     store_release(baton, TURN, baton[TURN] + 1)
 
 
-@inlined
-def _word(symbol: Any, first: Any) -> Any:
-    word = _U(0)
-    for k in range(8):
-        word |= _U(symbol[first + k]) << _U(8 * k)
-    return word
-
-
 @outlined
 def carry_over(carry: Any, books: Any, core: Any, info: Any, patterns: Any, masks: Any, last: Any) -> None:
     """Fill `masks` and `last` of a loop that takes over, for all instruments that the shard has been told of by now; number orders anew."""
@@ -112,7 +103,7 @@ def carry_over(carry: Any, books: Any, core: Any, info: Any, patterns: Any, mask
                 masks[k, i] = np.uint8(1)
             else:
                 symbol = info[i].symbol
-                masks[k, i] = np.uint8(symbol_passes(patterns, k, _word(symbol, 0), _word(symbol, 8), _word(symbol, 16)))
+                masks[k, i] = np.uint8(symbol_passes(patterns, k, symbol_word(symbol, 0), symbol_word(symbol, 8), symbol_word(symbol, 16)))
     for k in range(carry.last_rows.size):
         row = carry.last_rows[k]
         if row >= 0:

@@ -22,6 +22,7 @@ import numpy as np
 
 from tickmesh.node.event import ANY_VIEW, DERIVED, Kind, Told
 from tickmesh.node.instruments import symbol_words
+from tickmesh.node.symbol_filter import symbol_word
 from tickmesh.transports.toolbox import inlined, outlined
 
 DEPTH = 4096
@@ -63,19 +64,11 @@ def make_join(name: str, legs: Sequence[tuple[str, str]], instruments_max: int) 
     return Join(slots, times, lanes, np.zeros(1, STATE), np.zeros((2, instruments_max), np.uint8), names)
 
 
-@inlined
-def _word(symbol: Any, first: Any) -> Any:
-    word = _U(0)
-    for k in range(8):
-        word |= _U(symbol[first + k]) << _U(8 * k)
-    return word
-
-
 @outlined
 def join_meet(join: Any, info: Any, i: Any) -> None:
     """An instrument is defined: is it one of the legs, or does it stand for the calculation?"""
     r, count = info[i], join.lanes.size
-    w0, w1, w2 = _word(r.symbol, 0), _word(r.symbol, 8), _word(r.symbol, 16)
+    w0, w1, w2 = symbol_word(r.symbol, 0), symbol_word(r.symbol, 8), symbol_word(r.symbol, 16)
     own = join.names[count]
     if r.source == _DERIVED:
         if own[0] == w0 and own[1] == w1 and own[2] == w2:

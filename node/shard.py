@@ -274,9 +274,7 @@ def step(batch, first, count, shard):
         if i + {near} < count:
             book_plan(shard.books, batch[np.uint64(i + {near})], i + {near})
         event = batch[np.uint64(i)]
-        if core.releasing != 0 and core.cursor == 0:
-            pass  # the event is done: goes on with what it has set free
-        elif event.kind == 16 or (event.instrument == np.uint32(0xFFFFFFFF) and (event.kind == 15 or event.kind == 7)):
+        {unless_done} event.kind == 16 or (event.instrument == np.uint32(0xFFFFFFFF) and (event.kind == 15 or event.kind == 7)):
             w = over_instruments(shard, event, w, start + np.uint64(claimed))
             if core.cursor <= core.instruments:
                 claimed = np.int64(0)
@@ -292,6 +290,10 @@ def step(batch, first, count, shard):
     return i - np.int64(first)
 """
 
+_UNLESS_DONE = """\
+if core.releasing != 0 and core.cursor == 0:
+            pass  # the event is done: goes on with what it has set free
+        elif"""
 _RELEASE = """\
 if core.releasing != 0:
             w = release(shard, w, start + np.uint64(claimed))
@@ -363,8 +365,9 @@ class _Generator:
         if self.joined:
             self._joins()
         self._event()
-        release = _RELEASE if self.joined else "# no calculation is over several instruments"
-        self.out.lines.append(_LOOPS.format(room=self.room, claim=64 * self.room, far=FAR_AHEAD, near=NEAR_AHEAD, release=release))
+        release, unless_done = (_RELEASE, _UNLESS_DONE) if self.joined else ("# no calculation is over several instruments", "if")
+        sizes = {"room": self.room, "claim": 64 * self.room, "far": FAR_AHEAD, "near": NEAR_AHEAD}
+        self.out.lines.append(_LOOPS.format(**sizes, release=release, unless_done=unless_done))
         return self.out.text()
 
     def _imports(self) -> None:

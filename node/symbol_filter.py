@@ -49,6 +49,15 @@ def pattern_table(filters: Sequence[Sequence[str]]) -> np.ndarray[Any, Any]:
 
 
 @inlined
+def symbol_word(symbol: Any, first: Any) -> Any:
+    """Eight bytes of a symbol, u8[24], from `first` on, as a little-endian word."""
+    word = np.uint64(0)
+    for k in range(8):
+        word |= np.uint64(symbol[first + k]) << np.uint64(8 * k)
+    return word
+
+
+@inlined
 def _symbol_byte(w0: Any, w1: Any, w2: Any, i: Any) -> Any:
     word = w0 if i < 8 else (w1 if i < 16 else w2)
     return np.uint8((word >> np.uint64(8 * (i & 7))) & np.uint64(0xFF)) if i < SYMBOL_BYTES else _END

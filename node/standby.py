@@ -43,6 +43,7 @@ Progress = Callable[[str], None] | None
 _FEED_EVENTS = 4096
 _WAIT_S = 0.01
 _TURN_S = 0.0002
+_LAST_TURN_S = 0.5
 _INPUT_TIMEOUT_MS = 60_000
 _log = structlog.get_logger("replication")
 
@@ -103,9 +104,7 @@ class _Stepping:
             set_parameters(thread.shard, plan, limits, int(event["aux"][0]) & 1)
             self.void = True  # until it is seen to be in force
             thread.send(event)
-            while thread.version != version and going_on():
-                time.sleep(_TURN_S)
-            self.void = thread.version != version
+            self.void = not _in_force(lambda: thread.version == version, going_on)
             thread.shard.plan = plan
             return not self.void
         shard, carry = succeed(thread.shard, plan, limits, document.order_ids)
@@ -116,9 +115,7 @@ class _Stepping:
         self.void = True  # until it is seen to be in force
         thread.wake(leg)
         thread.send(event)
-        while not thread.handed_over(leg) and going_on():
-            time.sleep(_TURN_S)
-        if not thread.handed_over(leg):
+        if not _in_force(lambda: thread.handed_over(leg), going_on):
             return False
         thread.complete(leg)
         self.built.shard, self.void = shard, False
@@ -137,6 +134,18 @@ class _Stepping:
         self.thread.end()
         self.held.close()
         self.input.close()
+
+
+def _in_force(condition: Callable[[], bool], going_on: Callable[[], bool]) -> bool:
+    """Whether a change that was sent has come into force: after a stop it is waited for a little longer, since else all is void."""
+    end = None
+    while not condition():
+        if not going_on():
+            end = end or time.monotonic() + _LAST_TURN_S
+            if time.monotonic() > end:
+                return condition()
+        time.sleep(_TURN_S)
+    return True
 
 
 class Standby:
@@ -350,8 +359,9 @@ class Standby:
         """Hand events to the loop, and change the configuration where they say so."""
         first = 0
         for at in np.flatnonzero(events["kind"] == Kind.CONFIG):
-            self._hand_over(stepping, events[first:at])
-            if not self._taken_all(stepping) or not stepping.turn(events[at : at + 1], documents, self._going_on(stepping)):
+            if not self._hand_over(stepping, events[first:at]) or not self._taken_all(stepping):
+                return  # stopped: what was not handed over comes before the change, when it goes on
+            if not stepping.turn(events[at : at + 1], documents, self._going_on(stepping)):
                 return
             stepping.fed += 1
             first = int(at) + 1
@@ -372,7 +382,8 @@ class Standby:
 
         return ask
 
-    def _hand_over(self, stepping: _Stepping, events: EventArray) -> None:
+    def _hand_over(self, stepping: _Stepping, events: EventArray) -> bool:
+        """Whether all of them are in the loop's ring; false if it was stopped before."""
         done = 0
         while done < len(events) and not self._stop[0]:
             written = stepping.input.writer.write(events[done:], timeout_ms=0)
@@ -382,6 +393,7 @@ class Standby:
             if written == 0:  # the loop has enough to do, or waits for the leader's outputs to be stored
                 self._let_go()
                 time.sleep(0.0005)
+        return done == len(events)
 
     def _let_go(self) -> None:
         stepping = self._stepping

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,11 +22,12 @@ from tickmesh.control.config import Config, parse_config
 from tickmesh.node.beginning import begin_shard
 from tickmesh.node.event import ANY_VIEW, EVENT
 from tickmesh.node.journal import Journal, JournalReader, truncate, verify
+from tickmesh.node.journal_replay import config_event, replay_journal
 from tickmesh.node.process import Node
 from tickmesh.node.replication import Leading, ReplicationServer, SnapshotFile
 from tickmesh.node.standby import Built, Standby, StandbyError
 from tickmesh.node.telemetry import Telemetry
-from tickmesh.node.versions import Document
+from tickmesh.node.versions import Document, Documents
 from tickmesh.ops.up import GENERATORS
 from tickmesh.transports.ring import Reader, Ring
 
@@ -253,6 +257,51 @@ def test_a_standby_begins_from_a_snapshot(cluster: str, tmp_path: Path) -> None:
         whole = Replica(node_text(cluster, "whole", tmp_path / "s", 1, capacity=65536), tmp_path / "none", stack).build(None)
         whole.shard.step(batch.view(ANY_VIEW), 0, len(batch))
         assert states == [shard_digest(whole.shard)] * 2
+
+
+@pytest.mark.slow
+def test_a_standby_that_is_stopped_again_and_again_takes_each_event_in_its_place(cluster: str, tmp_path: Path) -> None:  # noqa: F811
+    """A journal full of changes of parameters, and a feeder that ends and begins anew at moments drawn by a seed: as the replay of it."""
+    with ExitStack() as stack:
+        journal = stack.enter_context(changing_journal(cluster, tmp_path, every=20))
+        folder = tmp_path / "standby"
+        shutil.copytree(journal.folder, folder)
+        replica = Replica(node_text(cluster, "standby", tmp_path / "s", 1, capacity=65536), folder, stack)
+        standby, rng = replica.standby.start(), random.Random(5)
+        until(lambda: standby.follower.journal is not None and standby.built is not None, "its journal", 60)
+        own = standby.follower.journal
+        assert own is not None
+        stops, end = 0, time.monotonic() + 60
+        while standby.taken < own.next_sequence:
+            standby.check()
+            assert time.monotonic() < end, f"at {standby.taken} of {own.next_sequence} after {stops} stops"
+            time.sleep(rng.uniform(0, 0.002))  # how far it is: that is drawn
+            standby.closing()
+            standby.opened(own, own.next_sequence, None)
+            stops += 1
+        assert stops > 20
+        made = np.concatenate([reader.read(1 << 16).view(EVENT) for reader in replica.readers[-1:]])
+        replayed: list[np.ndarray] = []
+        replay_journal(folder, observe=lambda outputs: replayed.append(outputs.copy()))
+        assert made.tobytes() == np.concatenate(replayed).tobytes()
+
+
+@contextmanager
+def changing_journal(cluster: str, folder: Path, every: int) -> Iterator[Journal]:  # noqa: F811
+    """A journal in which the configuration changes after so many events each."""
+    with journal_of_a_run(cluster, folder) as run:
+        events = np.concatenate([part.copy() for part in JournalReader(run.folder).batches()])
+    documents_folder = folder / "changing"
+    with Journal.create(documents_folder, 0, segment_records=1 << 14, sync="none") as journal:
+        documents = Documents(documents_folder)
+        text = node_text(cluster, "standby", folder / "s", 1, capacity=65536)
+        for version, first in enumerate(range(0, len(events), every)):
+            window = f"window = {2 + version % 50}"
+            documents.write(Document.of(parse_config(text.replace("window = 10", window)), version, {}, "sequential"))
+            if version:
+                journal.append(config_event(version, version % 2, False, 0))
+            journal.append(events[first : first + every])
+        yield journal
 
 
 def server_of(stack: ExitStack, journal: Journal, epoch: int) -> ReplicationServer:

@@ -22,7 +22,7 @@ from tickmesh.control.store import end_task
 from tickmesh.node.event import ALL_INSTRUMENTS, DERIVED, EVENT, NO_SIDE, PEERS, EventArray, Kind
 from tickmesh.node.frames import stream_name, stream_subject
 from tickmesh.node.instruments import InstrumentTable
-from tickmesh.node.peers import Leg, PeerEvents, Wanted, home_references
+from tickmesh.node.peers import Leg, PeerEvents, UnnamedInstrument, Wanted, home_references
 from tickmesh.node.restore import RestoredShard
 from tickmesh.node.subscription import Subscription
 from tickmesh.transports.nats import Login, backoff_s, connect
@@ -33,6 +33,8 @@ _FULL_S = 0.001
 _NO_FEED = -1
 _CLOSE_S = 2.0
 _STOP_S = 5.0
+_UNNAMED_MAX = 12
+"""Times that names are asked for, with pauses of up to two seconds."""
 _log = structlog.get_logger("exchange")
 
 
@@ -150,17 +152,25 @@ class Exchange:
 
     async def _follow(self, streams: Streams, origin: int, legs: frozenset[Leg]) -> None:
         """Read a stream for as long as it takes."""
-        attempt, peer = 0, PeerEvents(self._table, origin, legs)
+        attempt, unnamed, peer = 0, 0, PeerEvents(self._table, origin, legs)
         while True:
+            before = self.seen.get(origin)
             try:
                 await self._read(streams, origin, peer)
+            except UnnamedInstrument as error:  # its name is about to come, by another stream; what it has put out is not to be missed
+                unnamed += 1
+                self.errors[origin] = str(error)
+                if unnamed > _UNNAMED_MAX:
+                    _log.warning("instruments without a name are left out", shard=self.number, of=origin, instruments=error.instruments)
+                    peer.do_without_names(error.instruments)
+                    unnamed = 0
             except Exception as error:  # of NATS, of the table of instruments: whatever it is, it is tried again
                 reason = str(error) or type(error).__name__
                 if self.errors.get(origin) != reason:
                     _log.warning("another shard's outputs cannot be read now", shard=self.number, of=origin, reason=reason)
                 self.errors[origin] = reason
+            attempt = 0 if self.seen.get(origin) != before else attempt + 1
             await asyncio.sleep(backoff_s(attempt))
-            attempt += 1
 
     async def _read(self, streams: Streams, origin: int, peer: PeerEvents) -> None:
         assert streams.target is not None

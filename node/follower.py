@@ -81,8 +81,11 @@ class Replica(Protocol):
     def closing(self) -> None:
         """The journal is about to be closed: nobody may use it until it is opened again."""
 
-    def stored(self, outputs: int) -> None:
-        """Every output up to this one is in the leader's output streams."""
+    def stored(self, outputs: int, digest: int = 0) -> None:
+        """Every output up to this one is in the leader's output streams; `digest` is that of the last of them, 0: not told.
+
+        Whatever is raised voids what was made of the journal: it is opened anew.
+        """
 
 
 class Alone:
@@ -94,7 +97,7 @@ class Alone:
     def closing(self) -> None:
         """See :class:`Replica`."""
 
-    def stored(self, outputs: int) -> None:
+    def stored(self, outputs: int, digest: int = 0) -> None:
         """See :class:`Replica`."""
 
 
@@ -439,7 +442,7 @@ class Follower:
                 due = time.monotonic() + options.heartbeat_s
             elif frame.kind == FrameKind.HEARTBEAT:
                 self.leader_end = frame.first
-                self._replica.stored(frame.a)
+                self._replica.stored(frame.a, frame.chain)
             elif frame.kind == FrameKind.DOCUMENT:
                 self._take_document(link, frame)
             else:

@@ -38,6 +38,8 @@ from tickmesh.node.event import (
     decimal_text,
     price_text,
 )
+from tickmesh.transports.nats import digest_of
+from tickmesh.transports.ring import Ring
 
 SCHEMA_VERSION = 1
 HEADER_SIZE = 64
@@ -75,6 +77,19 @@ def reference_subject(cluster: str, shard: int | str, instrument: int | str) -> 
 def calculations_subject(cluster: str, shard: int | str) -> str:
     """Subject, in the same stream, of the names of a shard's calculations (:func:`encode_names`)."""
     return reference_subject(cluster, shard, "calculations")
+
+
+COMPARED = 256
+"""Outputs that a leader and a standby compare at a time."""
+
+
+def outputs_digest(ring: Ring, last: int, count: int = COMPARED) -> int:
+    """The :func:`digest_of` the last `count` outputs up to output `last`, or of as many as there are; 0: the ring has not got them all."""
+    first = max(1, last - count + 1)
+    records = ring.peek(first - 1, last - first + 1) if last > 0 else None
+    if records is None or int.from_bytes(records[:8], "little") != first:
+        return 0
+    return digest_of(records)
 
 
 # ---------------------------------------------------------------- batch frames
@@ -197,6 +212,9 @@ class InstrumentNames:
 
     def __len__(self) -> int:
         return len(self._known)
+
+    def __contains__(self, instrument: int) -> bool:
+        return int(instrument) in self._known
 
     def items(self) -> list[tuple[int, InstrumentName]]:
         """Everything that is known, by id."""

@@ -24,6 +24,7 @@ from tickmesh.transports.toolbox import zeros_aligned
 Leg = tuple[str, str]
 """``bbo`` or ``trade``, and the symbol."""
 _NONE = np.int64(-1)
+_OF_INSTRUMENTS = np.array([Kind.BBO, Kind.TRADE], np.uint8)
 _interning = threading.Lock()
 """Instruments of another shard are entered by whichever thread meets them first."""
 
@@ -53,6 +54,19 @@ class Wanted:
         return cls(tuple(instance.name for instance in mine), {owner: frozenset(found) for owner, found in sorted(legs.items())})
 
 
+class UnnamedInstrument(Exception):
+    """Outputs of an instrument that nobody has told the name of yet: it may be one that is wanted.
+
+    Attributes:
+        origin: the shard.
+        instruments: their numbers there.
+    """
+
+    def __init__(self, origin: int, instruments: list[int]) -> None:
+        super().__init__(f"shard {origin} has not told the names of its instruments {', '.join(map(str, instruments[:8]))} yet")
+        self.origin, self.instruments = origin, instruments
+
+
 class PeerEvents:
     """Turns outputs of one shard into inputs of another one.
 
@@ -70,6 +84,7 @@ class PeerEvents:
         self._names = InstrumentNames()
         self._ids = {Kind.BBO: np.full(16, _NONE), Kind.TRADE: np.full(16, _NONE)}
         self._feeds: set[int] = set()
+        self._named = np.zeros(16, np.bool_)
 
     def know(self, names: InstrumentNames) -> EventArray:
         """Instruments of that shard that were announced before; returns the definitions (PEER_REFERENCE) of those that are wanted."""
@@ -77,8 +92,13 @@ class PeerEvents:
         return np.concatenate([zeros_aligned(0, EVENT), *(event for event in found if event is not None)])
 
     def take(self, outputs: EventArray) -> EventArray:
-        """What of some outputs is wanted, as PEER events with the node's ids; definitions of instruments before all others."""
+        """What of some outputs is wanted, as PEER events with the node's ids; definitions of instruments before all others.
+
+        Raises:
+            UnnamedInstrument: some are of an instrument that is not known; nothing has been taken.
+        """
         met = [self._meet(int(event["instrument"]), self._names[int(event["instrument"])]) for event in self._names.learn(outputs)]
+        self._check_named(outputs)
         kinds, instruments = outputs["kind"], outputs["instrument"]
         timers = (kinds == Kind.TIMER) & np.isin(outputs["price"], list(self._feeds))
         wanted, ids = timers.copy(), np.full(len(outputs), ALL_INSTRUMENTS, np.int64)
@@ -93,6 +113,17 @@ class PeerEvents:
         definitions = [event for event in met if event is not None]
         return np.concatenate([*definitions, chosen]) if definitions else chosen
 
+    def do_without_names(self, instruments: Iterable[int]) -> None:
+        """These instruments have no names, and are not wanted."""
+        for number in instruments:
+            self._named = _with(self._named, number, True)
+
+    def _check_named(self, outputs: EventArray) -> None:
+        met = np.unique(outputs["instrument"][np.isin(outputs["kind"], _OF_INSTRUMENTS)])
+        unnamed = met[(met >= len(self._named)) | ~self._named[np.minimum(met, len(self._named) - 1)]]
+        if len(unnamed):
+            raise UnnamedInstrument(self._origin, [int(number) for number in unnamed])
+
     def _translate(self, events: EventArray, ids: np.ndarray) -> None:
         """In place: kinds of the other shard's, the node's ids; a timer says whose it is, and what has told it."""
         kinds, timers = events["kind"].copy(), events["kind"] == Kind.TIMER
@@ -103,6 +134,7 @@ class PeerEvents:
 
     def _meet(self, number: int, name: InstrumentName) -> EventArray | None:
         """An instrument of the other shard has been announced there."""
+        self._named = _with(self._named, number, True)
         wanted = self._kinds.get(name.symbol or "")
         if wanted is None:
             return None
@@ -122,7 +154,8 @@ class PeerEvents:
 def _with(places: np.ndarray, at: int, value: int) -> np.ndarray:
     """An array with a value in it, larger if it must be."""
     if at >= len(places):
-        places = np.concatenate([places, np.full(max(len(places), at + 1 - len(places)), _NONE)])
+        none = False if places.dtype == np.bool_ else _NONE
+        places = np.concatenate([places, np.full(max(len(places), at + 1 - len(places)), none, places.dtype)])
     places[at] = value
     return places
 

@@ -49,6 +49,9 @@ class ReleaseGate:
         waits: histogram of the time in ns from an output to its release, see :mod:`tickmesh.transports.counters`.
         alone: the first standby is not waited for, as after a takeover.
         clock: monotonic seconds.
+
+    Attributes:
+        closed: nothing leaves, whatever is acknowledged: a takeover that may still be refused is under way.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class ReleaseGate:
         self._seen_s = float("-inf") if alone else clock()
         self._alone = self._nobody = False
         self._required: str | None = None
+        self.closed = False
         self.times_alone = 0
         self._taken(np.uint64(0))  # compiled or loaded now, not at the first output
 
@@ -115,6 +119,8 @@ class ReleaseGate:
 
     def released(self) -> int:
         """The last output that may leave the node."""
+        if self.closed:
+            return 0
         if self.acks == 0:
             return int(EVERYTHING)
         with self._lock:

@@ -26,6 +26,7 @@ from tickmesh.node.beginning import begin_at, begin_shard, journal_folder, make_
 from tickmesh.node.continuation import UNSEEN, begin_resuming, trim
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_SIDE, REFERENCE, EventArray, Kind
 from tickmesh.node.follower import read_agreed, write_agreed
+from tickmesh.node.frames import outputs_digest
 from tickmesh.node.gateways import StreamUnknown, signal_names, stream_ends
 from tickmesh.node.instruments import PUBLISHED
 from tickmesh.node.journal import Journal, JournalError, JournalReader
@@ -42,6 +43,7 @@ from tickmesh.node.snapshotter import keep_snapshots, snapshot_folder, start_fro
 from tickmesh.node.standby import Built, Standby, StandbyError
 from tickmesh.node.versions import Documents
 from tickmesh.transports.counters import HISTOGRAM_WORDS
+from tickmesh.transports.nats import OutputPublisher
 from tickmesh.transports.ring import Reader, ReaderReleased, Ring, show_alive
 from tickmesh.transports.toolbox import IDLE_MODES, zeros_aligned
 
@@ -62,7 +64,6 @@ _NEAR = 2_000
 """A successor that is further behind, in events, is not handed over to."""
 _PAST = 4
 """Of a ring's capacity that part is taken of the past, at most."""
-_EVERYTHING = 1 << 62
 _log = structlog.get_logger("replica")
 
 
@@ -345,6 +346,7 @@ class Replica:
         node, outputs = self.node, int(built.shard.arrays.core["out_seq"][0])
         gate = release_gate(node.config, journal, alone=True)  # its first standby is not waited for: outputs stayed away long enough
         gate.mark(journal.next_sequence, outputs)
+        gate.closed = True  # until no stream refuses us: nothing may go out before that
         node.know({int(built.shard.arrays.core["config_version"][0]): signal_names(built.shard.plan)})
         for gateway in node.gateways.values():
             node.deliver_shard(gateway, self.number, built.shard, built.output, epoch, gate, after=built.held_from)
@@ -352,9 +354,10 @@ class Replica:
             self._refresh_buffers()
         thread = self._make_thread(journal, built, gate, epoch)  # while the streams are being taken
         try:
-            self._fence(outputs)  # before the inputs are touched: what waits there waits on if this is refused
+            self._fence(outputs, built.output)  # before the inputs are touched: what waits there waits on if this is refused
             with self._trimming:
                 write_agreed(self.folder, epoch)  # before anything goes out under it
+                gate.closed = False
                 self._go_on(thread, journal, built.known)
                 self.epoch, self.thread, self._journal = epoch, thread, journal
         except BaseException:
@@ -364,8 +367,13 @@ class Replica:
         node.exchange(thread, built.shard.plan, node.config)
         thread.start()
         # not before the fence: standbys cut their journals to one that is served, and this one might lack what has been published
-        self._server.lead(self.number, Leading(journal, epoch, gate, self._stored, lambda: self._snapshot(journal)))
+        self._server.lead(self.number, self._leading(journal, thread, epoch))
         node.pin_shard(thread)
+
+    def _leading(self, journal: Journal, thread: ShardThread, epoch: int) -> Leading:
+        """What standbys are served."""
+        output = thread.output
+        return Leading(journal, epoch, thread.gate, self._stored, lambda n: outputs_digest(output, n), lambda: self._snapshot(journal))
 
     def _lead_again(self, thread: ShardThread, epoch: int) -> None:
         journal, gate = self._journal, thread.gate
@@ -376,14 +384,15 @@ class Replica:
             gate.require(None)
         for gateway in self.node.gateways.values():
             self.node.deliver_shard(gateway, self.number, thread.shard, thread.output, epoch, gate)
-        self._fence(_EVERYTHING, check=False)
-        self._server.lead(self.number, Leading(journal, epoch, gate, self._stored, lambda: self._snapshot(journal)))
+        self._fence(0, thread.output, check=False)
+        self._server.lead(self.number, self._leading(journal, thread, epoch))
 
-    def _fence(self, outputs: int, *, check: bool = True) -> None:
+    def _fence(self, outputs: int, output: Ring, *, check: bool = True) -> None:
         """Wait until the output streams are ours.
 
         Raises:
-            TakeoverRefused: one is not, or holds more outputs than the journal makes, or those of a leader that ours may differ from.
+            TakeoverRefused: one is not, or holds more outputs than the journal makes, or those of a leader that ours may differ from, or
+                another one than `output` in the same place.
         """
         end = time.monotonic() + _FENCE_S
         for name, gateway in self.node.gateways.items():
@@ -392,16 +401,16 @@ class Replica:
                 raise TakeoverRefused(self.number, f"delivery.{name}: the output stream did not answer within {_FENCE_S:g} s")
             if delivery.state != "delivering" or delivery.publisher is None:
                 raise TakeoverRefused(self.number, f"delivery.{name}: {delivery.error or delivery.state}")
-            held = delivery.publisher.last_out_seq
-            self._lacking = max(self._lacking, held if held > outputs else 0)
-            published, agreed = delivery.publisher.records_epoch, read_agreed(self.folder)
-            if check and agreed is not None and published > agreed:  # our journal may end otherwise than the one that made those
-                self._unagreed = published
-                reason = f"the stream holds outputs of epoch {published}, whose leader's journal ours was last compared with in {agreed}"
-                raise TakeoverRefused(self.number, f"delivery.{name}: {reason}: that node, or one that followed it, must lead")
-            if held > outputs:
-                reason = f"the stream holds outputs up to {held}, our journal makes {outputs}: the node that has the rest must lead"
-                raise TakeoverRefused(self.number, f"delivery.{name}: {reason}")
+            if check:
+                self._check_stream(name, delivery.publisher, outputs, output)
+
+    def _check_stream(self, name: str, publisher: OutputPublisher, outputs: int, output: Ring) -> None:
+        held, published, agreed = publisher.last_out_seq, publisher.records_epoch, read_agreed(self.folder)
+        self._lacking = max(self._lacking, held if held > outputs else 0)
+        if agreed is not None and published > agreed:  # our journal may end otherwise than the one that made those
+            self._unagreed = published
+        if reason := unfit(publisher, outputs, output, agreed):
+            raise TakeoverRefused(self.number, f"delivery.{name}: {reason}")
 
     def _make_thread(self, journal: Journal, built: Built, gate: ReleaseGate, epoch: int) -> ShardThread:
         """A loop for this node's rings, not started."""
@@ -559,6 +568,27 @@ class Replica:
                 for buffer in self._buffers.values():
                     buffer.reader.close()
                 self._buffers = {}
+
+
+def unfit(publisher: OutputPublisher, outputs: int, output: Ring, agreed: int | None) -> str:
+    """Why a journal must not go on with the stream that a publisher has taken; empty: it may.
+
+    Args:
+        outputs: the last output that the journal makes.
+        output: the ring with the last of them.
+        agreed: the epoch of the last leader whose journal it is known to be a beginning of; None: not known.
+    """
+    held, published = publisher.last_out_seq, publisher.records_epoch
+    if agreed is not None and published > agreed:
+        reason = f"the stream holds outputs of epoch {published}, whose leader's journal ours was last compared with in {agreed}"
+        return f"{reason}: that node, or one that followed it, must lead"
+    if held > outputs:
+        return f"the stream holds outputs up to {held}, our journal makes {outputs}: the node that has the rest must lead"
+    count, theirs = publisher.taken
+    mine = outputs_digest(output, held, count) if count else 0
+    if mine not in (0, theirs):
+        return f"the outputs up to {held} in the stream are not those that our journal makes: the shard is made anew from it"
+    return ""
 
 
 def _break(kind: Kind, source: int, first: int, last: int = 0) -> EventArray:

@@ -127,6 +127,7 @@ class Leading:
         epoch: of the leadership.
         gate: told how far the standbys are.
         stored: the shard's last output that every output stream holds.
+        digest: the :func:`tickmesh.node.frames.outputs_digest` up to an output, by which standbys see that theirs are the same.
         snapshot: the newest snapshot, if there is one.
     """
 
@@ -134,6 +135,7 @@ class Leading:
     epoch: int
     gate: Acknowledged | None = None
     stored: Callable[[], int] = lambda: 0
+    digest: Callable[[int], int] = lambda output: 0
     snapshot: Callable[[], SnapshotFile | None] = lambda: None
 
 
@@ -467,11 +469,11 @@ class _Session(threading.Thread):
             if len(events):
                 self._send_documents(link, leading.journal, events)
                 self._send_events(link, leading, tail, events, chain)
+            if now >= due:
+                stored = leading.stored()
+                link.send(FrameKind.HEARTBEAT, self.shard, leading.epoch, first=tail.end, chain=leading.digest(stored), a=stored)
                 due = now + options.heartbeat_s
-            elif now >= due:
-                link.send(FrameKind.HEARTBEAT, self.shard, leading.epoch, first=tail.end, a=leading.stored())
-                due = now + options.heartbeat_s
-            else:
+            elif not len(events):
                 tail.wait(self._ended, self.server.idle, min(due - now, _WAIT_S))
 
     def _send_events(self, link: Link, leading: Leading, tail: JournalTail, events: EventArray, chain: int) -> None:

@@ -26,6 +26,7 @@ import structlog
 from tickmesh.node.calculation import PlanError
 from tickmesh.node.event import EVENT, EventArray, Flag, Kind
 from tickmesh.node.follower import Follower
+from tickmesh.node.frames import outputs_digest
 from tickmesh.node.journal import Journal, Sync
 from tickmesh.node.journal_tail import JournalTail, TooOld
 from tickmesh.node.pipeline import risk_limits
@@ -44,12 +45,27 @@ _FEED_EVENTS = 4096
 _WAIT_S = 0.01
 _TURN_S = 0.0002
 _LAST_TURN_S = 0.5
+_LACKING_MAX = 3
+"""Heartbeats in a row: the loop counts what it has taken a moment before what it has put out."""
 _INPUT_TIMEOUT_MS = 60_000
 _log = structlog.get_logger("replication")
 
 
 class StandbyError(Exception):
     """A standby cannot do what was asked; the message says why."""
+
+
+class Diverged(StandbyError):
+    """What a standby has made of the journal is not what its leader has published: that must never be.
+
+    Attributes:
+        output: it or one shortly before it differs.
+    """
+
+    def __init__(self, shard: int, output: int) -> None:
+        what = f"standby of shard {shard}: outputs up to {output} are not the leader's, though both are made of the same journal"
+        super().__init__(f"{what}: it starts over; please report this, with both journals")
+        self.output = output
 
 
 @dataclass
@@ -162,6 +178,9 @@ class Standby:
         sync: how the journal is forced to disk.
         epoch: the highest epoch known.
         progress: told when something has to be compiled.
+
+    Attributes:
+        compared, diverged: how often outputs were compared with the leader's, and how often they were others, so that it started over.
     """
 
     def __init__(
@@ -182,6 +201,7 @@ class Standby:
         self._build, self._telemetry, self._idle, self._capacity, self._progress = build, telemetry, idle, ring_capacity, progress
         self.follower = Follower(number, folder, options, self, sync=sync, epoch=epoch)
         self.error: Exception | None = None
+        self.compared = self.diverged = self._lacking = 0
         self._stepping: _Stepping | None = None
         self._stored = 0
         self._stop = np.zeros(1, np.int64)
@@ -291,6 +311,8 @@ class Standby:
             "outputs": output.published if output else 0,
             "outputs_held": output.lag if output else 0,
             "stored": self._stored,
+            "compared": self.compared,
+            "diverged": self.diverged,
         }
 
     # -- from the follower
@@ -313,10 +335,25 @@ class Standby:
         """See :class:`tickmesh.node.follower.Replica`."""
         self._end_feeder()
 
-    def stored(self, outputs: int) -> None:
-        """See :class:`tickmesh.node.follower.Replica`."""
+    def stored(self, outputs: int, digest: int = 0) -> None:
+        """See :class:`tickmesh.node.follower.Replica`. Raises Diverged."""
+        if digest and self._differs(outputs, digest):
+            self.diverged += 1
+            _log.error("a standby's outputs are not the leader's", shard=self.number, output=outputs, taken=self.taken)
+            raise Diverged(self.number, outputs)
         self._stored = max(self._stored, outputs)
         self._let_go()
+
+    def _differs(self, outputs: int, digest: int) -> bool:
+        """Whether our outputs up to this one are others than the leader's, or fewer come of all of its journal."""
+        stepping = self._stepping
+        if stepping is None:
+            return False
+        lacking = self.taken >= self.follower.leader_end and stepping.built.output.published < outputs
+        self._lacking = self._lacking + 1 if lacking else 0
+        mine = outputs_digest(stepping.built.output, outputs)
+        self.compared += mine != 0
+        return mine not in (0, digest) or self._lacking > _LACKING_MAX
 
     # -- inside
 
@@ -328,7 +365,7 @@ class Standby:
             old.close()
             old.built.output.close()
             old.built.output.unlink()
-        built = self._build(snapshot)
+        built, self._lacking = self._build(snapshot), 0
         self._stored = max(self._stored, built.stored)
         self._stepping = _Stepping(built, self.number, self._capacity, self._telemetry, self._idle, self._progress)
 

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tickmesh.control.store import end_task
-from tickmesh.node.event import EVENT, EventArray
+from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, EventArray
 from tickmesh.node.frames import (
     EVENT_SIZE,
     CalculationNames,
@@ -56,6 +56,7 @@ Start = int | Literal["now", "all"] | None
 _Item = TypeVar("_Item", covariant=True)
 _QUEUE_BATCHES = 64
 _NAMES_TRIES = 4
+_NAMES_S = 5.0
 _POLL_MIN_S, _POLL_MAX_S = 0.0002, 0.005
 
 
@@ -116,12 +117,25 @@ class _Filter:
         self._kinds = None if kinds is None else np.fromiter({int(k) for k in kinds}, np.uint8)
         self._symbols = None if symbols is None else frozenset(symbols)
         self._ids: npt.NDArray[np.uint32] = np.zeros(0, np.uint32)
+        self._nameless: set[int] = set()
         self.names = InstrumentNames()
 
     def learn(self, events: EventArray) -> None:
         """Take over symbols from REFERENCE events."""
         if len(self.names.learn(events)) and self._symbols is not None:
             self._ids = self.names.ids(self._symbols)
+
+    def lacks_names(self, events: EventArray) -> bool:
+        """Whether some are of an instrument without a name, and a name is what is asked for."""
+        return self._symbols is not None and bool(self._unnamed(events))
+
+    def do_without_names(self, events: EventArray) -> None:
+        """Nobody tells the names of these instruments: they are none of those that are wanted."""
+        self._nameless |= self._unnamed(events)
+
+    def _unnamed(self, events: EventArray) -> set[int]:
+        met = {int(number) for number in np.unique(events["instrument"])} - {ALL_INSTRUMENTS} - self._nameless
+        return {number for number in met if number not in self.names}
 
     def chosen(self, batches: Iterable[Batch]) -> list[Batch]:
         """The batches with their wanted events; without those that have none and tell of no missing ones."""
@@ -280,12 +294,25 @@ class Subscription(_Batches):
                     self.bad_frames += 1
                     continue
                 wanted.learn(events)
+                if wanted.lacks_names(events):
+                    await self._learn_again(wanted, events)
                 for batch in wanted.chosen(once.take(header, events, message.sequence)):
                     await self._queue.put(batch)
         except Exception as error:
             await self._queue.put(error)
         finally:
             await reader.close()
+
+    async def _learn_again(self, wanted: _Filter, events: EventArray) -> None:
+        """An instrument came that is not known: its name is in the other stream, or about to be."""
+        for attempt in range(_NAMES_TRIES):
+            if self._link is not None:
+                with contextlib.suppress(LinkError):
+                    await self._learn_names(self._link)
+            if not wanted.lacks_names(events):
+                return
+            await asyncio.sleep(backoff_s(attempt))
+        wanted.do_without_names(events)
 
     async def _on_names(self, message: Any) -> None:
         self._learn_calculations(message.subject, message.data)
@@ -297,32 +324,32 @@ class Subscription(_Batches):
                 self._histories[int(shard)] = decode_names(payload)
 
     @staticmethod
-    async def _last_name(link: NatsLink, name: str) -> int:
-        """The last message of the stream of names; that may be without a leader for a while, when servers were lost."""
+    async def _bounds_of_names(link: NatsLink, name: str) -> tuple[int, int]:
+        """First and last message of the stream of names; that may be without a leader for a while, when servers were lost."""
         for attempt in range(_NAMES_TRIES):
             try:
-                return (await stream_bounds(link, name))[1]
+                return await stream_bounds(link, name)
             except StreamMissing:
                 raise
             except LinkError:
                 if attempt == _NAMES_TRIES - 1:
                     raise
             await asyncio.sleep(backoff_s(attempt))
-        return 0
+        return 1, 0
 
     async def _learn_names(self, link: NatsLink) -> None:
         """Read the kept REFERENCE events and names of calculations of all shards; a cluster without that stream has numbers only."""
         name = reference_stream_name(self._cluster)
         try:
-            last = await self._last_name(link, name)
+            first, last = await self._bounds_of_names(link, name)
         except StreamMissing:
             return
-        if last == 0:
+        if first > last:
             return
-        reader = StreamReader(link, name, 1)
+        reader = StreamReader(link, name, first)
         try:
             while True:
-                message = await asyncio.wait_for(reader.next(), 5)
+                message = await asyncio.wait_for(reader.next(), _NAMES_S)
                 shard = message.subject.split(".")[3]
                 if message.subject.endswith(".calculations"):
                     self._learn_calculations(message.subject, message.data)
@@ -331,7 +358,8 @@ class Subscription(_Batches):
                 if message.sequence >= last:
                     return
         except TimeoutError:
-            return
+            reason = f"the server at {link.url} does not hand out the names of cluster {self._cluster} within {_NAMES_S:g} s"
+            raise LinkError(f"{reason}: try again, and look at its load") from None
         finally:
             await reader.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,19 +26,27 @@ from nodes import (  # noqa: F401
     stream,
     until,
 )
+from test_delivery import SYMBOLS as SYMBOL_OF
+from test_subscribe import deliver
 
 from tickmesh.control.config import ConfigError, parse_config
 from tickmesh.control.sharding import shard_of
 from tickmesh.node.calculation import PlanError
-from tickmesh.node.event import EventArray, Kind
-from tickmesh.node.frames import InstrumentNames
+from tickmesh.node.event import EVENT, EventArray, Kind
+from tickmesh.node.exchange import Exchange, Streams
+from tickmesh.node.frames import InstrumentNames, reference_stream_name
+from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.journal_replay import replay_journal
+from tickmesh.node.peers import Wanted
 from tickmesh.node.pipeline import make_plan
 from tickmesh.node.process import Node
 from tickmesh.node.replay import replay
+from tickmesh.node.restore import RestoredShard
 from tickmesh.ops.servers import NatsServer
 from tickmesh.ops.simulated_lines import LineConfig, SimulatedLines, send_lines
 from tickmesh.ops.simulator import Simulator, SimulatorConfig
+from tickmesh.transports.nats import Login, connect
+from tickmesh.transports.ring import Ring
 
 MESSAGES = 20_000
 JOINS = """
@@ -243,6 +252,36 @@ def test_one_is_added_and_changed_while_the_node_runs(nats_server: NatsServer, c
     outputs = streamed(node, nats_server.url, cluster)
     assert_journals_give(node, outputs)
     assert len(signals_of(outputs)["pair"]) > 1000
+
+
+def test_outputs_of_instruments_without_a_name_are_waited_with(nats_server: NatsServer, cluster: str) -> None:  # noqa: F811
+    """The stream of names may be behind the outputs: then nothing is taken until the names are there, and then everything."""
+    deliver(nats_server, cluster, 100)
+    asyncio.run(forget_names(nats_server.url, cluster))
+    ring, table = Ring.create(None, 1024, EVENT, reader_timeout_ms=60_000), InstrumentTable(64)
+    reader = ring.reader("test")
+    exchange = Exchange(1, ring, table, RestoredShard(), {0: 50})
+    exchange.take(Wanted((), {0: frozenset({("bbo", "AAPL")})}), Streams(cluster, nats_server.url, Login()))
+    try:
+        until(lambda: "has not told the names of its instruments" in exchange.errors.get(0, ""), "the reason to be said")
+        taken = reader.read(100).view(EVENT)
+        assert taken["kind"].tolist() == [Kind.PEER_TIMER], "only where it begins"
+        deliver(nats_server, cluster, 200)
+        until(lambda: exchange.seen.get(0) == 200, "all outputs to be looked at")
+        taken = reader.read(1024).view(EVENT)
+        assert taken["kind"][0] == Kind.PEER_REFERENCE
+        assert taken["seq"][1:].tolist() == [s for s in range(51, 201) if SYMBOL_OF[s % 3] == "AAPL"]
+        assert exchange.errors == {}
+    finally:
+        exchange.close()
+
+
+async def forget_names(url: str, cluster_name: str) -> None:
+    link = await connect(url)
+    try:
+        await link.client.jetstream().purge_stream(reference_stream_name(cluster_name))
+    finally:
+        await link.close()
 
 
 def test_what_is_wrong_with_the_legs_is_said(tmp_path: Path) -> None:

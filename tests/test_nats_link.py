@@ -26,6 +26,7 @@ from tickmesh.transports.nats import (
     SequenceGap,
     backoff_s,
     connect,
+    digest_of,
     redacted,
 )
 
@@ -253,18 +254,23 @@ def test_a_writer_learns_under_which_epoch_the_last_record_was_written(nats_serv
     async def run() -> None:
         async with linked(nats_server) as link:
             async with publishing(link, stream(cluster), epoch=3) as first:
-                assert first.records_epoch == 0
+                assert (first.records_epoch, first.taken) == (0, (0, 0))
                 await first.publish(1, records(1, 10))
                 await first.drain(5)
             for epoch in (5, 6):
                 async with publishing(link, stream(cluster), epoch=epoch) as idle:
                     assert idle.records_epoch == 3
+                    assert idle.taken == (10, digest_of(records(1, 10)))
             async with publishing(link, stream(cluster), epoch=8) as second:
                 assert second.records_epoch == 3
                 await second.publish(11, records(11, 10))
                 await second.drain(5)
             async with publishing(link, stream(cluster), epoch=9) as last:
-                assert last.records_epoch == 8
+                assert (last.records_epoch, last.taken) == (8, (10, digest_of(records(11, 10))))
+                await last.publish_gap(21, 25)
+                await last.drain(5)
+            async with publishing(link, stream(cluster), epoch=10) as after:
+                assert (after.records_epoch, after.taken) == (9, (0, 0)), "a record that nobody has is none"
 
     asyncio.run(run())
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nats_fixtures import nats_server  # noqa: F401
@@ -18,7 +19,7 @@ from test_delivery import outputs as make_events
 from tickmesh.node.delivery import DeliveryOptions, Gateway
 from tickmesh.node.event import EVENT
 from tickmesh.node.journal import Journal
-from tickmesh.node.release import ReleaseGate
+from tickmesh.node.release import Acks, ReleaseGate
 from tickmesh.node.release_marks import EVERYTHING, MARKS, make_marks, put_mark_now, take_marks
 from tickmesh.node.replication import Leading
 from tickmesh.ops.servers import NatsServer
@@ -52,6 +53,16 @@ def test_without_acknowledgements_everything_goes(tmp_path: Path) -> None:
         assert made.released() == int(EVERYTHING)
         assert made.standing == "open"
         assert made.status()["outputs_held"] == 0
+
+
+@pytest.mark.parametrize("acks", [0, 1])
+def test_nothing_leaves_while_it_is_closed(tmp_path: Path, acks: Acks) -> None:
+    with gate(tmp_path, acks=acks, solo=False) as (made, _, _):
+        made.closed = True
+        made.update("a", 100, 0)
+        assert made.released() == 0
+        made.closed = False
+        assert made.released() >= 200
 
 
 def test_one_standby_is_enough(tmp_path: Path) -> None:

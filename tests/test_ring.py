@@ -198,6 +198,17 @@ def test_one_writer_and_sixteen_readers(name: str) -> None:
 # ---------------------------------------------------------------- slow, silent and dead readers
 
 
+def test_a_record_can_be_looked_at_as_long_as_it_is_there() -> None:
+    with Ring.create(None, 8, mode="lossy") as ring:
+        assert ring.peek(0, 1) is None
+        ring.writer.write(records(0, 5))
+        assert ring.peek(0, 5) == records(0, 5).tobytes()
+        assert (ring.peek(4, 2), ring.peek(-1, 1)) == (None, None)
+        ring.writer.write(records(5, 7))
+        assert [ring.peek(k, 1) is not None for k in range(13)] == [False] * 4 + [True] * 8 + [False]
+        assert ring.peek(4, 8) == records(4, 8).tobytes()
+
+
 def test_a_silent_reader_is_released_and_told() -> None:
     with Ring.create(None, 16, reader_timeout_ms=20) as ring, ring.reader("quick") as quick, ring.reader("stuck") as stuck:
         assert ring.writer.write(records(0, 16)) == 16

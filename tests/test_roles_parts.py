@@ -18,6 +18,7 @@ from tickmesh.node.delivery import Gateway
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, REFERENCE, EventArray, Kind
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.known_instruments import KnownInstruments
+from tickmesh.node.replica import unfit
 from tickmesh.node.restore import RestoredShard
 from tickmesh.ops.servers import NatsServer
 from tickmesh.transports.ring import Ring
@@ -66,6 +67,31 @@ def test_who_is_fenced_is_told(nats_server: NatsServer, cluster: str) -> None:  
         assert late.judged.wait(10)
         assert late.state == "fenced"
         assert new.status()[0]["state"] == "delivering"
+
+
+def test_whose_outputs_are_not_those_of_the_stream_does_not_go_on_with_it(nats_server: NatsServer, cluster: str) -> None:  # noqa: F811
+    def judged(epoch: int, made: EventArray, agreed: int | None) -> str:
+        ring = Ring.create(None, 256, mode="lossless", dtype=EVENT)
+        with delivering(Gateway(options(nats_server, cluster), {})) as gateway:
+            delivery = gateway.take(0, ring, epoch=epoch)
+            assert delivery.judged.wait(10)
+            assert delivery.publisher is not None
+            with ring.reader("keeps it"):
+                ring.writer.write(made)
+                return unfit(delivery.publisher, len(made), ring, agreed)
+
+    made, other = outputs(1, 60), outputs(1, 60)
+    other["price"][57] += 1
+    with delivering(Gateway(options(nats_server, cluster), {})) as leader:
+        ring = Ring.create(None, 256, mode="lossless", dtype=EVENT)
+        leader.take(0, ring, epoch=3)
+        ring.writer.write(made)
+        wait_for(lambda: leader.status()[0]["last_out_seq"] == 60)
+    assert judged(4, made, 3) == ""
+    assert "not those that our journal makes" in judged(5, other, 3)
+    assert "our journal makes 59" in judged(6, made[:59], 3)
+    assert "last compared with in 2" in judged(7, made, 2)
+    assert judged(8, made, None) == "", "after four writers that wrote nothing"
 
 
 def events(*rows: dict[str, int]) -> EventArray:

@@ -21,6 +21,7 @@ from replicas import options, shard_digest
 from tickmesh.control.config import Config, parse_config
 from tickmesh.node.beginning import begin_shard
 from tickmesh.node.event import ANY_VIEW, EVENT
+from tickmesh.node.frames import outputs_digest
 from tickmesh.node.journal import Journal, JournalReader, truncate, verify
 from tickmesh.node.journal_replay import config_event, replay_journal
 from tickmesh.node.process import Node
@@ -284,6 +285,45 @@ def test_a_standby_that_is_stopped_again_and_again_takes_each_event_in_its_place
         replayed: list[np.ndarray] = []
         replay_journal(folder, observe=lambda outputs: replayed.append(outputs.copy()))
         assert made.tobytes() == np.concatenate(replayed).tobytes()
+
+
+@pytest.mark.slow
+def test_a_standby_whose_outputs_are_not_the_leaders_starts_over(cluster: str, tmp_path: Path) -> None:  # noqa: F811
+    """Its state is changed behind its back: the next heartbeat tells, and it is made anew from the journal."""
+    with ExitStack() as stack:
+        journal = stack.enter_context(journal_of_a_run(cluster, tmp_path))
+        replica = Replica(node_text(cluster, "standby", tmp_path / "s", 1, capacity=65536), tmp_path / "standby", stack)
+        batch = np.concatenate([part.copy() for part in JournalReader(journal.folder).batches()])
+        half = len(batch) // 2
+        first = stack.enter_context(Journal.create(tmp_path / "leader", 0, segment_records=1 << 14, sync="none"))
+        shutil.copytree(journal.folder / "configs", first.folder / "configs")
+        first.append(batch[:half])
+        truth = replica.build(None)
+        truth.shard.step(batch.view(ANY_VIEW), 0, half)
+        server = ReplicationServer(options("leader")).start()
+        stack.callback(server.stop)
+        leading = Leading(first, 1, stored=lambda: truth.output.published, digest=lambda n: outputs_digest(truth.output, n))
+        server.lead(0, leading)
+        standby = replica.standby.start()
+        standby.follow(server.address)
+        until(lambda: standby.taken == half and standby.compared > 2, "half of it, compared", 60)
+        assert standby.diverged == 0
+        assert standby.shard is not None
+        for name in standby.shard.arrays._fields:
+            if name[0] == "s" and name[1:].isdigit():
+                getattr(standby.shard.arrays, name).view(np.uint8)[:] = 0  # nobody can see this yet
+        for at in range(half, len(batch), 50):
+            seen = standby.compared
+            truth.shard.step(batch.view(ANY_VIEW), at, min(at + 50, len(batch)))
+            first.append(batch[at : at + 50])
+            until(lambda: standby.compared > seen + 2 or standby.diverged, "a comparison", 60)  # noqa: B023
+        assert standby.diverged == 1
+        until(lambda: standby.taken == len(batch) and standby.follower.state == "following", "a new beginning", 60)
+        seen = standby.compared
+        until(lambda: standby.compared > seen + 2, "outputs that are compared again")
+        assert standby.diverged == 1
+        assert shard_digest(standby.shard) == shard_digest(truth.shard)
+        assert standby.status()["diverged"] == 1
 
 
 @contextmanager

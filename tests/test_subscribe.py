@@ -87,6 +87,25 @@ def test_from_now_knows_the_symbols(nats_server: NatsServer, cluster: str) -> No
     assert sequences(found) == [s for s in range(101, 201) if s % 3 == 1]
 
 
+def test_a_symbol_whose_name_comes_late_is_not_missed(nats_server: NatsServer, cluster: str) -> None:  # noqa: F811
+    """The stream of names is empty when outputs of an unknown instrument come: they are held until it is not."""
+    from tickmesh.transports.nats import connect
+
+    deliver(nats_server, cluster, 100)
+
+    async def run() -> list[Batch]:
+        link = await connect(nats_server.url)
+        await link.client.jetstream().purge_stream(f"TM_{cluster}_REF")
+        await link.close()
+        subscription = await subscribe(nats_server.url, cluster=cluster, shard=0, symbols=["BRK.B"], from_sequence=50).open()
+        reading = asyncio.create_task(take(subscription, 199))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(deliver, nats_server, cluster, 200)
+        return await reading
+
+    assert sequences(asyncio.run(run())) == [s for s in range(50, 201) if s % 3 == 1]
+
+
 def test_kinds_and_symbols(nats_server: NatsServer, cluster: str) -> None:  # noqa: F811
     deliver(nats_server, cluster, 300)
     bbo = subscribe(nats_server.url, cluster=cluster, kinds=[Kind.BBO], symbols=["AAPL"], from_sequence="all")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -552,13 +553,21 @@ class _Unacked:
 
 @dataclass(frozen=True)
 class _Last:
-    """The stream's last message; `out_seq` is None if the stream is empty, `records_epoch` the epoch of the last one with records in it."""
+    """The stream's last message; `out_seq` is None if the stream is empty; of the last records in it, those of one message,
+    `records_epoch` is the epoch, `count` how many they are and `digest` their :func:`digest_of` (0: there are none)."""
 
     seq: int
     out_seq: int | None
     epoch: int
     writer: str
     records_epoch: int
+    count: int
+    digest: int
+
+
+def digest_of(records: bytes) -> int:
+    """Eight bytes that stand for records, never 0."""
+    return int.from_bytes(hashlib.blake2b(records, digest_size=8).digest(), "big") or 1
 
 
 def _empty_message(subject: str, headers: Mapping[str, str]) -> bytes:
@@ -574,6 +583,7 @@ class OutputPublisher:
         counters: what it has done.
         last_error: why it had to recover last; empty if it never had to.
         records_epoch: the epoch of the last record that the stream held when it was taken over; 0: there was none.
+        taken: how many records its message had, and their :func:`digest_of`; 0: it had none.
     """
 
     def __init__(
@@ -606,6 +616,7 @@ class OutputPublisher:
         self.counters = PublisherCounters()
         self.last_error = ""
         self.records_epoch = 0
+        self.taken = (0, 0)
         self._unacked: deque[_Unacked] = deque()
         self._by_token: dict[str, _Unacked] = {}
         self._inbox = f"_INBOX.{os.urandom(9).hex()}"
@@ -913,7 +924,7 @@ class OutputPublisher:
     async def _fence(self, last: _Last, held: int) -> _Last:
         client, subject = self._link.client, self._stream.subject
         common = {"Kind": "fence", "Epoch": str(self._epoch), "Writer": self._writer, "Out-Seq": str(held)}
-        common["Records-Epoch"] = str(last.records_epoch)
+        common["Records-Epoch"], common["Records"] = str(last.records_epoch), f"{last.count} {last.digest:x}"
         common["Nats-Batch-Id"] = os.urandom(9).hex()
         numbered = [{**common, "Nats-Batch-Sequence": "1", "Nats-Expected-Last-Sequence": str(last.seq)}]
         numbered += [{**common, "Nats-Batch-Sequence": str(number)} for number in range(2, WINDOW_MAX)]
@@ -925,8 +936,8 @@ class OutputPublisher:
             if code in _NEVER:
                 raise PublishRefused(self._stream.name, code, description)
             raise nats.errors.Error(f"{description} (JetStream error {code})")  # another writer was faster: read again
-        self.records_epoch = last.records_epoch
-        return _Last(int(answer["seq"]), held, self._epoch, self._writer, last.records_epoch)
+        self.records_epoch, self.taken = last.records_epoch, (last.count, last.digest)
+        return _Last(int(answer["seq"]), held, self._epoch, self._writer, last.records_epoch, *self.taken)
 
     async def _read_last(self) -> _Last:
         """The stream's last message, from the stream's leader; makes the stream if it is absent."""
@@ -939,8 +950,13 @@ class OutputPublisher:
         if "Out-Seq" not in headers or message.seq is None:
             raise ForeignStream(name, message.seq or 0)
         epoch = int(headers.get("Epoch", "0"))
-        records_epoch = int(headers.get("Records-Epoch", "0")) if headers.get("Kind") == "fence" else epoch
-        return _Last(int(message.seq), int(headers["Out-Seq"]), epoch, headers.get("Writer", ""), records_epoch)
+        out_seq, data = int(headers["Out-Seq"]), message.data or b""
+        if headers.get("Kind") == "fence":
+            records_epoch, (count, digest) = int(headers.get("Records-Epoch", "0")), headers.get("Records", "0 0").split()
+            return _Last(int(message.seq), out_seq, epoch, headers.get("Writer", ""), records_epoch, int(count), int(digest, 16))
+        records = data[len(self._head(out_seq, 1, 0)) :]
+        found = (len(records) // self._record_bytes, digest_of(records)) if records else (0, 0)
+        return _Last(int(message.seq), out_seq, epoch, headers.get("Writer", ""), epoch, *found)
 
     async def _empty_stream(self, jetstream: Any) -> _Last:
         try:
@@ -955,4 +971,4 @@ class OutputPublisher:
                     raise
                 what = f"{error.description}: its {self._stream.bytes_max >> 20} MiB do not fit into the server's store; make either fit"
                 raise PublishRefused(self._stream.name, _NO_ROOM, what) from error
-        return _Last(int(info.state.last_seq), None, 0, "", 0)
+        return _Last(int(info.state.last_seq), None, 0, "", 0, 0, 0)

@@ -689,6 +689,16 @@ class Ring:
         bases = (_READERS_AT + slot * _READER_WORDS for slot in range(int(words[W_READERS_USED])))
         return max((published - int(words[base + R_CURSOR]) for base in bases if words[base + R_STATE] == _ACTIVE), default=0)
 
+    def peek(self, first: int, count: int) -> bytes | None:
+        """The bytes of `count` records from position `first` on; None: they are not all there, not published yet or overwritten.
+
+        What was never written, in a ring that has been made to begin later, is there all the same: whoever asks has to know the records.
+        """
+        if not max(0, self.published - self.capacity) <= first <= first + count <= self.published:
+            return None
+        records = self._plain.slots[np.arange(first, first + count) & (self.capacity - 1)].tobytes()
+        return records if first >= int(self.arrays.words[W_CLAIMED]) - self.capacity else None  # else some went meanwhile
+
     # -- taking part
 
     @property

@@ -499,6 +499,13 @@ class ConfigStore:
             StoreUnavailable: with `maybe_done`, if it could not be found out whether the change was made.
             ValueTooLarge, TransactionRefused, StoreRefused: see there.
         """
+        made = await self.write(documents, based_on, comment, who)
+        with contextlib.suppress(StoreError):  # every node that accepts it does the same
+            await self.remember(made)
+        return made.version
+
+    async def write(self, documents: Documents, based_on: Stored, comment: str = "", who: str = "") -> HistoryEntry:
+        """:meth:`apply` without the history, which gets what this returns. Raises as that does."""
         change = Change(who or who_text(), now_text(), comment, secrets.token_hex(8))
         check_documents_size(self.keys, documents)
         try:
@@ -511,9 +518,7 @@ class ConfigStore:
             if not error.maybe_done:
                 raise
             version = await self._found_out(change, based_on, error)
-        with contextlib.suppress(StoreError):  # every node that accepts it does the same
-            await self.remember(HistoryEntry(version, change, documents))
-        return version
+        return HistoryEntry(version, change, documents)
 
     def _operations(self, documents: Documents, based_on: Stored, change: Change) -> list[Put | Delete]:
         wanted = {self.keys.section(name): documents.sections.get(name, "") for name in SECTIONS}
@@ -549,7 +554,8 @@ class ConfigStore:
             await self.store.put(key, value, expected=0)
         except VersionMismatch:
             return False
-        await self.prune()
+        if len(await self.store.keys(self.keys.history())) > HISTORY_MAX:
+            await self.prune()
         return True
 
     async def prune(self, keep: int = HISTORY_MAX) -> int:

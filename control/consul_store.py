@@ -133,6 +133,9 @@ class ConsulStore(Store):
     async def _read(self, prefix: str) -> Reading:
         return _reading(prefix, *await self._ask(self._client.kv.get(prefix, recurse=True)))
 
+    async def _keys(self, prefix: str) -> list[str]:
+        return sorted((await self._ask(self._client.kv.get(prefix, keys=True)))[1] or [])
+
     # ------------------------------------------------------------ changing
 
     async def _transaction(self, operations: Sequence[Put | Delete], lease: Lease | None) -> dict[str, int]:

@@ -54,6 +54,8 @@ Apply = Callable[[Config, int, Documents], Awaitable[Sequence[str] | None]]
 OpenStore = Callable[[], AbstractAsyncContextManager[Store]]
 """Opens a store for one follower: watches need connections of their own."""
 BY_HAND = "by hand"
+_TELL_S = 0.1
+"""What is applied sooner is not told of before it is done: it would be one more message to everybody."""
 _log = structlog.get_logger("config")
 
 
@@ -249,8 +251,12 @@ class ConfigFollower:
     async def _take(self, store: Store, target: _Target) -> None:
         if target.source == "config" and not (self._good or len(target.documents.sections) == len(SECTIONS)):
             self._good = await self._remembered(store)
-        self._tell(state="applying", applying={"version": target.version, "source": target.source})
-        reasons = await self._judge(target, self._apply)
+        applying = {"version": target.version, "source": target.source}
+        soon = asyncio.get_running_loop().call_later(_TELL_S, lambda: self._tell(state="applying", applying=applying))
+        try:
+            reasons = await self._judge(target, self._apply)
+        finally:
+            soon.cancel()
         self._handled = target.mark
         if reasons:
             self._refuse(target, reasons)

@@ -5,8 +5,9 @@ dot in the subject; a dot is written ``=2E``.
 
 A whole state is read in four steps: the last message under the prefix, all keys, the last message again, the stream's end. It counts if
 the last message is the same before and after, is among what was read (any replica may answer the second step), and is not inside a batch
-whose end is not stored yet. A watch is woken by a consumer, which also sees entries expire, and asks for the last message every
-`confirm_s`, so that a consumer that died costs time, not truth.
+whose end is not stored yet. A watch reads it once and then takes what an ordered consumer brings, entries that expire among it, a batch
+as a whole. It asks for the last message every `confirm_s`, and reads anew if that is another one: a consumer that died costs time, not
+truth.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import json
 import os
 import random
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -51,6 +53,8 @@ _FORBIDDEN_BATCH = 10174
 _MARKER_TTL_S = 60
 _TRIES = 40
 _SLICE_S = 0.1
+_BATCH_S = 0.02
+"""A batch is stored at once: the rest of it comes within this time, or is read."""
 _EXPECTED, _BATCH, _EPOCH, _HOLDER, _TTL = "Nats-Expected-Last-Subject-Sequence", "Tm-Batch", "Tm-Epoch", "Tm-Holder", "Nats-TTL"
 _SERVICES = "services/"
 
@@ -156,6 +160,10 @@ class KvStore(Store):
         return self._entry(await self._last(self._subject(key)))
 
     async def _read(self, prefix: str) -> Reading:
+        return (await self._read_to(prefix))[0]
+
+    async def _read_to(self, prefix: str) -> tuple[Reading, int]:
+        """The state under a prefix, and the sequence of the last message in it."""
         backoff = Backoff(first_s=0.001, last_s=0.05, rng=self._rng)
         for _ in range(_TRIES):
             before = await self._last(self._subject(prefix) + ">")
@@ -166,9 +174,15 @@ class KvStore(Store):
             seen = not after.seq or any(message.seq == after.seq for message in found)
             if before.seq == after.seq and seen and info.state.last_seq >= after.complete_at:
                 entries = [entry for entry in map(self._entry, found) if entry is not None]
-                return Reading({entry.key: entry for entry in sorted(entries, key=lambda e: e.key)}, info.state.last_seq, str(info.created))
+                ordered = {entry.key: entry for entry in sorted(entries, key=lambda e: e.key)}
+                return Reading(ordered, info.state.last_seq, str(info.created)), after.seq
             await backoff.wait()
         raise StoreUnavailable(self.address, f"the keys under {prefix or 'it'} change faster than they can be read")
+
+    async def _keys(self, prefix: str) -> list[str]:
+        async with self._asking():
+            info = await self._jetstream.stream_info(self._stream, subjects_filter=self._subject(prefix) + ">")
+        return sorted(map(self._key, info.state.subjects or {}))
 
     async def _last(self, subject: str) -> _Message:
         """The last message of a subject or wildcard, from the stream's leader; also a marker."""
@@ -410,7 +424,10 @@ class _KvLease(Lease):
 
 
 class _KvFeed:
-    """Reads a prefix whenever its last message is another one."""
+    """A prefix as its messages change it: read once, then kept up with by an ordered consumer, which brings every message once, in order.
+
+    Whatever is odd (a consumer that missed something, a batch whose end does not come) is put right by reading everything again.
+    """
 
     def __init__(self, store: KvStore, prefix: str) -> None:
         self._store, self._prefix = store, prefix
@@ -419,48 +436,79 @@ class _KvFeed:
         self._subscription: Any = None
         self._reading: Reading | None = None
         self._last_seq = 0
+        self._pushed: deque[_Message] = deque()
         self._reconnects = store._client.stats["reconnects"]
 
     async def next(self) -> Reading:
         """See :class:`Feed`."""
         if self._reading is None:
             await self._subscribe()
+            return await self._read_all()
+        await self._wait(self._store.confirm_s)
+        while self._pushed:
+            if (found := self._caught_up(self._reading)) is not None:
+                return found
+            await self._wait(_BATCH_S)
+            if not self._woken.is_set():
+                break  # the batch ends with another prefix, or its end is lost
         else:
-            await self._wait()
-            if (await self._store._last(self._subject)).seq == self._last_seq and not self._woken.is_set():
+            if (await self._store._last(self._subject)).seq == self._last_seq:
                 return self._reading
-        self._woken.clear()
-        before = await self._store._last(self._subject)
-        self._reading = await self._store._read(self._prefix)
-        self._last_seq = before.seq
-        return self._reading
+        return await self._read_all()
 
     async def close(self) -> None:
         """See :class:`Feed`."""
         if self._subscription is not None:
             await self._subscription.unsubscribe()
 
+    async def _read_all(self) -> Reading:
+        self._reading, self._last_seq = await self._store._read_to(self._prefix)
+        return self._reading
+
+    def _caught_up(self, reading: Reading) -> Reading | None:
+        """The state after what has been brought, whole batches only; None: there is none that is whole."""
+        self._woken.clear()
+        while self._pushed and self._pushed[0].seq <= self._last_seq:
+            self._pushed.popleft()
+        if not self._pushed:
+            return reading
+        following = [*[message.seq for message in self._pushed][1:], 0]
+        ends = [n for n, message in enumerate(self._pushed) if message.complete_at <= max(message.seq, following[n] - 1)]
+        if not ends:
+            return None
+        entries = dict(reading.entries)
+        for message in [self._pushed.popleft() for _ in range(ends[-1] + 1)]:
+            self._last_seq = message.seq
+            entries.pop(self._store._key(message.subject), None)
+            if (entry := self._store._entry(message)) is not None:
+                entries[entry.key] = entry
+        if self._pushed:
+            self._woken.set()
+        ordered = {key: entries[key] for key in sorted(entries)}
+        self._reading = Reading(ordered, max(reading.index, self._last_seq), reading.origin)
+        return self._reading
+
     async def _subscribe(self) -> None:
         async with self._store._asking():
             self._subscription = await self._store._jetstream.subscribe(
                 self._subject,
                 stream=self._store._stream,
-                cb=self._wake,
+                cb=self._take,
                 ordered_consumer=True,
                 deliver_policy=DeliverPolicy.NEW,
-                headers_only=True,
                 inactive_threshold=30.0,
             )
 
-    async def _wake(self, _message: Any) -> None:
+    async def _take(self, message: Any) -> None:
+        self._pushed.append(_Message(int(message.metadata.sequence.stream), message.subject, message.data or b"", message.headers))
         self._woken.set()
 
-    async def _wait(self) -> None:
-        """Until something may have changed, at most `confirm_s`."""
-        client, end = self._store._client, asyncio.get_running_loop().time() + self._store.confirm_s
+    async def _wait(self, limit_s: float) -> None:
+        """Until something has been brought, at most so long."""
+        client, end = self._store._client, asyncio.get_running_loop().time() + limit_s
         while not self._woken.is_set() and asyncio.get_running_loop().time() < end:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(_SLICE_S, self._store.confirm_s)):
+                async with asyncio.timeout(min(_SLICE_S, limit_s)):
                     await self._woken.wait()
             if not client.is_connected or cast(int, client.stats["reconnects"]) != self._reconnects:
                 raise StoreUnavailable(self._store.address, "the connection was lost")

@@ -13,8 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from tickmesh.control.config_store import ConfigStore, Documents, Stored, check_documents_size, now_text, who_text
-from tickmesh.control.store import Entry, VersionMismatch
+from tickmesh.control.config_store import ConfigStore, Documents, HistoryEntry, Stored, check_documents_size, now_text, who_text
+from tickmesh.control.store import Entry, StoreError, VersionMismatch, Watch
 
 AnswerState = Literal["applied", "passed", "refused", "superseded", "unanswered"]
 Told = Callable[["Answer"], None]
@@ -92,17 +92,29 @@ class Rollout:
             StoreError: see there.
         """
         canaries = await self.store.list(self.keys.canary())
-        version = await self.config.apply(documents, based_on, comment)
-        # only now: in between a node would fall back to what was before
-        withdrawn = [key.rpartition("/")[2] for key in canaries if key != self.keys.canary(keep_canary)]
-        for node in withdrawn:
-            await self._end_order(self.keys.canary(node), canaries[self.keys.canary(node)].version)
-        return Outcome(version, await self.answers(version, documents.digest, nodes), withdrawn)
+        asked = sorted(set(nodes)) if nodes is not None else await self.members()
+        async with self.store.watch(self.keys.status()) as watch:
+            began_s = asyncio.get_running_loop().time()
+            made = await self.config.write(documents, based_on, comment)
+            remembering = asyncio.create_task(self._remember(made))
+            try:
+                # only now: in between a node would fall back to what was before
+                withdrawn = [key.rpartition("/")[2] for key in canaries if key != self.keys.canary(keep_canary)]
+                for node in withdrawn:
+                    await self._end_order(self.keys.canary(node), canaries[self.keys.canary(node)].version)
+                answers = await self._answers(asked, _judge_of(made.version, documents.digest), watch, began_s)
+            finally:
+                await remembering
+        return Outcome(made.version, answers, withdrawn)
+
+    async def _remember(self, made: HistoryEntry) -> None:
+        with suppress(StoreError):  # every node that accepts it does the same
+            await self.config.remember(made)
 
     async def answers(self, version: int, digest: str, nodes: Iterable[str] | None = None) -> list[Answer]:
         """What nodes (None: every member) make of a version that is there. Raises StoreError."""
         asked = sorted(set(nodes)) if nodes is not None else await self.members()
-        return await self._answers(asked, lambda node, status: _of_version(node, status, version, digest))
+        return await self._answers(asked, _judge_of(version, digest))
 
     async def canary(
         self, node: str, documents: Documents, based_on: Stored, comment: str = "", hold_s: float = 0.0, nodes: Iterable[str] | None = None
@@ -153,7 +165,8 @@ class Rollout:
                 return None
             return found or Answer(asked, "unanswered", ("somebody else withdrew it",))
 
-        found, _ = await self._wait([node], gone, hold_s)
+        async with self.store.watch(self.keys.status()) as watch:
+            found, _ = await self._wait([node], gone, hold_s, watch)
         if node in found:
             return found[node]
         return None if node in await self.members() else Answer(node, "unanswered", (f"the node ended within {hold_s:g} s",), hold_s)
@@ -164,15 +177,21 @@ class Rollout:
         def left(asked: str, status: Mapping[str, Any]) -> Answer | None:
             return Answer(asked, "applied") if status.get("source") != "canary" else None
 
-        await self._wait([node], left, 1.0)
+        async with self.store.watch(self.keys.status()) as watch:
+            await self._wait([node], left, 1.0, watch)
 
     async def _end_order(self, key: str, version: int) -> None:
         with suppress(VersionMismatch):  # it is somebody else's by now, or gone
             await self.store.delete(key, expected=version)
 
-    async def _answers(self, nodes: Sequence[str], judge: _Judge) -> list[Answer]:
-        """What each node says, and what is known of those that say nothing in time."""
-        found, last = await self._wait(nodes, judge, self.timeout_s, self._told)
+    async def _answers(
+        self, nodes: Sequence[str], judge: _Judge, watch: Watch | None = None, began_s: float | None = None
+    ) -> list[Answer]:
+        """What each node says, and what is known of those that say nothing in time; `watch`: of the statuses, where there is one."""
+        if watch is None:
+            async with self.store.watch(self.keys.status()) as own:
+                return await self._answers(nodes, judge, own)
+        found, last = await self._wait(nodes, judge, self.timeout_s, watch, self._told, began_s)
         for node in nodes:
             if node not in found:
                 found[node] = Answer(node, "unanswered", (_silence(last.get(node)),), self.timeout_s)
@@ -181,25 +200,25 @@ class Rollout:
         return [found[node] for node in nodes]
 
     async def _wait(
-        self, nodes: Sequence[str], judge: _Judge, timeout_s: float, told: Told | None = None
+        self, nodes: Sequence[str], judge: _Judge, timeout_s: float, watch: Watch, told: Told | None = None, began_s: float | None = None
     ) -> tuple[dict[str, Answer], Mapping[str, Mapping[str, Any]]]:
         """Wait until each node has answered, or the time is over: answers, and the last statuses."""
-        began, found, last = asyncio.get_running_loop().time(), dict[str, Answer](), dict[str, Mapping[str, Any]]()
+        clock, found, last = asyncio.get_running_loop().time, dict[str, Answer](), dict[str, Mapping[str, Any]]()
+        began_s = clock() if began_s is None else began_s
         if not nodes:
             return found, last
-        async with self.store.watch(self.keys.status()) as watch:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(timeout_s):
-                    async for snapshot in watch:
-                        last = statuses(snapshot.entries)
-                        for node in nodes:
-                            answer = judge(node, last[node]) if node in last and node not in found else None
-                            if answer is not None:
-                                found[node] = replace(answer, after_s=round(asyncio.get_running_loop().time() - began, 3))
-                                if told is not None:
-                                    told(found[node])
-                        if len(found) == len(nodes):
-                            break
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                async for snapshot in watch:
+                    last = statuses(snapshot.entries)
+                    for node in nodes:
+                        answer = judge(node, last[node]) if node in last and node not in found else None
+                        if answer is not None:
+                            found[node] = replace(answer, after_s=round(clock() - began_s, 3))
+                            if told is not None:
+                                told(found[node])
+                    if len(found) == len(nodes):
+                        break
         return found, last
 
 
@@ -217,6 +236,10 @@ def statuses(entries: Mapping[str, Entry]) -> dict[str, Mapping[str, Any]]:
 def _order(name: str, documents: Documents) -> bytes:
     about = {"id": name, "who": who_text(), "when": now_text()}
     return json.dumps(about | documents.as_json(), ensure_ascii=False, indent=1).encode()
+
+
+def _judge_of(version: int, digest: str) -> _Judge:
+    return lambda node, status: _of_version(node, status, version, digest)
 
 
 def _of_version(node: str, status: Mapping[str, Any], version: int, digest: str) -> Answer | None:

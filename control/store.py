@@ -16,6 +16,7 @@ A store belongs to the asyncio loop that it was made in.
 from __future__ import annotations
 
 import asyncio
+import builtins
 import contextlib
 import random
 import re
@@ -602,6 +603,10 @@ class Store(ABC):
         """
         return (await self._read(check_prefix(prefix))).entries
 
+    async def keys(self, prefix: str) -> builtins.list[str]:
+        """The keys under a prefix, without their values; perhaps with some that were removed a minute ago. Raises as :meth:`list` does."""
+        return await self._keys(check_prefix(prefix))
+
     async def put(self, key: str, value: bytes, *, expected: int | None = None) -> int:
         """Give a key a value, if it has the `expected` version (0: absent; None: in any case). Returns its new version.
 
@@ -708,6 +713,9 @@ class Store(ABC):
 
     @abstractmethod
     async def _read(self, prefix: str) -> Reading: ...
+
+    @abstractmethod
+    async def _keys(self, prefix: str) -> builtins.list[str]: ...
 
     @abstractmethod
     async def _transaction(self, operations: Sequence[Put | Delete], lease: Lease | None) -> dict[str, int]: ...

@@ -93,6 +93,7 @@ class Reload:
         self._held = ExitStack()
         self._change: _Change | None = None
         self._closed = threading.Event()
+        self._numbered: dict[str, int] = {}
 
     @property
     def under_way(self) -> int | None:
@@ -197,8 +198,7 @@ class Reload:
         document = plan = None
         try:
             known = node.document
-            numbers = {**known.sources, **(source_numbers(config, known.sources) if node.shared else {})}
-            document = Document.of(config, node.version if version is None else version, numbers, known.order_ids)
+            document = Document.of(config, node.version if version is None else version, self._numbers(config), known.order_ids)
             risk_limits(config)
             plan = document.plan()
             if not reasons:
@@ -215,6 +215,13 @@ class Reload:
             raise ChangeRefused(version, reasons)
         return document, plan
 
+    def _numbers(self, config: Config) -> dict[str, int]:
+        """Of all sources so far and of a configuration's; where shards are shared, those of the store, which is asked once for each."""
+        known = self._node.document.sources
+        if self._node.shared and not set(config.data_sources) <= set(self._numbered):
+            self._numbered |= source_numbers(config, known)
+        return {**known, **self._numbered}
+
     def _compile(self, plan: ShardPlan, sources: int) -> None:
         """Have the plan's loop compiled, in a helper process, unless it is the one that runs.
 
@@ -224,6 +231,8 @@ class Reload:
         """
         node, running = self._node, self._node.plan
         assert running is not None
+        if same_loop(running, plan) and inputs_room(sources) == inputs_room(len(node.inputs)):
+            return
         module = import_generated(write_generated("shard_parts", generate(plan)))
         room = inputs_room(sources)
         if module is not import_generated(write_generated("shard_parts", generate(running))) or room != inputs_room(len(node.inputs)):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from contextlib import AsyncExitStack
 
 import pytest
 from store_servers import StoreServer, contract, own_server, root, server, until
@@ -59,6 +61,8 @@ async def test_list_gives_what_lies_under_a_prefix(server: StoreServer, root: st
         ]
         assert found[root + "b/x"] == await store.get(root + "b/x")
         assert await store.list(root + "none/") == {}
+        assert await store.keys(root + "b/") == sorted(found)
+        assert await store.keys(root + "none/") == []
 
 
 @contract
@@ -203,6 +207,30 @@ async def test_a_watch_never_sees_half_a_transaction(server: StoreServer, root: 
         await followers
     assert not torn
     assert seen > 10
+
+
+@contract
+async def test_a_watch_ends_where_a_fresh_reading_does(server: StoreServer, root: str) -> None:
+    """Puts, deletions, transactions over two prefixes, leases that come and go, drawn by a seed: watched from different moments on."""
+    rng, keys = random.Random(11), [root + part for part in ("a/1", "a/2", "a/3", "b/1", "b/2")]
+    async with server.store() as store, server.store() as other, AsyncExitStack() as stack:
+        watches = []
+        for number in range(60):
+            if number % 20 == 0:
+                watches += [await stack.enter_async_context(other.watch(prefix)) for prefix in (root, root + "a/", root + "b/")]
+            if number % 15 == 7:
+                lease = await store.acquire(root + "a/lease", b"me", store.ttl_least_s, keep=False)
+                await lease.renew()
+                await lease.release()
+            chosen = rng.sample(keys, rng.randint(1, len(keys)))
+            value = str(number).encode()
+            await store.transaction([Put(key, value) if rng.random() < 0.7 else Delete(key) for key in chosen])
+        for watch in watches:
+            wanted = await store.list(watch.prefix)
+            async with asyncio.timeout(10):
+                while watch.snapshot is None or watch.snapshot.entries != wanted:
+                    await asyncio.sleep(0.005)
+            assert watch.restarts == 0
 
 
 @contract

@@ -41,10 +41,14 @@ class ShardArrivals:
     Attributes:
         epochs: by epoch.
         gaps_s: seconds between frames that follow each other under one epoch.
+        last_s: when the last frame arrived; 0: there was none.
+        longest_s: the longest time between two frames, of whatever epochs, since somebody set it to 0.
     """
 
     epochs: dict[int, EpochArrivals] = field(default_factory=dict)
     gaps_s: list[float] = field(default_factory=list)
+    last_s: float = 0.0
+    longest_s: float = 0.0
 
     @property
     def epoch(self) -> int:
@@ -53,6 +57,8 @@ class ShardArrivals:
 
     def take(self, epoch: int, at_s: float) -> None:
         """A frame has arrived."""
+        self.longest_s = max(self.longest_s, at_s - self.last_s if self.last_s else 0.0)
+        self.last_s = at_s
         known = self.epochs.get(epoch)
         if known is None:
             self.epochs[epoch] = EpochArrivals(at_s, at_s)

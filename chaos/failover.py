@@ -4,10 +4,14 @@ every output there exactly once?
     python -m tickmesh.chaos.failover --store consul --replicas 3 --kills 200 --seed 1
     python -m tickmesh.chaos.failover --kills 0 --moves 100 --sigterms 20
     python -m tickmesh.chaos.failover --kills 0 --changes 200
+    python -m tickmesh.chaos.failover --kills 0 --cuts 20 --servers 10 --replicas 3 --store consul
 
-Each time a shard is drawn by the seed, and its leader is the victim. Kills are ``kill -9`` and ``SIGSTOP`` for two seconds in turns.
+Each time a shard is drawn by the seed, and its leader is the victim. Kills are ``kill -9`` and ``SIGSTOP`` for two seconds in turns. A cut
+takes the network of the leader's host away for three seconds (with ``--cuts``, each node is in a network namespace of its own, which takes
+root): it hears nothing and nobody hears it. A server is killed with ``kill -9``, and started again when every shard has put out something.
 Measured is the time from the signal to the first output under a later epoch, in every shard that the victim led, and of planned changes
-the pause between the last output of the old epoch and the first of the new one, all by one clock. A change gives a calculation's
+the pause between the last output of the old epoch and the first of the new one, and of a server the longest time in which a shard put
+nothing out, all by one clock. A change gives a calculation's
 parameter another value in the store; measured is the time until the last node says that it has applied it. Before the next victim is
 drawn, every shard has a leader and its standbys again. In the end the checker reads every output stream and compares it with the replay
 of the leader's journal; and the signals of calculations over several shards are compared with those of one process that replays the same
@@ -38,11 +42,13 @@ from tickmesh.chaos.one_process import JoinReport, compare
 from tickmesh.control.leadership import request_move
 from tickmesh.ops.config_store_cmd import Wish, set_key
 from tickmesh.ops.local_cluster import LocalCluster, LocalClusterOptions, NodeProcess, NotWhole
+from tickmesh.ops.namespaces import lacking
+from tickmesh.ops.servers import EmbeddedServer
 from tickmesh.ops.shards_cmd import Cluster, Shard, opened
 from tickmesh.transports.nats import Login, connect
 
-Deed = Literal["kill", "pause", "move", "sigterm", "change"]
-PAUSE_S = 2.0
+Deed = Literal["kill", "pause", "cut", "server", "move", "sigterm", "change"]
+PAUSE_S, CUT_S = 2.0, 3.0
 FAILOVER_MS, MOVE_MS, APPLIED_MS = 250.0, 50.0, 50.0
 """The bars: p99 of a failover, of the pause of a planned change, and of new parameters until every node has applied them."""
 _CHANGED_KEY = "processing.calculations.fast.window"
@@ -85,7 +91,9 @@ class Scenario:
         changes: what was measured.
         whole_s: seconds from each deed until every shard had a leader and its standbys again.
         applied_ms: of each change of the configuration, until the last node had applied it.
+        outage_ms: of each server that was killed, the longest time without outputs of a shard.
         refused: what nodes said instead.
+        stuck: what did not go on at all.
     """
 
     cluster: LocalCluster
@@ -93,7 +101,9 @@ class Scenario:
     changes: list[Change] = field(default_factory=list)
     whole_s: list[float] = field(default_factory=list)
     applied_ms: list[float] = field(default_factory=list)
+    outage_ms: list[float] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    stuck: list[str] = field(default_factory=list)
     quiet: bool = False
 
     async def run(self, deeds: Sequence[Deed]) -> dict[str, Any]:
@@ -127,6 +137,9 @@ class Scenario:
         if deed == "change":
             await self._set(number)
             return
+        if deed == "server":
+            await self._kill_server(number, arrivals)
+            return
         if deed == "move":
             made = [await self._move(number, shards, arrivals, at)]
         else:
@@ -139,17 +152,25 @@ class Scenario:
             print(f"{number + 1} {deed} {made[0].victim}  {times}  whole after {self.whole_s[-1]:.1f} s", file=sys.stderr, flush=True)
 
     async def _strike(self, number: int, deed: Deed, shards: list[Shard], arrivals: Arrivals) -> list[Change]:
-        """Kill, pause or terminate the leader of a shard."""
+        """Kill, pause, cut off or terminate the leader of a shard."""
         name = self.rng.choice(shards).leader
         victim, led = self.cluster.nodes[name], [one for one in shards if one.leader == name]
-        began = time.monotonic()
-        {"kill": victim.kill, "pause": victim.pause, "sigterm": victim.terminate}[deed]()
+        began, network = time.monotonic(), self.cluster.network
+        if deed == "cut":
+            assert network is not None
+            network.cut(name)
+        else:
+            {"kill": victim.kill, "pause": victim.pause, "sigterm": victim.terminate}[deed]()
         waiting = asyncio.gather(*(arrivals.first_after(one.shard, one.epoch, _CHANGE_S) for one in led))
         if deed == "pause":
             await asyncio.sleep(max(0.0, began + PAUSE_S - time.monotonic()))  # it hangs for so long: that is the fault
             victim.resume()
         seen = await waiting
-        await self._restart(victim)
+        if network is not None and deed == "cut":
+            await asyncio.sleep(max(0.0, began + CUT_S - time.monotonic()))  # likewise
+            network.join(name)
+        else:
+            await self._restart(victim)
         found = []
         for one, after in zip(led, seen):
             before = arrivals.shards[one.shard].epochs.get(one.epoch)
@@ -178,6 +199,27 @@ class Scenario:
         pause = (after.first_s - before.last_s) * 1000 if before else None
         leader = {one.shard: one.leader for one in await at.shards()}.get(shard.shard, "")
         return Change("move", number, shard.shard, shard.leader, (after.first_s - began) * 1000, pause, leader)
+
+    async def _kill_server(self, number: int, arrivals: Arrivals) -> None:
+        """Kill a server of the store or of NATS, and start it again once all goes on without it."""
+        consul = self.cluster.consul.servers if self.cluster.consul is not None else []
+        server: EmbeddedServer = self.rng.choice([*self.cluster.nats.servers, *consul])
+        for shard in arrivals.shards:
+            shard.longest_s = 0.0
+        began = time.monotonic()
+        server.kill()
+        while not all(shard.last_s > began + _SILENT_S for shard in arrivals.shards):
+            if time.monotonic() > began + _CHANGE_S:
+                self.stuck.append(f"round {number}: {server.program} was killed, and a shard puts out nothing")
+                break
+            await asyncio.sleep(0.02)
+        self.outage_ms.append(max(shard.longest_s for shard in arrivals.shards) * 1000)
+        server.launch()
+        await asyncio.to_thread(server.wait_ready)
+        await self.cluster.whole(_WHOLE_S)
+        if not self.quiet:
+            what = f"{number + 1} server {server.program} port {server.port}  {self.outage_ms[-1]:.0f} ms without outputs"
+            print(f"{what}  whole after {time.monotonic() - began:.1f} s", file=sys.stderr, flush=True)
 
     async def _set(self, number: int) -> None:
         """Change a parameter, while everything runs."""
@@ -220,18 +262,20 @@ class Scenario:
         pauses = percentiles([one.pause_ms for one in planned if one.pause_ms is not None])
         o = self.cluster.options
         return {
+            "cluster": o.name,
             "store": o.store, "nats_servers": o.nats_servers, "stream_replicas": o.stream_replicas, "nodes": o.nodes, "shards": o.shards,
             "replicas": o.replicas, "rate": o.rate, "seed": o.seed, "host": {"cores": os.cpu_count(), "load_1_5_15_min": os.getloadavg()},
             "done": dict(Counter(deed for deed, _ in self._rounds())),
             "failover_ms": {"all": failovers, "kill": self._times("kill"), "pause": self._times("pause")},
             "planned": {"pause_ms": pauses, "request_ms": self._times("move"), "sigterm_ms": self._times("sigterm")},
+            "cut_ms": self._times("cut"), "server_outage_ms": percentiles(self.outage_ms), "stuck": self.stuck,
             "changes": {"applied_ms": percentiles(self.applied_ms), "refused": self.refused},
             "whole_again_ms": percentiles([s * 1000 for s in self.whole_s]), "frame_gap_ms": gaps, "never": never,
             "checker": [str(report) for report in reports], "faults": faults, "outputs": sum(report.outputs for report in reports),
             "across_shards": asdict(joins),
             "within_bars": failovers.get("p99", 0.0) <= FAILOVER_MS and pauses.get("p99", 0.0) <= MOVE_MS
             and percentiles(self.applied_ms).get("p99", 0.0) <= APPLIED_MS,
-            "good": not never and not self.refused and all(report.good for report in reports) and joins.good,
+            "good": not never and not self.stuck and not self.refused and all(report.good for report in reports) and joins.good,
         }  # fmt: skip
 
     def _rounds(self) -> set[tuple[Deed, int]]:
@@ -241,10 +285,11 @@ class Scenario:
         return percentiles([one.took_ms for one in self.changes if one.deed in deeds and one.took_ms is not None])
 
 
-def deeds_of(kills: int, moves: int, sigterms: int, changes: int = 0) -> list[Deed]:
-    """Kills and pauses in turns, then moves, then hand-overs, then changes of the configuration."""
+def deeds_of(kills: int, moves: int, sigterms: int, changes: int = 0, cuts: int = 0, servers: int = 0) -> list[Deed]:
+    """Kills and pauses in turns, then cuts, servers, moves, hand-overs, and changes of the configuration."""
     found: list[Deed] = ["pause" if number % 2 else "kill" for number in range(kills)]
-    return [*found, *(["move"] * moves), *(["sigterm"] * sigterms), *(["change"] * changes)]  # type: ignore[list-item]
+    rest: list[tuple[Deed, int]] = [("cut", cuts), ("server", servers), ("move", moves), ("sigterm", sigterms), ("change", changes)]
+    return found + [deed for deed, count in rest for _ in range(count)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -253,6 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--store", choices=("consul", "nats"), default="nats")
     parser.add_argument("--replicas", type=int, choices=(1, 3), default=1, help="nats-servers, each with every output stream")
     parser.add_argument("--kills", type=int, default=20, help="kill -9 and SIGSTOP in turns")
+    parser.add_argument("--cuts", type=int, default=0, help="leaders whose network is cut, in network namespaces; takes root")
+    parser.add_argument("--servers", type=int, default=0, help="servers of NATS and of the store that are killed; with three of each")
     parser.add_argument("--moves", type=int, default=0, help="planned moves, after the kills")
     parser.add_argument("--sigterms", type=int, default=0, help="nodes asked to end, after the moves")
     parser.add_argument("--changes", type=int, default=0, help="new values of a parameter, after all that")
@@ -263,6 +310,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep data and logs here")
     parser.add_argument("--quiet", action="store_true", help="no lines on standard error")
     options = parser.parse_args(arguments)
+    if options.servers and options.replicas == 1:
+        parser.error("--servers needs --replicas 3: nothing goes on without the only server")
+    if options.cuts and (reason := lacking()):
+        parser.error(f"--cuts: {reason}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: nothing is left running
     temporary = tempfile.TemporaryDirectory(prefix="tickmesh-failover-", ignore_cleanup_errors=True)
     with temporary as folder:
@@ -281,7 +332,7 @@ def _run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     settings = LocalClusterOptions(
         folder,
-        name="failover",
+        name=f"failover-{os.getpid()}",  # several may run at a time
         store=options.store,
         nodes=options.nodes,
         shards=options.shards,
@@ -290,11 +341,16 @@ def _run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         rate=options.rate,
         seed=options.seed,
         per_event=(),  # only the streams are looked at
+        namespaces=options.cuts > 0,
     )
     say(f"seed {options.seed}, data in {folder}")
     with LocalCluster(settings, say) as cluster:
         scenario = Scenario(cluster, random.Random(options.seed), quiet=options.quiet)
-        return asyncio.run(scenario.run(deeds_of(options.kills, options.moves, options.sigterms, options.changes)))
+        return asyncio.run(scenario.run(_deeds(options)))
+
+
+def _deeds(options: argparse.Namespace) -> list[Deed]:
+    return deeds_of(options.kills, options.moves, options.sigterms, options.changes, options.cuts, options.servers)
 
 
 if __name__ == "__main__":

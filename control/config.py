@@ -212,6 +212,7 @@ _PACE_SCHEMA = WithJsonSchema({"anyOf": [{"enum": ["max", "realtime"]}, {"type":
 _NUMBER = WithJsonSchema({"type": ["number", "string"]})
 PreciseNumber = Annotated[Decimal, BeforeValidator(_decimal), _NUMBER]
 """An exact decimal number: 0.01 and "0.01" are the same, and neither becomes a float."""
+_HOST = r"^([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])$"
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_-]{0,63}$")]
 Symbol = Annotated[str, StringConstraints(min_length=1, max_length=24, pattern=r"^[\x21-\x7e]*$")]
 PowerOfTwo = Annotated[int, BeforeValidator(lambda v: _power_of_two(v) if type(v) is int and v > 0 else v)]
@@ -286,6 +287,12 @@ class Cluster(Table):
 
     name: str = key("local", "Name of the cluster; part of every NATS subject.", pattern=r"^[A-Za-z0-9_-]{1,32}$")
     node: str = key("node1", "Name of this node, unique in the cluster.", per_node=True, pattern=r"^[A-Za-z0-9_-]{1,32}$")
+    address: str = key(
+        "127.0.0.1", "Name or address of this host: where other nodes reach this one, and where it listens.", per_node=True, pattern=_HOST
+    )
+    listen: str | None = key(
+        None, "Where it listens instead: 0.0.0.0 or [::] if `address` is not this host's own, behind NAT.", per_node=True, pattern=_HOST
+    )
     shards: int = key(1, "Partitions of the instruments; each has its own thread, journal and output stream.", ge=1, le=64)
     replicas: int = key(
         2, "Nodes that hold each shard, its leader included; fewer if there are fewer. With [leadership].", live=True, ge=1, le=16
@@ -306,6 +313,11 @@ class Cluster(Table):
     output_overflow: Overflow = key(
         "block", "When the output ring is full: wait, overwrite the oldest, or drop and emit a gap; always counted."
     )
+
+    @property
+    def listens_at(self) -> str:
+        """Where ports for other nodes are opened."""
+        return self.listen or self.address
 
     @property
     def data_path(self) -> Path:
@@ -652,8 +664,9 @@ class Leadership(Table):
 class Replication(Table):
     """``[replication]``: with ``[leadership]``, journals go to standbys, and outputs wait for that."""
 
-    listen: str = key("127.0.0.1:0", "HOST:PORT at which standbys find this node's journals; port 0: any free one.")
-    advertise: str | None = key(None, "HOST:PORT that other nodes are told; none: listen. Needed where listen is 0.0.0.0 or [::].")
+    port: int = key(
+        0, "TCP port at which standbys find a node's journals, at that node's `cluster.address`; 0: any free one.", ge=0, le=65535
+    )
     acks: Annotated[Literal[0, 1, "all"], BeforeValidator(_acks)] = key(
         1, "On how many standbys the inputs of an output must be before it leaves the node: 0, 1, or all that keep up."
     )
@@ -674,9 +687,6 @@ class Replication(Table):
     @model_validator(mode="after")
     def _check(self) -> Replication:
         bad = []
-        for name, address in (("listen", self.listen), ("advertise", self.advertise)):
-            if address is not None and not _is_address(address):
-                bad.append(Refusal(name, "must be HOST:PORT", "e.g. 127.0.0.1:4230"))
         if self.timeout_ms < 3 * self.heartbeat_ms:
             bad.append(
                 Refusal("timeout_ms", "is less than three heartbeats", "one late heartbeat must not look like a death", ("heartbeat_ms",))
@@ -685,20 +695,13 @@ class Replication(Table):
         bad += [
             Refusal(name, "is missing", "TLS needs all three files") for name, file in files.items() if file is None and any(files.values())
         ]
-        local = self.listen.rpartition(":")[0] in ("127.0.0.1", "localhost", "[::1]")
-        if not local and not any(files.values()) and self.token_env is None:
-            bad.append(
-                Refusal(
-                    "listen", "is open to other hosts, and nothing keeps strangers out", "set token_env or the tls_ files", ("token_env",)
-                )
-            )
         _refused(bad)
         return self
 
-
-def _is_address(address: str) -> bool:
-    host, colon, port = address.rpartition(":")
-    return bool(colon and re.fullmatch(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", host) and port.isdecimal() and int(port) < 65536)
+    @property
+    def guarded(self) -> bool:
+        """Whether strangers are kept out."""
+        return self.token_env is not None or self.tls_ca_file is not None
 
 
 class Delivery(Table):
@@ -936,6 +939,7 @@ def parse_config(text: str, name: str = "configuration", checks: Checks | None =
     reading.document, reading.lines = document, key_lines(text)
     config = _checked(reading, checks)
     config._file = file
+    _check_guarded(config, config, name)
     return config
 
 
@@ -973,7 +977,19 @@ def parse_parts(parts: Mapping[str, Part], own: Config, checks: Checks | None = 
     cluster = config.cluster.model_copy(update={"name": own.cluster.name, **{name: getattr(own.cluster, name) for name in PER_NODE_KEYS}})
     made = config.model_copy(update={"cluster": cluster, "store": own.store})
     made._file, made._code_folder = own.file, code_folder
+    _check_guarded(made, own, reading.name)
     return made
+
+
+def _check_guarded(config: Config, own: Config, name: str) -> None:
+    """No port for standbys is open to other hosts, and to strangers there. `own` has the lines of what is the node's own."""
+    host = config.cluster.listens_at
+    if not config.leadership.enabled or config.replication.guarded or host in ("127.0.0.1", "localhost", "[::1]"):
+        return
+    which = "listen" if config.cluster.listen else "address"
+    reason = "is open to other hosts, and nothing keeps strangers away from the journals"
+    hint = "set replication.token_env or the tls_ files there"
+    raise ConfigError([Problem(f"cluster.{which}", own.line("cluster", which), host, reason, hint)], name)
 
 
 def _check_own(reading: _Reading, own: Config) -> None:

@@ -64,11 +64,14 @@ class Roles:
         config = node.config
         self.node, self.incarnation = node, secrets.token_hex(6)
         self._links = link_options(config)
-        host, _, port = config.replication.listen.rpartition(":")
         self.server = ReplicationServer(
-            self._links, host=host.strip("[]"), port=int(port), idle=IDLE_MODES[config.cluster.idle], superseded=self._superseded
+            self._links,
+            host=config.cluster.listens_at.strip("[]"),
+            port=config.replication.port,
+            idle=IDLE_MODES[config.cluster.idle],
+            superseded=self._superseded,
         )
-        self._address = config.replication.advertise or self.server.address
+        self._address = f"{config.cluster.address}:{self.server.port}"
         self._replicas: dict[int, Replica] = {}
         self._leadership: Leadership | None = None
         self._beats: Heartbeats | None = None

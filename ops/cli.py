@@ -213,6 +213,7 @@ def cluster(
     nats_servers: Annotated[int, typer.Option(min=1, max=3, help="nats-servers, 1 or 3; each output stream is on all of them.")] = 3,
     rate: Annotated[int, typer.Option(min=1, help="Messages per second of the simulated market.")] = 1000,
     data_dir: Annotated[Path | None, typer.Option(metavar="FOLDER", help="For data and logs; none: a temporary folder.")] = None,
+    namespaces: Annotated[bool, typer.Option("--namespaces", help="Each node in a network namespace of its own; takes root.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """A whole cluster on this host, to look at and to break: servers, nodes, and a market on multicast over loopback.
@@ -225,6 +226,10 @@ def cluster(
         raise typer.BadParameter("two servers cannot do without one: give 1 or 3", param_hint="--nats-servers")
     from tickmesh.ops import cluster_cmd
     from tickmesh.ops.local_cluster import LocalClusterOptions
+    from tickmesh.ops.namespaces import lacking
+
+    if namespaces and (reason := lacking()):
+        raise typer.BadParameter(reason, param_hint="--namespaces")
 
     with cluster_cmd.temporary_folder(data_dir) as folder:
         options = LocalClusterOptions(
@@ -236,6 +241,7 @@ def cluster(
             nats_servers=nats_servers,
             stream_replicas=nats_servers,
             rate=rate,
+            namespaces=namespaces,
         )
         _finish(cluster_cmd.run(options, _progress(quiet) or (lambda _: None), view=not quiet))
 

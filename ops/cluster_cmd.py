@@ -82,14 +82,17 @@ def hints(cluster: LocalCluster) -> list[str]:
     name, place = cluster.options.name, f"--store {cluster.store_url} --cluster {cluster.options.name}"
     server = cluster.nats.servers[0].url
     node = next(iter(cluster.nodes.values()))
+    network = cluster.network
     return [
         f"cluster {name} runs in {cluster.options.folder}; in another terminal:",
+        *([f"    {network.enter}        first: the servers' network; then"] if network is not None else []),
         f"    tickmesh subscribe 'tm.{name}.bbo.*' --server {server}",
         f"    tickmesh subscribe 'tm.{name}.signal.pair' --server {server}        a spread of two shards' instruments",
         f"    tickmesh shards {place}",
         f"    tickmesh shards move 0 --to {list(cluster.nodes)[-1]} {place}",
         f"    tickmesh config set processing.calculations.fast.window 20 {place}",
         f"    kill -9 {node.pid}        what {node.name} leads goes on at another node; it is started again here",
+        *([f"    {network.cutting(node.name)}        cuts {node.name} off; up instead of down: joins it"] if network is not None else []),
         "Ctrl-C stops everything",
     ]
 

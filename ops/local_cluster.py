@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +30,8 @@ from typing import Literal, Self
 
 from tickmesh.control.config import StoreSettings
 from tickmesh.ops.config_store_cmd import Place, Wish, apply_file
-from tickmesh.ops.server_clusters import ConsulCluster, NatsCluster
+from tickmesh.ops.namespaces import INTERFACE, Namespaces
+from tickmesh.ops.server_clusters import HOST, ConsulCluster, NatsCluster
 from tickmesh.ops.servers import die_with
 from tickmesh.ops.shards_cmd import Shard, opened
 from tickmesh.ops.simulator import symbol_names
@@ -37,6 +39,7 @@ from tickmesh.transports.ring import SHM_FOLDER
 
 _STOP_S = 30.0
 _LOG_TAIL_BYTES = 2000
+_TOKEN = "TICKMESH_REPLICATION_TOKEN"
 
 
 class NotWhole(Exception):
@@ -82,6 +85,7 @@ class LocalClusterOptions:
         suspect_ms: silence after which a node is taken for dead; on a host that is busy with other things, more.
         per_event: kinds of output that also go out as one message each.
         extra: further TOML for the cluster's configuration.
+        namespaces: each node in a network namespace of its own (:mod:`tickmesh.ops.namespaces`), whose link can be cut.
     """
 
     folder: Path
@@ -98,6 +102,7 @@ class LocalClusterOptions:
     suspect_ms: float = 100.0
     per_event: tuple[str, ...] = ("bbo", "trade", "signal", "alert", "bar", "status")
     extra: str = ""
+    namespaces: bool = False
 
 
 class NodeProcess:
@@ -110,9 +115,16 @@ class NodeProcess:
         paused: it has been stopped by :meth:`pause`.
     """
 
-    def __init__(self, name: str, folder: Path, own: str, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        own: str,
+        environment: Mapping[str, str],
+        within: Callable[[Sequence[str]], Sequence[str]] = lambda command: command,
+    ) -> None:
         self.name, self.data_dir, self.log, self.paused = name, folder / "data", folder / "node.log", False
-        self._file, self._environment = folder / "own.toml", dict(environment)
+        self._file, self._environment, self._within = folder / "own.toml", dict(environment), within
         folder.mkdir(parents=True, exist_ok=True)
         self._file.write_text(own)
         self._process: subprocess.Popen[bytes] | None = None
@@ -142,7 +154,7 @@ class NodeProcess:
         """Start it, in the thread that is to outlive it. It is not waited for."""
         if self.running:
             return
-        command = [sys.executable, "-m", "tickmesh.ops.cli", "node", "run", "--config", str(self._file)]
+        command = self._within([sys.executable, "-m", "tickmesh.ops.cli", "node", "run", "--config", str(self._file)])
         self._process, self.paused, self._told = _child(command, self.log, self._environment), False, False
 
     def kill(self) -> None:
@@ -206,6 +218,7 @@ class LocalCluster:
         options: what is started.
         nats: its nats-servers.
         consul: its Consul servers; None: the store is a bucket.
+        network: the nodes' namespaces; None: all are on this host's loopback.
         nodes: by name, ``n1`` and so on.
         endpoint: of the multicast feed.
     """
@@ -214,17 +227,27 @@ class LocalCluster:
     progress: Callable[[str], None] | None = None
     nats: NatsCluster = field(init=False)
     consul: ConsulCluster | None = field(init=False, default=None)
+    network: Namespaces | None = field(init=False, default=None)
     nodes: dict[str, NodeProcess] = field(init=False, default_factory=dict)
     endpoint: str = field(init=False, default_factory=lambda: free_endpoint())
+    _secret: dict[str, str] = field(init=False, default_factory=lambda: {_TOKEN: secrets.token_hex(16)})
     _stack: ExitStack = field(init=False, default_factory=ExitStack)
     _feed: subprocess.Popen[bytes] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         options = self.options
         options.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self.nats = NatsCluster(options.folder / "servers", options.nats_servers)
-        if options.store == "consul":
-            self.consul = ConsulCluster(options.folder / "servers")
+        if options.namespaces:
+            self.network = Namespaces(options.name, [f"n{number + 1}" for number in range(options.nodes)])
+        if self.network is None:
+            self._make_servers(HOST)
+
+    def _make_servers(self, host: str) -> None:
+        """Not before there is a network for them: they look for free ports."""
+        folder = self.options.folder / "servers"
+        self.nats = NatsCluster(folder, self.options.nats_servers, host)
+        if self.options.store == "consul":
+            self.consul = ConsulCluster(folder, host=host)
 
     # -- starting and stopping
 
@@ -245,6 +268,9 @@ class LocalCluster:
     def _start(self) -> None:
         self._tell("starting the servers")
         self._stack.callback(self._sweep)
+        if self.network is not None:
+            self._stack.enter_context(self.network)
+            self._make_servers(self.network.servers_address)
         self._stack.enter_context(self.nats)
         if self.consul is not None:
             self._stack.enter_context(self.consul)
@@ -264,7 +290,7 @@ class LocalCluster:
         """Start the simulated market, from its first message."""
         o = self.options
         command = [
-            *(sys.executable, "-m", "tickmesh.ops.cli", "simulate", "--json", "--multicast", self.endpoint, "--interface", "lo"),
+            *(sys.executable, "-m", "tickmesh.ops.cli", "simulate", "--json", "--multicast", self.endpoint, "--interface", self._interface),
             *("--rate", str(o.rate), "--symbols", str(o.symbols), "--seed", str(o.seed)),
         ]
         self._feed = _child(command, o.folder / "feed.log", environment())
@@ -303,6 +329,11 @@ class LocalCluster:
             self.progress(text)
 
     # -- configuration
+
+    @property
+    def _interface(self) -> str:
+        """That carries the feed."""
+        return INTERFACE if self.network is not None else "lo"
 
     def store_address(self, number: int = 0) -> str:
         """Of the store, as node `number` has it: each its own Consul server, as a host has its own agent."""
@@ -355,12 +386,13 @@ segment_mb = 4
 [replication]
 acks = 1
 timeout_ms = {5 * o.suspect_ms}
+{f'token_env = "{_TOKEN}"' if self.network is not None else ""}
 solo_after_ms = {10 * o.suspect_ms}
 
 [data_sources.market]
 type = "multicast"
 endpoint = "{self.endpoint}"
-interface = "lo"
+interface = "{self._interface}"
 data_format = "itch50"
 framing = "moldudp64"
 
@@ -382,12 +414,15 @@ per_event = {json.dumps(o.per_event)}
 
     def _add_node(self, name: str, number: int) -> NodeProcess:
         o, folder = self.options, self.options.folder / name
+        address = f'address = "{self.network.address(name)}"\n' if self.network is not None else ""
         replicas = "".join(f"{key} = {value}\n" for key, value in self._bucket().items())
         own = (
-            f'[cluster]\nname = "{o.name}"\nnode = "{name}"\nidle = "sleep"\ndata_dir = "{folder.absolute() / "data"}"\n'
+            f'[cluster]\nname = "{o.name}"\nnode = "{name}"\nidle = "sleep"\ndata_dir = "{folder.absolute() / "data"}"\n{address}'
             f'[store]\nkind = "{o.store}"\naddress = "{self.store_address(number)}"\n{replicas}'
         )
-        self.nodes[name] = NodeProcess(name, folder, own, environment() | self.nats.system.environment)
+        network = self.network
+        within = partial(network.command, name) if network is not None else list
+        self.nodes[name] = NodeProcess(name, folder, own, environment() | self.nats.system.environment | self._secret, within)
         return self.nodes[name]
 
     # -- looking

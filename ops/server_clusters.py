@@ -96,20 +96,24 @@ class NatsCluster(_Servers[NatsServer]):
         folder: a folder per server is made in it.
         count: 3, or 1: a single server, without routes.
         system: the login; default: a new one.
+        host: where they listen; another one than loopback only in a network of the caller's own.
     """
 
     folder: Path
     count: int = 3
+    host: str = HOST
     system: SystemLogin = field(default_factory=SystemLogin)
 
     def __post_init__(self) -> None:
-        ports = free_ports(HOST, 2 * self.count)
-        routes = [f"{HOST}:{port}" for port in ports[self.count :]] if self.count > 1 else []
+        ports = free_ports(self.host, 2 * self.count)
+        routes = [f"{self.host}:{port}" for port in ports[self.count :]] if self.count > 1 else []
         self.servers = [
             NatsServer(
                 NatsServerOptions(
                     self.folder / f"nats-{number + 1}",
                     port=ports[number],
+                    host=self.host,
+                    open=self.host != HOST,
                     name=f"nats-{number + 1}",
                     system=self.system,
                     route_port=ports[self.count + number] if routes else 0,
@@ -154,20 +158,24 @@ class ConsulCluster(_Servers[ConsulServer]):
     Args:
         folder: a folder per server is made in it.
         count: 3, or 1.
+        host: where they listen; another one than loopback only in a network of the caller's own.
     """
 
     folder: Path
     count: int = 3
+    host: str = HOST
 
     def __post_init__(self) -> None:
-        ports = free_ports(HOST, 3 * self.count)
+        ports = free_ports(self.host, 3 * self.count)
         https, gossips, rafts = (ports[n * self.count : (n + 1) * self.count] for n in range(3))
-        peers = [f"{HOST}:{port}" for port in gossips] if self.count > 1 else []
+        peers = [f"{self.host}:{port}" for port in gossips] if self.count > 1 else []
         self.servers = [
             ConsulServer(
                 ConsulServerOptions(
                     self.folder / f"consul-{number + 1}",
                     port=https[number],
+                    host=self.host,
+                    open=self.host != HOST,
                     name=f"consul-{number + 1}",
                     gossip_port=gossips[number],
                     raft_port=rafts[number],
@@ -179,7 +187,7 @@ class ConsulCluster(_Servers[ConsulServer]):
 
     def address(self, number: int = 0) -> str:
         """``host:port`` of a server; counts on from the first after the last."""
-        return f"{HOST}:{self.servers[number % self.count].port}"
+        return f"{self.host}:{self.servers[number % self.count].port}"
 
     def _wait_together(self) -> None:
         self._wait(lambda: all(server.peers_known() == self.count for server in self.servers), "its servers did not find each other")

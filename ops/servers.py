@@ -141,7 +141,8 @@ class ServerOptions:
     Attributes:
         data_dir: folder for data, log and configuration; made if absent.
         port: TCP port on `host`; 0: a free one.
-        host: a loopback address.
+        host: a loopback address, unless `open`.
+        open: other addresses are fine too: the caller has a network of his own.
         free_bytes_min: refuse to start on a disk with less room.
         ready_timeout_s, stop_timeout_s: limits of waiting.
     """
@@ -149,6 +150,7 @@ class ServerOptions:
     data_dir: Path
     port: int = 0
     host: str = "127.0.0.1"
+    open: bool = False
     free_bytes_min: int = 64 << 20
     ready_timeout_s: float = 15.0
     stop_timeout_s: float = 10.0
@@ -234,7 +236,7 @@ class EmbeddedServer(ABC):
         Raises:
             ValueError: the host is not a loopback address.
         """
-        if options.host != "localhost" and not ipaddress.ip_address(options.host).is_loopback:
+        if not options.open and options.host != "localhost" and not ipaddress.ip_address(options.host).is_loopback:
             raise ValueError(f"the embedded server listens on loopback only, not on {options.host}")
         self.port = options.port
         self._process: subprocess.Popen[bytes] | None = None

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nats_fixtures import nats_server
@@ -17,6 +18,7 @@ from tickmesh.chaos.arrivals import Arrivals, ShardArrivals, percentiles
 from tickmesh.chaos.failover import deeds_of
 from tickmesh.node.event import EVENT
 from tickmesh.node.frames import FrameHeader, encode_frame, stream_name, stream_subject
+from tickmesh.ops.namespaces import lacking
 from tickmesh.ops.servers import NatsServer
 from tickmesh.transports.nats import Login, connect
 from tickmesh.transports.toolbox import zeros_aligned
@@ -26,6 +28,7 @@ __all__ = ["nats_server"]
 
 def test_kills_and_pauses_take_turns() -> None:
     assert deeds_of(3, 1, 1, 1) == ["kill", "pause", "kill", "move", "sigterm", "change"]
+    assert deeds_of(1, 1, 0, 0, 2, 1) == ["kill", "cut", "cut", "server", "move"]
     assert deeds_of(0, 0, 0) == []
 
 
@@ -42,6 +45,7 @@ def test_arrivals_are_kept_by_epoch() -> None:
     first = shard.after(3)
     assert first is not None
     assert (first.first_s, first.last_s, first.frames) == (2.0, 2.5, 2)
+    assert shard.longest_s == 2.0
     assert shard.after(9) is None
     assert shard.epoch == 9
     assert shard.gaps_s == [0.5, 0.5]
@@ -89,22 +93,35 @@ def store(request: pytest.FixtureRequest) -> str:
 @pytest.mark.cluster
 @pytest.mark.timeout(1200)
 def test_leaders_that_are_killed_paused_moved_and_ended_lose_and_double_nothing(store: str, tmp_path: Path) -> None:
-    deeds = ["--kills", "2", "--moves", "1", "--sigterms", "1", "--changes", "2"]
-    command = [sys.executable, "-m", "tickmesh.chaos.failover", "--store", store, *deeds]
-    done = subprocess.run(
-        [*command, "--shards", "2", "--rate", "500", "--seed", "3", "--keep", str(tmp_path)],
-        capture_output=True, text=True, timeout=1100, check=False,
-    )  # fmt: skip
-    assert done.stdout, done.stderr[-3000:]
-    found = json.loads(done.stdout)
-    assert done.returncode == 0, json.dumps(found, indent=1)
+    found = scenario(tmp_path, "--store", store, "--kills", "2", "--moves", "1", "--sigterms", "1", "--changes", "2", "--rate", "500")
     assert found["done"] == {"kill": 1, "pause": 1, "move": 1, "sigterm": 1}
     assert (found["changes"]["applied_ms"]["count"], found["changes"]["refused"]) == (2, [])
     assert found["failover_ms"]["all"]["count"] >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(bool(lacking()), reason=lacking())
+def test_hosts_that_are_cut_off_and_servers_that_die_lose_and_double_nothing(tmp_path: Path) -> None:
+    found = scenario(tmp_path, "--kills", "0", "--cuts", "2", "--servers", "2", "--replicas", "3", "--rate", "300")
+    assert found["done"] == {"cut": 2}
+    assert found["cut_ms"]["count"] >= 2
+    assert (found["server_outage_ms"]["count"], found["stuck"]) == (2, [])
+
+
+def scenario(folder: Path, *options: str) -> dict[str, Any]:
+    """A run of the scenario that came to its end without a fault, and left nothing."""
+    command = [sys.executable, "-m", "tickmesh.chaos.failover", *options, "--shards", "2", "--seed", "3", "--keep", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1100, check=False)
+    assert done.stdout, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert done.returncode == 0, json.dumps(found, indent=1)
     assert found["never"] == []
     assert not any(found["faults"].values())
     assert found["across_shards"]["faults"] == {}
     assert set(found["across_shards"]["signals"]) == {"pair", "all"}
     assert min(found["across_shards"]["signals"].values()) > 10
     assert found["outputs"] > 0
-    assert not list(Path("/dev/shm").glob("tickmesh-failover*"))
+    assert not list(Path("/dev/shm").glob(f"tickmesh-{found['cluster']}*"))
+    return found

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -307,9 +308,7 @@ class _Change:
             where = "processing"
             self._prepare_legs()
             where = "journal"
-            for thread in self.threads:
-                if thread.documents is not None:
-                    thread.documents.write(replace(self.document, version=self.versions[thread.number]))
+            self._write_documents()
         except CompileStopped:
             self.call_off()
             raise
@@ -319,6 +318,17 @@ class _Change:
             raise ChangeRefused(self.document.version, [reason]) from error
         kept = set(self.config.data_sources) - set(self.sources.made)
         self.sources.ending = [receiver for receiver in self.node.receivers if receiver.name not in kept]
+
+    def _write_documents(self) -> None:
+        """Beside every journal, all at once: each waits for the disk."""
+        wanted = [
+            (thread.documents, replace(self.document, version=self.versions[thread.number]))
+            for thread in self.threads
+            if thread.documents is not None
+        ]
+        if wanted:
+            with ThreadPoolExecutor(len(wanted), thread_name_prefix="documents") as pool:
+                list(pool.map(lambda pair: pair[0].write(pair[1]), wanted))
 
     def _prepare_source(self, name: str) -> None:
         old = self.old.data_sources.get(name)

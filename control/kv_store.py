@@ -3,7 +3,7 @@
 The bucket is an ordinary one (``nats kv`` shows it), with atomic batches and markers for entries whose time is over. ``/`` of a key is a
 dot in the subject; a dot is written ``=2E``.
 
-A whole state is read in four steps: the last message under the prefix, all keys, the last message again, the stream's end. It counts if
+A whole state is read in four steps: the last message under the prefix, the stream's end, all keys, the last message again. It counts if
 the last message is the same before and after, is among what was read (any replica may answer the second step), and is not inside a batch
 whose end is not stored yet. A watch reads it once and then takes what an ordered consumer brings, entries that expire among it, a batch
 as a whole. It asks for the last message every `confirm_s`, and reads anew if that is another one: a consumer that died costs time, not
@@ -76,10 +76,16 @@ class _Message:
         return self.seq > 0 and not self.header("KV-Operation") and not self.header("Nats-Marker-Reason")
 
     @property
+    def place(self) -> tuple[int, int]:
+        """Which message of its batch it is, from 1, and how many those are; (1, 1): it stands alone."""
+        number, _, count = self.header(_BATCH).partition("/")
+        return (int(number), int(count)) if count else (1, 1)
+
+    @property
     def complete_at(self) -> int:
         """The stream's sequence at which the batch that it belongs to is stored."""
-        number, _, count = self.header(_BATCH).partition("/")
-        return self.seq + (int(count) - int(number) if count else 0)
+        number, count = self.place
+        return self.seq + count - number
 
     @property
     def epoch(self) -> int:
@@ -167,10 +173,10 @@ class KvStore(Store):
         backoff = Backoff(first_s=0.001, last_s=0.05, rng=self._rng)
         for _ in range(_TRIES):
             before = await self._last(self._subject(prefix) + ">")
-            found = await self._all(prefix) if before.seq else []
-            after = await self._last(self._subject(prefix) + ">")
             async with self._asking():
                 info = await self._jetstream.stream_info(self._stream)
+            found = await self._all(prefix) if before.seq else []
+            after = await self._last(self._subject(prefix) + ">")
             seen = not after.seq or any(message.seq == after.seq for message in found)
             if before.seq == after.seq and seen and info.state.last_seq >= after.complete_at:
                 entries = [entry for entry in map(self._entry, found) if entry is not None]
@@ -445,15 +451,18 @@ class _KvFeed:
             await self._subscribe()
             return await self._read_all()
         await self._wait(self._store.confirm_s)
+        if not self._pushed and (await self._store._last(self._subject)).seq == self._last_seq:
+            return self._reading
         while self._pushed:
-            if (found := self._caught_up(self._reading)) is not None:
-                return found
+            whole = self._whole()
+            if whole is None:
+                break
+            if whole or not self._pushed:
+                return self._apply(self._reading, whole)
+            self._woken.clear()
             await self._wait(_BATCH_S)
             if not self._woken.is_set():
-                break  # the batch ends with another prefix, or its end is lost
-        else:
-            if (await self._store._last(self._subject)).seq == self._last_seq:
-                return self._reading
+                break  # the rest of the batch has another prefix, or is lost
         return await self._read_all()
 
     async def close(self) -> None:
@@ -462,28 +471,38 @@ class _KvFeed:
             await self._subscription.unsubscribe()
 
     async def _read_all(self) -> Reading:
+        self._woken.clear()
         self._reading, self._last_seq = await self._store._read_to(self._prefix)
         return self._reading
 
-    def _caught_up(self, reading: Reading) -> Reading | None:
-        """The state after what has been brought, whole batches only; None: there is none that is whole."""
-        self._woken.clear()
+    def _whole(self) -> int | None:
+        """How many of the messages brought make whole batches, from the first on; None: a part of one is missing, and will not come.
+
+        A bucket keeps one message per key, so that a part which was overwritten before it was brought is never brought.
+        """
         while self._pushed and self._pushed[0].seq <= self._last_seq:
             self._pushed.popleft()
-        if not self._pushed:
-            return reading
-        following = [*[message.seq for message in self._pushed][1:], 0]
-        ends = [n for n, message in enumerate(self._pushed) if message.complete_at <= max(message.seq, following[n] - 1)]
-        if not ends:
-            return None
+        waiting, whole = list(self._pushed), 0
+        while whole < len(waiting):
+            first, (_, count) = waiting[whole], waiting[whole].place
+            parts = waiting[whole : whole + count]
+            if any((part.seq, part.place) != (first.seq + n, (n + 1, count)) for n, part in enumerate(parts)):
+                return None
+            if len(parts) < count:
+                break
+            whole += count
+        return whole
+
+    def _apply(self, reading: Reading, count: int) -> Reading:
+        """The state after so many of the messages that have been brought."""
         entries = dict(reading.entries)
-        for message in [self._pushed.popleft() for _ in range(ends[-1] + 1)]:
+        for message in [self._pushed.popleft() for _ in range(count)]:
             self._last_seq = message.seq
             entries.pop(self._store._key(message.subject), None)
             if (entry := self._store._entry(message)) is not None:
                 entries[entry.key] = entry
-        if self._pushed:
-            self._woken.set()
+        if not self._pushed:
+            self._woken.clear()
         ordered = {key: entries[key] for key in sorted(entries)}
         self._reading = Reading(ordered, max(reading.index, self._last_seq), reading.origin)
         return self._reading

@@ -7,6 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+class ChangeInTheWay(Exception):
+    """A change of the configuration has been under way for so long that a role could not change beside it."""
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"a change of the configuration is under way for more than {limit_s:g} s: some shard of this node waits")
+
+
 class Changing:
     """A lock with two ways in: any number of :meth:`role` at a time, or one :meth:`configuration`, which waits for those."""
 
@@ -16,10 +23,16 @@ class Changing:
         self._configuration = False
 
     @contextmanager
-    def role(self) -> Iterator[None]:
-        """While a shard's role changes."""
+    def role(self, limit_s: float | None = None) -> Iterator[None]:
+        """While a shard's role changes.
+
+        Raises:
+            ChangeInTheWay: a change of the configuration did not end within the limit.
+        """
         with self._condition:
-            self._condition.wait_for(lambda: not self._configuration)
+            if not self._condition.wait_for(lambda: not self._configuration, limit_s):
+                assert limit_s is not None
+                raise ChangeInTheWay(limit_s)
             self._roles += 1
         try:
             yield

@@ -6,8 +6,9 @@ For each shard, runs of outputs become batch frames in the shard's JetStream str
 
 The output ring is the queue. When NATS is slow or away, the ring fills, and the ring's mode says what happens: a *lossless* ring makes the
 shard wait (``block``), a *lossy* one lets it go on and overwrites the oldest outputs (``drop_oldest``). The gateway notices those by their
-output sequence, counts them, and publishes a gap marker in their place. What has been read from the ring and not yet been acknowledged
-(a window of frames at most) is held here. After a restart, outputs that a replay of the journal makes again are skipped by their sequence.
+output sequence, counts them, and publishes a gap marker in their place. A lossless ring keeps outputs until they are in the stream:
+whoever goes on after a refusal, or under a later epoch, finds them there. After a restart, outputs that a replay of the journal makes again
+are skipped by their sequence.
 
 REFERENCE events are kept, one message per instrument, in the stream ``TM_<cluster>_REF``: a subscriber that starts now knows the symbols.
 So are the names of the calculations, with the output sequence from which on they hold.
@@ -30,6 +31,7 @@ import nats.errors
 import nats.js.errors as js_errors
 import numpy as np
 import numpy.typing as npt
+import structlog
 import uvloop
 from nats.js.api import DiscardPolicy, StorageType, StreamConfig
 
@@ -79,6 +81,7 @@ _PENDING_BYTES_MAX = 4 << 20
 _MESSAGE_OVERHEAD_BYTES = 4096
 _NAMES_KEPT = 1024
 _ABANDON_S = 2.0
+_log = structlog.get_logger("delivery")
 """How long an abandoned delivery may take to end."""
 
 
@@ -188,6 +191,7 @@ class ShardDelivery:
         self,
         shard: int,
         reader: Reader,
+        stored: Reader,
         options: DeliveryOptions,
         calculations: CalculationNames | None,
         latency: Values | None = None,
@@ -213,6 +217,7 @@ class ShardDelivery:
         self.publisher: OutputPublisher | None = None
         self.names = InstrumentNames()
         self._reader = reader
+        self._stored = stored
         self._gate = gate
         self._held = np.zeros(0, EVENT)
         self._encoder = EventEncoder(options.cluster, self.names, calculations)
@@ -251,7 +256,7 @@ class ShardDelivery:
         assert self.publisher is not None
         kept = asyncio.ensure_future(self._kept_names())  # meanwhile
         try:
-            await self.publisher.open()
+            self._go_on_after(await self.publisher.open())
             self.state, self.error = "delivering", ""
             self.judged.set()
             await self._publish_names(await kept)
@@ -267,6 +272,26 @@ class ShardDelivery:
         finally:
             kept.cancel()
         return True
+
+    def _go_on_after(self, stored: int) -> None:
+        """Read the ring from the first output on that the stream lacks; what was read before and refused is there still."""
+        self._keep_from(stored)
+        self._reader.go_back_to(self._stored.position)
+        self._held = self._held[:0]
+        self._received.clear()
+        again = [turn for turn in self._versions if turn[0] > stored + 1]
+        if again:
+            known = [turn for turn in self._versions if turn[0] <= stored + 1]
+            self._versions.clear()
+            self._versions.extend(known)
+            self._upcoming.extendleft(reversed(again))
+            self.config_version = known[-1][1] if known else self.config_version
+
+    def _keep_from(self, stored: int) -> None:
+        """Outputs up to `stored` are in the stream; later ones are kept in a lossless ring."""
+        if not self._stored.hold_from(stored) and self._stored.ring.mode == "lossless":
+            self.counters.released += 1
+            _log.error("outputs may have been overwritten: the ring's writer took the delivery for dead", shard=self.shard, stored=stored)
 
     def _make_publisher(self, link: NatsLink) -> OutputPublisher:
         o = self.options
@@ -393,6 +418,7 @@ class ShardDelivery:
         stamps = (int(events["seq"][-1]), events["ts_recv"].copy())
         self._received.append(stamps)
         fresh = await self.publisher.publish(first, events.view(np.uint8).data)
+        self._keep_from(self.publisher.last_out_seq)  # a replay makes outputs again that have been acknowledged long ago
         if not fresh and self._received and self._received[-1] is stamps:
             self._received.pop()  # all of it was stored before a restart
         await self._publish_references(news)
@@ -400,6 +426,7 @@ class ShardDelivery:
             await self._publish_maps(events[len(events) - fresh :])
 
     def _on_acked(self, first: int, last: int, sent_ns: int) -> None:
+        self._keep_from(last)
         now = time.time_ns()
         while self._received and self._received[0][0] <= last:
             record_ages(self._latency, now, self._received.popleft()[1])
@@ -446,6 +473,9 @@ class ShardDelivery:
     def _refresh_references(self) -> None:
         """After a reconnect, publish them again: the server may have missed some."""
         assert self._link is not None
+        assert self.publisher is not None
+        if self.publisher.recovering:
+            return  # it is not known yet whether the stream is still ours
         if self._link.reconnects != self._reconnects_seen and self._link.connected:
             self._reconnects_seen = self._link.reconnects
             self._again = asyncio.ensure_future(self._publish_all_references())
@@ -487,6 +517,12 @@ class ShardDelivery:
     def show_alive(self) -> None:
         """Keep a lossless ring's writer waiting for us while NATS is away."""
         show_alive(self._reader)
+        show_alive(self._stored)
+
+    def close(self) -> None:
+        """Let go of the ring."""
+        self._reader.close()
+        self._stored.close()
 
     def status(self) -> dict[str, Any]:
         """State, counters and latency as plain data; see docs/reference/delivery.md."""
@@ -579,10 +615,12 @@ class Gateway:
         The stream is taken over under that epoch, which fences earlier ones; `ShardDelivery.judged` says when that is known.
         Outputs up to `after` are not looked at.
         """
-        reader = ring.reader("gateway", start=start)  # before the one so far goes: a lossless ring is never without a reader
-        reader.skip_to(after)
+        # before the one so far goes: what that has read, and the stream has not, is held without a pause
+        stored, reader = ring.reader("gateway-stored", start=start), ring.reader("gateway", start=start)
+        for one in (stored, reader):
+            one.skip_to(after)
         self.drop(shard)
-        made = ShardDelivery(shard, reader, self.options, self._calculations, latency, changes, self._names, gate, epoch)
+        made = ShardDelivery(shard, reader, stored, self.options, self._calculations, latency, changes, self._names, gate, epoch)
         if references is not None:
             made.know_instruments(references)
         reader.read(0)  # compiles or loads the ring's kernels now: later it could take longer than a lossless ring waits for us
@@ -610,7 +648,7 @@ class Gateway:
         with self._listing:
             self.shards = {number: other for number, other in self.shards.items() if number != shard}
         done = delivery._reader.lag == 0 and (delivery.publisher is None or not delivery.publisher.in_flight)
-        delivery._reader.close()
+        delivery.close()
         return done
 
     def _in_loop(self, call: Callable[[], None]) -> None:
@@ -643,7 +681,7 @@ class Gateway:
         except asyncio.CancelledError:
             failed = False
         finally:
-            delivery._reader.close()
+            delivery.close()
             delivery.judged.set()
             delivery.ended.set()
             if failed:  # nothing of this shard is delivered here any more
@@ -662,7 +700,7 @@ class Gateway:
         finally:
             alive.cancel()
             for delivery in self.shards.values():
-                delivery._reader.close()
+                delivery.close()
             if self._link is not None:
                 await self._link.close()
 
@@ -719,7 +757,7 @@ class Gateway:
     def release(self) -> None:
         """Let go of the rings of a gateway that has not been started."""
         for delivery in self.shards.values():
-            delivery._reader.close()
+            delivery.close()
 
     def show_alive(self) -> None:
         """Keep lossless rings waiting for a gateway that does not run yet."""

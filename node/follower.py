@@ -69,6 +69,10 @@ class JournalStuck(LinkError):
     """Our own journal takes nothing more; the message says why."""
 
 
+class _Again(Exception):
+    """Who uses the journal has asked for it once more."""
+
+
 class Replica(Protocol):
     """Who uses the journal that a follower writes. Called in the follower's thread."""
 
@@ -165,7 +169,7 @@ class Follower:
         self._stopping = False
         self._link: Link | None = None
         self._heard_s = 0.0
-        self._told = ""
+        self._told = self._again = ""
         self._thread = threading.Thread(target=self._run, name=f"follower-{shard}", daemon=True)
 
     # -- from outside
@@ -188,6 +192,13 @@ class Follower:
         self._changed.set()
         link = self._link
         if link is not None:
+            link.interrupt()
+
+    def start_over(self, reason: str) -> None:
+        """Open the journal anew, since what was made of it is of no use. From any thread, also from one that is ended by that."""
+        self._again = reason
+        self._changed.set()
+        if (link := self._link) is not None:
             link.interrupt()
 
     def stop(self, *, close: bool = True) -> Journal | None:
@@ -245,11 +256,17 @@ class Follower:
             self._changed.clear()
             frames = self.counters.frames
             try:
+                if self._again:
+                    raise _Again
                 if self.journal is None:
                     self._open(0)
                 if self._address is not None and not self._stopping:
                     self.state = "connecting"
                     self._follow_once(self._address)
+            except _Again:
+                self.state, self.error, self._again = "failed", self._again, ""
+                self._close()
+                frames = self.counters.frames  # a pause, however much has come
             except JournalError as error:
                 self._failed("failed", error)
             except Refused as error:
@@ -282,9 +299,9 @@ class Follower:
             self.counters.connects += 1
             if self._address != address or self._stopping:
                 return
-            self._greet(link)
-            write_agreed(self.folder, self.epoch)
-            self.agreed = self.epoch
+            epoch = self._greet(link)
+            write_agreed(self.folder, epoch)
+            self.agreed = epoch
             self.state, self.error, self._told = "following", "", ""
             self._take(link)
         finally:
@@ -293,7 +310,8 @@ class Follower:
 
     # -- agreeing where to go on
 
-    def _greet(self, link: Link) -> None:
+    def _greet(self, link: Link) -> int:
+        """Agree; returns the leader's epoch."""
         challenge = self._receive(link, FrameKind.CHALLENGE)
         theirs, mine = bytes(challenge.payload), secrets.token_bytes(NONCE_BYTES)
         said = {
@@ -324,6 +342,7 @@ class Follower:
         if frame.kind != FrameKind.WELCOME:
             raise FrameDamaged(f"frame {frame.kind} in place of a welcome")
         self._arrive(link, frame, mine)
+        return frame.epoch
 
     def _arrive(self, link: Link, frame: Frame, nonce: bytes) -> None:
         """Bring the journal to where the leader goes on, and say so."""
@@ -367,8 +386,13 @@ class Follower:
             self.journal = None
 
     def _begin(self, header: SegmentHeader, previous: int, snapshot: Path | None) -> None:
-        self.journal = Journal.copy_of(self.folder, header, previous, sync=self._sync)
-        self._replica.opened(self.journal, self.next_sequence, snapshot)
+        journal = Journal.copy_of(self.folder, header, previous, sync=self._sync)
+        try:
+            self._replica.opened(journal, journal.next_sequence, snapshot)
+        except BaseException:
+            journal.close()
+            raise
+        self.journal = journal
 
     def _cut(self, sequence: int) -> None:
         """Cut off the tail that the leader does not have."""

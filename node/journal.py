@@ -912,8 +912,9 @@ class Journal:
     def _keep_ahead(self) -> None:
         pause = _POLL_S_MIN
         while not self._helper.stopping:
-            worked = self._retire()
+            worked = False
             try:
+                worked = self._retire()
                 while self._prepared - self._oldest < self._slots and not self._helper.stopping:
                     self._prepare()
                     worked = True

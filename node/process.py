@@ -57,7 +57,7 @@ from tickmesh.node.retention import Retention
 from tickmesh.node.roles import Roles
 from tickmesh.node.shard import BATCH_EVENTS, Shard, ShardPlan, generate
 from tickmesh.node.shard_state import CHANGES_KEPT
-from tickmesh.node.shard_thread import Input, ShardThread, inputs_room, shard_numbers
+from tickmesh.node.shard_thread import READER_MS, Input, ShardThread, inputs_room, shard_numbers
 from tickmesh.node.snapshotter import Snapshotter, Start, keep_snapshots
 from tickmesh.node.succession import common_numbering, numbering_after
 from tickmesh.node.telemetry import NodeState, Telemetry
@@ -217,7 +217,7 @@ class Node:
     def make_inputs(self) -> list[Ring]:
         """Input rings of a source, one per shard."""
         cluster = self.config.cluster
-        return [Ring.create(None, cluster.ring_capacity, EVENT, reader_timeout_ms=60_000) for _ in range(cluster.shards)]
+        return [Ring.create(None, cluster.ring_capacity, EVENT, reader_timeout_ms=READER_MS) for _ in range(cluster.shards)]
 
     def make_receiver(self, config: Config, name: str, rings: list[Ring], number: int | None = None) -> Receiver:
         """The receiver of a configured source, opened and not started; `number`: if it is not one of the document's yet."""

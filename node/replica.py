@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ import structlog
 from tickmesh.control.heartbeats import Role, ShardBeat
 from tickmesh.control.leadership import TakeoverRefused
 from tickmesh.node.beginning import begin_at, begin_shard, journal_folder, make_journal, possible_starts
+from tickmesh.node.changing import ChangeInTheWay
 from tickmesh.node.continuation import UNSEEN, begin_resuming, trim
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_SIDE, REFERENCE, EventArray, Kind
 from tickmesh.node.follower import read_agreed, write_agreed
@@ -56,6 +58,8 @@ _HAND_OVER_S = 3.0
 _TAKE_OVER_S = 5.0
 _TOLD_S = 0.5
 """A replica without a journal that has not been told of a leader for so long may be the first to lead."""
+_ROLE_S = 1.0
+"""How long a takeover waits for a change of the configuration."""
 _LOOK_S = 0.0005
 _TRIM_EVENTS = 1 << 14
 _BEHIND_MAX = 20_000
@@ -111,6 +115,7 @@ class Replica:
         self._retention: Retention | None = None
         self._snapshots: list[Path] = []
         self._lacking, self._unagreed, self._made_s = 0, 0, time.monotonic()
+        self._made_again_for = 0
         self._journal: Journal | None = None
         self._buffers: dict[str, _Buffer] = {}
         self._trimming = threading.Lock()
@@ -137,6 +142,8 @@ class Replica:
 
     def _build(self, snapshot: Path | None) -> Built:
         """A shard where its journal begins, or at the latest snapshot of which everything has been delivered."""
+        with self._trimming:  # some of what the rings have let go may have been cut off the journal
+            self._refresh_buffers(anew=True)
         config, ring, delivered = self.node.config, self.node.make_output(self.number), self._delivered()
         if snapshot is not None:
             start, shard = begin_at(config, [start_from(self.folder, snapshot)], None, ring, self.node.progress)
@@ -159,10 +166,10 @@ class Replica:
                 self.epoch, self._leader_known = epoch, self._leader_known or epoch > 0
                 self._standby.follow(address, epoch)
 
-    def _refresh_buffers(self) -> None:
-        """One for each source that there is now."""
+    def _refresh_buffers(self, *, anew: bool = False) -> None:
+        """One for each source that there is now; all of them `anew`, with what the rings still have of the past."""
         inputs, numbers = self.node.inputs, self.node.document.sources
-        for name in set(self._buffers) - set(inputs):
+        for name in set(self._buffers) if anew else set(self._buffers) - set(inputs):
             self._buffers.pop(name).reader.close()
         for name, rings in inputs.items():
             ring, known = rings[self.number], self._buffers.get(name)
@@ -259,7 +266,7 @@ class Replica:
             led_by_nobody = not self._leader_known and time.monotonic() - self._made_s > _TOLD_S
             return ShardBeat("standby", self.epoch, 0, standby.follower.looked and led_by_nobody)
         behind = journal.next_sequence - standby.taken
-        ready = built is not None and standby.error is None and 0 <= behind <= _BEHIND_MAX and not self._lacks(built)
+        ready = built is not None and standby.failure is None and 0 <= behind <= _BEHIND_MAX and not self._lacks(built)
         return ShardBeat("standby", self.epoch, journal.next_sequence, ready, standby.follower.follows_closely)
 
     def _lacks(self, built: Built) -> bool:
@@ -274,7 +281,10 @@ class Replica:
             gate = thread.gate.status() if thread.gate else {}
             taken = {"exchange": thread.exchange.status()} if thread.exchange and thread.exchange.status() else {}
             return {"role": "leader", "epoch": self.epoch, "sequence": journal.next_sequence, "release": gate, **taken}
-        return {"role": "standby", **self._standby.status(), "error": self.error or self._standby.follower.error}
+        return {"role": "standby", **self._standby.status(), "error": self._failure()}
+
+    def _failure(self) -> str:
+        return self.error or str(self._standby.failure or "") or self._standby.follower.error
 
     def expect(self, *, standbys: bool) -> None:
         """Whether a living node could follow this one: else its outputs wait for none."""
@@ -290,7 +300,7 @@ class Replica:
         Raises:
             TakeoverRefused: it cannot; it is a standby as before.
         """
-        with self._turn, self.node.changing.role():
+        with self._turn, self._changing_role():
             if self._closed:
                 raise TakeoverRefused(self.number, "the node has no replica of it any more")
             if self.thread is not None:
@@ -313,6 +323,15 @@ class Replica:
             self.error = ""
             facts = {"sequence": journal.next_sequence, "outputs": int(built.shard.arrays.core["out_seq"][0])}
             _log.info("leads", shard=self.number, epoch=epoch, took_ms=round((time.monotonic() - begun_s) * 1000, 1), **facts)
+
+    @contextlib.contextmanager
+    def _changing_role(self) -> Iterator[None]:
+        """While no configuration is on its way; one that waits for another shard of this node is no reason not to let others lead."""
+        try:
+            with self.node.changing.role(_ROLE_S):
+                yield
+        except ChangeInTheWay as error:
+            raise TakeoverRefused(self.number, str(error)) from error
 
     def _take_over(self) -> tuple[Journal, Built]:
         """Journal and shard, which stand at the journal's end."""
@@ -354,7 +373,7 @@ class Replica:
             self._refresh_buffers()
         thread = self._make_thread(journal, built, gate, epoch)  # while the streams are being taken
         try:
-            self._fence(outputs, built.output)  # before the inputs are touched: what waits there waits on if this is refused
+            self._fence(outputs, built)  # before the inputs are touched: what waits there waits on if this is refused
             with self._trimming:
                 write_agreed(self.folder, epoch)  # before anything goes out under it
                 gate.closed = False
@@ -384,15 +403,15 @@ class Replica:
             gate.require(None)
         for gateway in self.node.gateways.values():
             self.node.deliver_shard(gateway, self.number, thread.shard, thread.output, epoch, gate)
-        self._fence(0, thread.output, check=False)
+        self._fence(0, None)
         self._server.lead(self.number, self._leading(journal, thread, epoch))
 
-    def _fence(self, outputs: int, output: Ring, *, check: bool = True) -> None:
-        """Wait until the output streams are ours.
+    def _fence(self, outputs: int, built: Built | None) -> None:
+        """Wait until the output streams are ours; `built`: what is to go on with them, if it is not the loop that runs.
 
         Raises:
             TakeoverRefused: one is not, or holds more outputs than the journal makes, or those of a leader that ours may differ from, or
-                another one than `output` in the same place.
+                others than ours in the same place, or lacks some that are not in our ring any more.
         """
         end = time.monotonic() + _FENCE_S
         for name, gateway in self.node.gateways.items():
@@ -401,15 +420,19 @@ class Replica:
                 raise TakeoverRefused(self.number, f"delivery.{name}: the output stream did not answer within {_FENCE_S:g} s")
             if delivery.state != "delivering" or delivery.publisher is None:
                 raise TakeoverRefused(self.number, f"delivery.{name}: {delivery.error or delivery.state}")
-            if check:
-                self._check_stream(name, delivery.publisher, outputs, output)
+            if built is not None:
+                self._check_stream(name, delivery.publisher, outputs, built)
 
-    def _check_stream(self, name: str, publisher: OutputPublisher, outputs: int, output: Ring) -> None:
+    def _check_stream(self, name: str, publisher: OutputPublisher, outputs: int, built: Built) -> None:
         held, published, agreed = publisher.last_out_seq, publisher.records_epoch, read_agreed(self.folder)
         self._lacking = max(self._lacking, held if held > outputs else 0)
         if agreed is not None and published > agreed:  # our journal may end otherwise than the one that made those
             self._unagreed = published
-        if reason := unfit(publisher, outputs, output, agreed):
+        reason = unfit(publisher, outputs, built.output, agreed)
+        if not reason and 0 < held < built.held_from and built.output.mode == "lossless" and self._made_again_for != held:
+            self._made_again_for = held  # once: if they cannot be made again, it is better to say that they are missing
+            reason = f"outputs {held + 1} to {built.held_from} are not in the stream, and were let go here: they are made again"
+        if reason:
             raise TakeoverRefused(self.number, f"delivery.{name}: {reason}")
 
     def _make_thread(self, journal: Journal, built: Built, gate: ReleaseGate, epoch: int) -> ShardThread:

@@ -37,7 +37,8 @@ _OWN_INPUTS = 2
 _STOP_S = 5.0
 _PARK_S = 30.0
 _AWAKE_S = 0.1
-_READER_MS = 1_000_000_000  # a shard that waits for NATS is not dead
+READER_MS = 1_000_000_000
+"""Timeout of readers of a shard's inputs: a shard that waits for NATS is not dead, and lives as long as the writer does."""
 
 
 class ShardError(NodeError):
@@ -126,8 +127,8 @@ class ShardThread:
         self._baton = make_baton()
         self.ids, self.given = make_ids(len(shard.arrays.info))
         self.positions = make_positions(SOURCES)
-        self._control = Ring.create(None, CONTROL_EVENTS, EVENT, reader_timeout_ms=_READER_MS)
-        self.peers = Ring.create(None, PEER_EVENTS, EVENT, reader_timeout_ms=_READER_MS)
+        self._control = Ring.create(None, CONTROL_EVENTS, EVENT, reader_timeout_ms=READER_MS)
+        self.peers = Ring.create(None, PEER_EVENTS, EVENT, reader_timeout_ms=READER_MS)
         self.exchange: Exchange | None = None
         self._leg = self._make_leg(shard, inputs, 0, no_carry(shard.arrays.books), telemetry)
         self._taken_before = -sum(reader.position for reader in self._leg.readers)

@@ -23,22 +23,20 @@ from typing import Any
 import numpy as np
 import structlog
 
-from tickmesh.node.calculation import PlanError
 from tickmesh.node.event import EVENT, EventArray, Flag, Kind
 from tickmesh.node.follower import Follower
 from tickmesh.node.frames import outputs_digest
 from tickmesh.node.journal import Journal, Sync
-from tickmesh.node.journal_tail import JournalTail, TooOld
+from tickmesh.node.journal_tail import JournalTail
 from tickmesh.node.pipeline import risk_limits
 from tickmesh.node.replication_link import LinkOptions
 from tickmesh.node.restore import RestoredShard
 from tickmesh.node.shard import Shard
-from tickmesh.node.shard_thread import Input, ShardError, ShardThread
+from tickmesh.node.shard_thread import Input, ShardThread
 from tickmesh.node.succession import set_parameters, succeed
 from tickmesh.node.telemetry import Telemetry
-from tickmesh.node.versions import DocumentError, Documents
-from tickmesh.transports.codecache import CompileError
-from tickmesh.transports.ring import R_CURSOR, R_HEARTBEAT_NS, Reader, Ring
+from tickmesh.node.versions import Documents
+from tickmesh.transports.ring import Reader, Ring
 
 Progress = Callable[[str], None] | None
 _FEED_EVENTS = 4096
@@ -89,7 +87,8 @@ Build = Callable[[Path | None], Built]
 
 
 class _Stepping:
-    """A shard being fed from the journal. `void`: it was stopped in the middle of a change, and nobody knows on which side of it."""
+    """A shard being fed from the journal. `void`: it was stopped in the middle of a change, and nobody knows on which side of it; `lost`:
+    outputs that it held have been overwritten."""
 
     def __init__(self, built: Built, number: int, capacity: int, telemetry: Telemetry, idle: int, progress: Progress) -> None:
         self.built = built
@@ -97,7 +96,7 @@ class _Stepping:
         self._telemetry = telemetry
         self.thread = ShardThread(number, built.shard, [Input(self.input, -1)], built.output, None, telemetry, idle, progress)
         self.held: Reader = built.output.reader("standby")
-        self.fed, self.void = built.sequence, False
+        self.fed, self.void, self.lost = built.sequence, False, False
         self._before = built.sequence - int(built.shard.arrays.core[0]["events"])
         self.thread.start()
 
@@ -137,13 +136,15 @@ class _Stepping:
         self.built.shard, self.void = shard, False
         return True
 
-    def let_go(self, outputs: int) -> None:
-        """Give room for outputs up to this one; and show that the ring's reader is alive."""
-        words, base = self.held.ring.arrays.words, self.held._base
-        end = min(outputs, self.held.ring.published)
-        if end > int(words[base + R_CURSOR]):
-            words[base + R_CURSOR] = end
-        words[base + R_HEARTBEAT_NS] = time.monotonic_ns()
+    @property
+    def useless(self) -> bool:
+        """Whether nobody can go on with it."""
+        return self.void or self.lost or self.thread.error is not None
+
+    def let_go(self, outputs: int) -> bool:
+        """Give room for outputs up to this one. False: the ring has not kept all of those after it."""
+        self.lost = not self.held.hold_from(outputs) or self.lost
+        return not self.lost
 
     def close(self) -> None:
         """Stop the loop; the shard and its output ring stay as they are."""
@@ -244,14 +245,19 @@ class Standby:
         """The ring with the outputs that are held back."""
         return self._stepping.built.output if self._stepping else None
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What has ended the loop or the feeder."""
+        stepping = self._stepping
+        return self.error or (stepping.thread.error if stepping else None)
+
     def check(self) -> None:
         """Raise what has ended the loop or the feeder.
 
         Raises:
             StandbyError: with the reason.
         """
-        stepping = self._stepping
-        error = self.error or (stepping.thread.error if stepping else None)
+        error = self.failure
         if error is not None:
             raise StandbyError(f"standby of shard {self.number}: {error}") from error
 
@@ -289,7 +295,7 @@ class Standby:
         if self.follower.connected:
             return False
         journal, stepping = self.follower.journal, self._stepping
-        return journal is not None and stepping is not None and stepping.taken >= journal.next_sequence
+        return journal is not None and stepping is not None and not stepping.void and stepping.taken == journal.next_sequence
 
     def stop(self) -> None:
         """End everything; the output ring is closed too. More than once is fine."""
@@ -321,7 +327,7 @@ class Standby:
         """See :class:`tickmesh.node.follower.Replica`."""
         stepping = self._stepping
         oldest = JournalTail(journal).oldest()
-        if stepping is None or stepping.void or stepping.fed > valid or stepping.fed < oldest:
+        if stepping is None or stepping.useless or stepping.fed > valid or stepping.fed < oldest:
             self._rebuild(snapshot)
         self.error = None
         if self.fed < oldest:  # a snapshot may be ahead of a journal that has just begun
@@ -389,8 +395,17 @@ class Standby:
                 else:
                     tail.wait(self._stop, self._idle, _WAIT_S)
                 self._let_go()
-        except (TooOld, DocumentError, PlanError, CompileError, ShardError) as error:
+                if stepping.thread.error is not None:
+                    raise stepping.thread.error
+        except Exception as error:  # of the disk, of a user's code: whatever it is, it may pass
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """What has been made of the journal is of no use: it will be made anew, after a pause."""
+        if self.error is None:
             self.error = error
+            _log.error("a standby cannot go on", shard=self.number, reason=str(error) or type(error).__name__)
+            self.follower.start_over(str(error) or type(error).__name__)
 
     def _step_over(self, stepping: _Stepping, events: EventArray, documents: Documents) -> None:
         """Hand events to the loop, and change the configuration where they say so."""
@@ -437,5 +452,7 @@ class Standby:
         if stepping is None:
             return
         with self._lock:
-            stepping.let_go(self._stored)
+            kept = stepping.let_go(self._stored)
+        if not kept:
+            self._fail(StandbyError(f"standby of shard {self.number}: outputs that it holds have been overwritten"))
         self.follower.outputs = stepping.built.output.published

@@ -197,6 +197,38 @@ def test_refused_stream_is_reported_and_tried_again(nats_server: NatsServer, clu
         wait_for(lambda: gateway.status()[0]["last_out_seq"] == 10)
 
 
+def test_what_was_read_and_refused_is_delivered_later(nats_server: NatsServer, cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """The stream takes no messages of our size for a while, when a whole ring of outputs has been read: all of them are there still."""
+    monkeypatch.setattr("tickmesh.node.delivery._RETRY_REFUSED_S", 0.2)
+
+    async def limit(message_bytes_max: int) -> None:
+        link = await connect(nats_server.url)
+        try:
+            jetstream = link.client.jetstream()
+            config = (await jetstream.stream_info(f"TM_{cluster}_OUT_0")).config
+            config.max_msg_size = message_bytes_max
+            await jetstream.update_stream(config)
+        finally:
+            await link.close()
+
+    ring = Ring.create(None, 256, mode="lossless", dtype=EVENT, reader_timeout_ms=60_000)
+    with delivering(Gateway(options(nats_server, cluster, batch_max_events=8), {0: ring})) as gateway:
+        ring.writer.write(outputs(1, 100))
+        wait_for(lambda: gateway.status()[0]["last_out_seq"] == 100)
+        asyncio.run(limit(300))
+        assert ring.writer.write(outputs(101, 256), timeout_ms=0) == 256
+        wait_for(lambda: gateway.status()[0]["state"] == "refused")
+        assert ring.writer.write(outputs(357, 1), timeout_ms=0) == 0, "nothing is let go before it is stored"
+        asyncio.run(limit(-1))
+        wait_for(lambda: gateway.status()[0]["last_out_seq"] == 356)
+        ring.writer.write(outputs(357, 44))
+        wait_for(lambda: gateway.status()[0]["last_out_seq"] == 400)
+        assert gateway.status()[0]["overwritten"] == 0
+    batches = asyncio.run(collect(nats_server, cluster, 400))
+    assert sequences(batches) == list(range(1, 401))
+    assert not any(batch.missing for batch in batches)
+
+
 def test_older_node_is_fenced(nats_server: NatsServer, cluster: str) -> None:  # noqa: F811
     one, two = (Ring.create(None, 1024, mode="lossless", dtype=EVENT) for _ in range(2))
     with delivering(Gateway(options(nats_server, cluster, epoch=1), {0: one})) as old:

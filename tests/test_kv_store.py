@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 
 import nats
 import pytest
 from nats_fixtures import ConfiguredServer, cluster, nats_cluster, nats_server
 from store_servers import contract, until
 
-from tickmesh.control.kv_store import KvStore
+from tickmesh.control.kv_store import KvStore, _KvFeed, _Message
 from tickmesh.control.store import Put, StoreUnavailable, TooManyKeys
 from tickmesh.ops.servers import NatsServer
 from tickmesh.transports.nats import Login, connect
 
 __all__ = ["cluster", "nats_cluster", "nats_server"]
+
+
+def part(seq: int, key: str, number: int = 1, count: int = 1) -> _Message:
+    return _Message(seq, f"$KV.b.{key}", str(seq).encode(), {"Tm-Batch": f"{number}/{count}"} if count > 1 else {})
+
+
+@pytest.mark.parametrize(
+    ("pushed", "whole"),
+    [
+        ([], 0),
+        ([part(101, "a"), part(102, "b")], 2),
+        ([part(99, "a"), part(101, "a", 1, 3), part(102, "b", 2, 3), part(103, "c", 3, 3), part(104, "d")], 4),
+        ([part(101, "a"), part(102, "a", 1, 2)], 1),
+        ([part(101, "a", 1, 3), part(102, "b", 2, 3)], 0),
+        ([part(101, "a", 1, 3), part(103, "c", 3, 3), part(110, "b")], None),  # b was written again before its part was brought
+        ([part(101, "a", 1, 3), part(104, "a", 1, 3), part(105, "b", 2, 3), part(106, "c", 3, 3)], None),
+        ([part(102, "b", 2, 3), part(103, "c", 3, 3)], None),  # the first part has another prefix
+        ([part(101, "a"), part(103, "b", 2, 2)], None),
+    ],
+)
+def test_only_whole_batches_are_taken_from_what_is_brought(pushed: list[_Message], whole: int | None) -> None:
+    feed = _KvFeed.__new__(_KvFeed)
+    feed._pushed, feed._last_seq = deque(pushed), 100
+    assert feed._whole() == whole
 
 
 @contract

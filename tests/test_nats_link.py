@@ -275,6 +275,22 @@ def test_a_writer_learns_under_which_epoch_the_last_record_was_written(nats_serv
     asyncio.run(run())
 
 
+def test_a_fence_whose_answer_was_lost_says_the_same(nats_server: NatsServer, cluster: str) -> None:  # noqa: F811
+    async def run() -> None:
+        async with linked(nats_server) as link:
+            async with publishing(link, stream(cluster), epoch=7) as first:
+                await first.publish(1, records(1, 10))
+                await first.drain(5)
+            async with publishing(link, stream(cluster), epoch=8) as second:
+                again = OutputPublisher(link, stream(cluster), HEAD.pack, epoch=8)
+                again._writer = second._writer  # it is the same one, which asks once more
+                assert await again.open() == 10
+                assert (again.records_epoch, again.taken) == (second.records_epoch, second.taken) == (7, (10, digest_of(records(1, 10))))
+                await again.close()
+
+    asyncio.run(run())
+
+
 def test_newest_writer_of_an_epoch_wins(nats_server: NatsServer, cluster: str) -> None:  # noqa: F811
     """A node started twice by mistake: each record is still there once, and the older one stops."""
 

@@ -515,7 +515,7 @@ class Watching(Alone):
     def __init__(self, folder: Path) -> None:
         self.folder, self.seen, self.snapshots = folder, set[str](), list[Path]()
 
-    def stored(self, outputs: int) -> None:
+    def stored(self, outputs: int, digest: int = 0) -> None:
         kinds = {int(k) for batch in JournalReader(self.folder).batches() for k in batch["kind"]}
         if Kind.CONFIG in kinds:
             assert (self.folder / "configs" / "7.json").exists()

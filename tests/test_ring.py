@@ -209,6 +209,29 @@ def test_a_record_can_be_looked_at_as_long_as_it_is_there() -> None:
         assert ring.peek(4, 8) == records(4, 8).tobytes()
 
 
+def test_a_reader_that_only_holds_keeps_what_another_reads_again() -> None:
+    with Ring.create(None, 8, mode="lossless", reader_timeout_ms=60_000) as ring:
+        held, reader = ring.reader("held"), ring.reader("reader")
+        ring.writer.write(records(0, 8))
+        assert sequences(reader.read(8)) == list(range(8))
+        assert ring.writer.write(records(8, 4), timeout_ms=0) == 0, "nothing has been let go"
+        assert held.hold_from(3)
+        assert ring.writer.write(records(8, 4), timeout_ms=0) == 3
+        reader.go_back_to(held.position)
+        assert sequences(reader.read(8)) == list(range(3, 11))
+        assert held.hold_from(100), "not more than there is"
+        assert held.position == 11
+
+
+def test_a_holding_reader_that_was_given_up_is_told_once() -> None:
+    with Ring.create(None, 8, mode="lossless", reader_timeout_ms=20) as ring:
+        held = ring.reader("held")
+        until(lambda: ring.writer.write(records(0, 16), timeout_ms=1000) >= 8 and ring.published > 8, "the writer to go on")
+        assert not held.hold_from(0)
+        assert held.position >= ring.published - 8
+        assert held.hold_from(0)
+
+
 def test_a_silent_reader_is_released_and_told() -> None:
     with Ring.create(None, 16, reader_timeout_ms=20) as ring, ring.reader("quick") as quick, ring.reader("stuck") as stuck:
         assert ring.writer.write(records(0, 16)) == 16

@@ -13,7 +13,7 @@ from nodes import cluster  # noqa: F401
 from test_delivery import collect, delivering, options, outputs, sequences, wait_for
 
 from tickmesh.control.config import ConfigError, parse_config
-from tickmesh.node.changing import Changing
+from tickmesh.node.changing import ChangeInTheWay, Changing
 from tickmesh.node.delivery import Gateway
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, REFERENCE, EventArray, Kind
 from tickmesh.node.instruments import InstrumentTable
@@ -142,6 +142,14 @@ def test_a_node_that_starts_again_knows_all_instruments_and_their_codes(tmp_path
     assert [int(again.record(k)["shard"]) for k in (0, 1)] == [int(table.record(k)["shard"]) for k in (0, 1)]
     (tmp_path / "new" / "instruments.json").write_text("[[1, ")
     assert known.read() == []
+
+
+def test_a_role_does_not_wait_for_a_change_for_ever() -> None:
+    changing = Changing()
+    with changing.configuration(), pytest.raises(ChangeInTheWay, match=r"for more than 0\.01 s"), changing.role(0.01):
+        pass
+    with changing.role(0.01), changing.role():
+        pass
 
 
 def test_roles_change_beside_each_other_and_never_during_a_change_of_the_configuration() -> None:

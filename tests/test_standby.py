@@ -30,7 +30,7 @@ from tickmesh.node.standby import Built, Standby, StandbyError
 from tickmesh.node.telemetry import Telemetry
 from tickmesh.node.versions import Document, Documents
 from tickmesh.ops.up import GENERATORS
-from tickmesh.transports.ring import Reader, Ring
+from tickmesh.transports.ring import R_STATE, Reader, Ring
 
 MESSAGES = 20_000
 
@@ -324,6 +324,33 @@ def test_a_standby_whose_outputs_are_not_the_leaders_starts_over(cluster: str, t
         assert standby.diverged == 1
         assert shard_digest(standby.shard) == shard_digest(truth.shard)
         assert standby.status()["diverged"] == 1
+
+
+@pytest.mark.slow
+def test_a_standby_that_cannot_go_on_says_so_and_tries_again(cluster: str, tmp_path: Path) -> None:  # noqa: F811
+    """A document of its journal cannot be read; it is put back; and outputs that it held are overwritten."""
+    with ExitStack() as stack:
+        journal = stack.enter_context(changing_journal(cluster, tmp_path, every=500))
+        folder = tmp_path / "standby"
+        shutil.copytree(journal.folder, folder)
+        missing = folder / "configs" / "3.json"
+        away = missing.rename(folder / "away")
+        replica = Replica(node_text(cluster, "standby", tmp_path / "s", 1, capacity=65536), folder, stack)
+        standby = replica.standby.start()
+        until(lambda: standby.failure is not None, "the reason", 60)
+        assert "the journal needs configuration 3" in str(standby.failure)
+        with pytest.raises(StandbyError, match="the journal needs configuration 3"):
+            standby.check()
+        away.rename(missing)
+        until(lambda: standby.failure is None and standby.taken == journal.next_sequence, "it to go on", 60)
+        state = shard_digest(standby.shard)  # type: ignore[arg-type]
+        held = standby.built.output.arrays.words  # type: ignore[union-attr]
+        built = len(replica.readers)
+        held[standby._stepping.held._base + R_STATE] = 3  # type: ignore[union-attr]
+        standby.stored(10)
+        until(lambda: len(replica.readers) > built and standby.taken == journal.next_sequence, "a new beginning", 60)
+        assert standby.failure is None
+        assert shard_digest(standby.shard) == state  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -828,8 +828,7 @@ class OutputPublisher:
         self._progress.set()
 
     def _on_disconnect(self) -> None:
-        if self._unacked:
-            self._in_doubt("the connection was lost")
+        self._in_doubt("the connection was lost")  # also with nothing under way: the stream may be another's by now
 
     def _in_doubt(self, reason: str) -> None:
         if not self._trouble.is_set():
@@ -916,6 +915,8 @@ class OutputPublisher:
         """Fence other writers off, unless the last message is ours; returns the last message."""
         last = await self._read_last()
         if last.epoch == self._epoch and last.writer == self._writer:
+            if first_time:  # the answer to our fence was lost
+                self.records_epoch, self.taken = last.records_epoch, (last.count, last.digest)
             return last
         if last.epoch > self._epoch or (last.epoch == self._epoch and not first_time):
             raise Fenced(self._stream.name, self._epoch, last.epoch)

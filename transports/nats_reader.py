@@ -56,7 +56,7 @@ class StreamReader:
             subject: only messages on it.
         """
         self._link, self._stream, self._next, self._batch, self._subject = link, stream, start, batch, subject
-        self._left = 0
+        self._left = self._delivered = 0
         self._consumer = ""
         self._inbox = ""
         self._subscription: Any = None
@@ -107,7 +107,11 @@ class StreamReader:
             self._on_status(status, headers.get("Description", ""))
             return None
         self._left -= 1
-        sequence = _stream_sequence(message.reply)
+        sequence, delivered = _sequences(message.reply)
+        if delivered != self._delivered + 1:  # one was lost on its way, as between two servers
+            self._consumer = ""
+            return None
+        self._delivered = delivered
         if sequence < self._next:
             return None
         self._next = sequence + 1
@@ -169,15 +173,17 @@ class StreamReader:
             return False
         except (nats.errors.Error, js_errors.Error, OSError):
             return False
-        self._left = 0
+        self._left = self._delivered = 0
         self._created_once = True
         return True
 
 
-def _stream_sequence(reply: str) -> int:
-    """Stream sequence in a delivered message's reply subject: ``$JS.ACK.[domain.account.]stream.consumer.delivered.SEQUENCE…``"""
+def _sequences(reply: str) -> tuple[int, int]:
+    """Sequences in stream and consumer, of a delivered message's reply subject:
+    ``$JS.ACK.[domain.account.]stream.consumer.delivered.STREAM.CONSUMER…``"""
     tokens = reply.split(".")
-    return int(tokens[5] if len(tokens) == 9 else tokens[7])
+    at = 5 if len(tokens) == 9 else 7
+    return int(tokens[at]), int(tokens[at + 1])
 
 
 async def stream_bounds(link: NatsLink, stream: str) -> tuple[int, int]:

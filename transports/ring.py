@@ -77,6 +77,7 @@ _POLLS_PER_HEARTBEAT_MASK = np.uint64(63)
 _RECORDS_PER_HEARTBEAT_SHIFT = np.uint64(10)
 _CHECKED_READ_ATTEMPTS = 8
 _GRACE_NS = 10_000_000
+_STOOD_STILL_NS = 100_000_000
 """A writer waits at least this long itself before it believes an old heartbeat: both may have been suspended together."""
 
 
@@ -188,6 +189,7 @@ def ring_wait(ring: Any, stop: Any, idle_mode: Any) -> Any:
     words[W_BLOCKED] += _ONE
     grace = min(np.int64(_GRACE_NS), np.int64(words[W_READER_TIMEOUT_NS]))
     since = monotonic_ns()
+    looked = since
     rounds = 0
     while True:
         free = ring_free(ring, 1)
@@ -195,6 +197,9 @@ def ring_wait(ring: Any, stop: Any, idle_mode: Any) -> Any:
             return free
         if rounds & 15 == 15:
             now = monotonic_ns()
+            if now - looked > _STOOD_STILL_NS:  # we stood still, and perhaps the readers too: they get their time
+                since = now
+            looked = now
             words[W_WRITER_HEARTBEAT_NS] = np.uint64(now)
             if now - since > grace:
                 ring_release_stale(ring, now)
@@ -867,6 +872,25 @@ class Reader:
         end = min(position, self.ring.published)
         if end > self.position:
             self.ring.arrays.words[self._base + R_CURSOR] = end
+
+    def go_back_to(self, position: int) -> None:
+        """Read again from `position` on, which another reader must have held (:meth:`hold_from`)."""
+        self._out = self._out[:0]
+        self.ring.arrays.words[self._base + R_CURSOR] = min(position, self.position)
+
+    def hold_from(self, position: int) -> bool:
+        """For a reader that reads nothing: keep what is from `position` on from being overwritten, and let go of what is before.
+
+        Shows that the reader is alive. False: the writer had gone on without it (a lossless ring whose reader was taken for dead), so that
+        some of it may be gone; it holds what is left.
+        """
+        words = self.ring.arrays.words
+        held = self._word(R_STATE) == _ACTIVE
+        if not held:
+            _join(self.ring._plain, self.slot, True)
+        self.skip_to(position)
+        words[self._base + R_HEARTBEAT_NS] = time.monotonic_ns()
+        return held
 
     def close(self) -> None:
         """Free the slot. Closing twice is fine, also when another reader has the slot by then."""

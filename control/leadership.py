@@ -312,24 +312,30 @@ class Leadership:
             return
         wished = {shard: move.to for shard in range(self.options.shards) if (move := self._move(shard)) is not None}
         placed = {s: replicas_of(s, members, self.options.replicas, wished.get(s)) for s in range(self.options.shards)}
-        if placed == self._placed:
-            return
         mine = {shard for shard, nodes in placed.items() if self._beats.node in nodes}
-        busy = {one.number for one in self._tended.values() if one.leading or one.status.state == "campaigning"}
-        keep = busy  # a leader leaves by handing over, not by arithmetic
-        await self._replicas.host(frozenset(mine | keep))
+        if placed == self._placed and set(self._tended) == mine:
+            return
+        for shard in set(self._tended) - mine:  # before their replicas go: none may begin to lead while that happens
+            await self._tend_no_more(self._tended[shard])
+        await self._replicas.host(frozenset(mine | set(self._tended)))
         self._placed = placed
         for shard in mine - set(self._tended):
-            one = self._tended[shard] = _Tended(shard)
-            one.task = asyncio.create_task(self._tend(one), name=f"leadership of shard {shard}")
-        for shard in set(self._tended) - mine:
-            if self._tended[shard].leading or self._tended[shard].status.state == "campaigning":
-                self._placed = {}  # it has begun to lead meanwhile: place again
-                continue
-            one = self._tended.pop(shard)
-            if one.task is not None:
-                await end_task(one.task)
+            self._begin_to_tend(_Tended(shard))
         self.changed()
+
+    def _begin_to_tend(self, one: _Tended) -> None:
+        self._tended[one.number] = one
+        one.task = asyncio.create_task(self._tend(one), name=f"leadership of shard {one.number}")
+
+    async def _tend_no_more(self, one: _Tended) -> None:
+        """Unless it is led here, or about to be: a leader leaves by handing over, not by arithmetic."""
+        if one.leading or one.status.state == "campaigning":
+            return
+        del self._tended[one.number]
+        if one.task is not None:
+            await end_task(one.task)
+        if one.leading:  # it came to that in the moment in which it ended
+            self._begin_to_tend(one)
 
     def _entry(self, shard: int) -> tuple[Holder | None, int]:
         """Leader and epoch as the store says; (None, 0) if the lease is free."""

@@ -20,8 +20,9 @@ from nats_fixtures import ConfiguredServer
 from store_servers import KINDS, StoreServer, start
 
 from tickmesh.control.consul_store import ConsulOptions, ConsulStore
+from tickmesh.control.heartbeats import Beat, Heartbeats, ShardBeat
 from tickmesh.control.kv_store import KvStore
-from tickmesh.control.leadership import lease_key, request_move
+from tickmesh.control.leadership import Holder, Leadership, LeadershipOptions, TakeoverRefused, lease_key, request_move
 from tickmesh.transports.nats import Login, connect
 from tickmesh.transports.nats_reader import StreamReader
 
@@ -323,6 +324,68 @@ def test_shards_are_spread_and_a_third_node_takes_the_place_of_a_dead_one(team: 
     until(lambda: sum(one.hosted() for one in survivors) == 8, "two replicas each again")
     for shard in range(4):
         team.check(shard)
+
+
+class Reluctant:
+    """A node that can lead none of its shards until they are placed elsewhere; its replicas take their time to go."""
+
+    def __init__(self) -> None:
+        self.hosted: frozenset[int] = frozenset()
+        self.refuses, self.refused, self.wrongly_led = True, set[int](), list[int]()
+        self.going = asyncio.Event()
+
+    def beat(self) -> Beat:
+        return Beat("a", "1", "", {number: ShardBeat("standby", 0, 0, True, True) for number in range(4)})
+
+    async def host(self, shards: frozenset[int]) -> None:
+        if self.hosted - shards:
+            self.refuses = False
+            self.going.set()
+            await asyncio.sleep(1.0)  # they take so long to go: time enough to campaign for them
+        self.hosted = shards
+
+    async def follow(self, shard: int, leader: Holder | None, epoch: int) -> None: ...
+
+    async def lead(self, shard: int, epoch: int) -> None:
+        if self.refuses:
+            self.refused.add(shard)
+            raise TakeoverRefused(shard, "not yet")
+        self.wrongly_led.append(shard)
+
+    async def stop_leading(self, shard: int, reason: str) -> None: ...
+
+    async def hand_over(self, shard: int, to: str) -> bool:
+        return False
+
+
+def test_no_shard_is_led_while_its_replica_goes(nats: ConfiguredServer) -> None:
+    async def run() -> None:
+        link = await connect(nats.url, login=Login())
+        store, node, places = await KvStore.open(link.client, "going", confirm_s=0.5), Reluctant(), {"a": 1.0}
+        beats = Heartbeats(link.client, "going", "a", "1", node.beat)
+
+        async def members() -> dict[str, float]:
+            return places
+
+        leadership = Leadership(store, beats, node, members, LeadershipOptions("going/", 4, replicas=1, settle_ms=0.0))
+        await beats.start()
+        await leadership.start()
+        try:
+            async with asyncio.timeout(LIMIT_S):
+                while node.refused != {0, 1, 2, 3}:
+                    await asyncio.sleep(0.01)
+                places |= dict.fromkeys("bcdefgh", 1.0)
+                await node.going.wait()
+                while leadership.hosted != node.hosted or len(node.hosted) == 4:
+                    await asyncio.sleep(0.01)
+            assert set(node.wrongly_led) <= node.hosted, "none that was about to go"
+        finally:
+            await leadership.close(hand_over=False)
+            await beats.close()
+            await store.close()
+            await link.close()
+
+    asyncio.run(run())
 
 
 @pytest.fixture

@@ -249,8 +249,10 @@ async def run(kind: str, count: int, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def _good(url: str) -> dict[str, bytes]:
+    """By key; the sources last, since a node begins as soon as it has one, and some of the other keys cannot change after that."""
     delivery = f'[events]\nmethod = "nats"\ntarget = "{url}"\n'
-    return {name: text.encode() for name, text in {**_GOOD, "delivery": delivery, "code/flow.py": _CALCULATION}.items()}
+    found = {name: text.encode() for name, text in {**_GOOD, "delivery": delivery, "code/flow.py": _CALCULATION}.items()}
+    return {name: found[name] for name in sorted(found, key=lambda name: name == "data_sources")}
 
 
 async def _begin(store: _Store, url: str, process: subprocess.Popen[bytes], folder: Path) -> None:

@@ -535,7 +535,7 @@ class ShardDelivery:
             "shard": self.shard,
             "state": state,
             "error": self.error or (publisher.last_error if publisher and state == "waiting" else ""),
-            "ring_lag": self._reader.lag,
+            "ring_lag": self._stored.lag,
             "ring_missed": self._reader.missed,
             **({"release": self._gate.status()} if self._gate else {}),
             "last_out_seq": publisher.last_out_seq if publisher else 0,

@@ -29,6 +29,7 @@ from tickmesh.transports.nats import (
     digest_of,
     redacted,
 )
+from tickmesh.transports.nats_reader import StreamReader
 
 RECORD = struct.Struct("<Q56x")
 HEAD = struct.Struct("<QII")
@@ -271,6 +272,19 @@ def test_a_writer_learns_under_which_epoch_the_last_record_was_written(nats_serv
                 await last.drain(5)
             async with publishing(link, stream(cluster), epoch=10) as after:
                 assert (after.records_epoch, after.taken) == (9, (0, 0)), "a record that nobody has is none"
+
+    asyncio.run(run())
+
+
+def test_a_link_keeps_nothing_of_those_that_are_closed(nats_server: NatsServer, cluster: str) -> None:  # noqa: F811
+    async def run() -> None:
+        async with linked(nats_server) as link:
+            for epoch in range(1, 4):
+                async with publishing(link, stream(cluster), epoch=epoch):
+                    assert len(link._listeners) == 1
+                reader = StreamReader(link, stream(cluster).name, 1)
+                await reader.close()
+            assert link._listeners == []
 
     asyncio.run(run())
 

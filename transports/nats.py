@@ -343,8 +343,13 @@ class NatsLink:
         return bool(self.client.is_connected)
 
     def on_disconnect(self, listener: Callable[[], None]) -> None:
-        """Call `listener` whenever the connection is lost."""
+        """Call `listener` whenever the connection is lost, until :meth:`forget`."""
         self._listeners.append(listener)
+
+    def forget(self, listener: Callable[[], None]) -> None:
+        """Call `listener` no more; not an error if it is not called anyway."""
+        with contextlib.suppress(ValueError):
+            self._listeners.remove(listener)
 
     async def send(self, command: bytes) -> None:
         """Send a whole protocol command as it is. nats-py's own `publish` copies a message twice more and checks each header anew.
@@ -409,7 +414,7 @@ class NatsLink:
     async def _on_down(self) -> None:
         self.disconnects += 1
         self._up.clear()
-        for listener in self._listeners:
+        for listener in list(self._listeners):
             listener()
 
     async def _on_up(self) -> None:
@@ -724,6 +729,7 @@ class OutputPublisher:
 
     async def close(self) -> None:
         """Stop; what is not acknowledged may or may not be stored. The link stays open."""
+        self._link.forget(self._on_disconnect)
         if self._supervisor is not None:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -86,6 +86,7 @@ class StreamReader:
 
     async def close(self) -> None:
         """Stop; the server forgets the consumer."""
+        self._link.forget(self._on_disconnect)
         await self._forget()
         if self._consumer and self._link.connected:
             with contextlib.suppress(Exception):

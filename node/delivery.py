@@ -81,8 +81,8 @@ _PENDING_BYTES_MAX = 4 << 20
 _MESSAGE_OVERHEAD_BYTES = 4096
 _NAMES_KEPT = 1024
 _ABANDON_S = 2.0
-_log = structlog.get_logger("delivery")
 """How long an abandoned delivery may take to end."""
+_log = structlog.get_logger("delivery")
 
 
 @dataclass(frozen=True)

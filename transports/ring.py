@@ -77,8 +77,9 @@ _POLLS_PER_HEARTBEAT_MASK = np.uint64(63)
 _RECORDS_PER_HEARTBEAT_SHIFT = np.uint64(10)
 _CHECKED_READ_ATTEMPTS = 8
 _GRACE_NS = 10_000_000
-_STOOD_STILL_NS = 100_000_000
 """A writer waits at least this long itself before it believes an old heartbeat: both may have been suspended together."""
+_STOOD_STILL_NS = 100_000_000
+"""A waiting writer that has not looked for so long was suspended itself."""
 
 
 class RingArrays(NamedTuple):

@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from tickmesh.control.config_store import ConfigStore, Documents, HistoryEntry, Stored, check_documents_size, now_text, who_text
-from tickmesh.control.store import Entry, StoreError, VersionMismatch, Watch
+from tickmesh.control.store import Entry, StoreError, VersionMismatch, Watch, surely
 
 AnswerState = Literal["applied", "passed", "refused", "superseded", "unanswered"]
 Told = Callable[["Answer"], None]
@@ -91,6 +91,11 @@ class Rollout:
             ConfigChanged: somebody else was faster; nothing was changed.
             StoreError: see there.
         """
+        return await surely(self._apply(documents, based_on, comment, nodes, keep_canary))
+
+    async def _apply(
+        self, documents: Documents, based_on: Stored, comment: str, nodes: Iterable[str] | None, keep_canary: str
+    ) -> Outcome:
         canaries = await self.store.list(self.keys.canary())
         asked = sorted(set(nodes)) if nodes is not None else await self.members()
         async with self.store.watch(self.keys.status()) as watch:
@@ -124,20 +129,19 @@ class Rollout:
         The version of the outcome is 0 if it was withdrawn. Raises as :meth:`apply` does.
         """
         check_documents_size(self.keys, documents)
-        key, name = self.keys.canary(node), secrets.token_hex(8)
-        placed = await self.store.put(key, _order(name, documents))
-        promoted = False
+        name, promoted = secrets.token_hex(8), False
         try:
-            answers = await self._answers([node], lambda asked, status: _of_order(asked, status.get("canary"), name))
-            if answers[0].state == "applied" and hold_s > 0:
-                answers = [await self._held(node, name, hold_s) or answers[0]]
-            if answers[0].state != "applied":
-                return Outcome(0, answers, (node,))
-            outcome = await self.apply(documents, based_on, comment, nodes, keep_canary=node)
-            promoted = True
-            return outcome
+            async with self._placed([self.keys.canary(node)], _order(name, documents)):
+                answers = await surely(self._answers([node], lambda asked, status: _of_order(asked, status.get("canary"), name)))
+                if answers[0].state == "applied" and hold_s > 0:
+                    wrong = await surely(self._held(node, name, hold_s))
+                    answers = [wrong or answers[0]]
+                if answers[0].state != "applied":
+                    return Outcome(0, answers, (node,))
+                outcome = await self.apply(documents, based_on, comment, nodes, keep_canary=node)
+                promoted = True
+                return outcome
         finally:
-            await asyncio.shield(self._end_order(key, placed))
             if not promoted:
                 await asyncio.shield(self._settled(node))
 
@@ -145,16 +149,30 @@ class Rollout:
         """Have nodes check and compile documents, and apply nothing. Raises StoreError."""
         check_documents_size(self.keys, documents)
         asked, name = (sorted(set(nodes)) if nodes is not None else await self.members()), secrets.token_hex(8)
-        placed: dict[str, int] = {}
-        try:
-            for node in asked:
-                placed[node] = await self.store.put(self.keys.dry_run(node), _order(name, documents))
-            return await self._answers(asked, lambda node, status: _of_order(node, status.get("dry_run"), name))
-        finally:
-            for node, version in placed.items():
-                await asyncio.shield(self._end_order(self.keys.dry_run(node), version))
+        async with self._placed([self.keys.dry_run(node) for node in asked], _order(name, documents)):
+            return await surely(self._answers(asked, lambda node, status: _of_order(node, status.get("dry_run"), name)))
 
     # -- how
+
+    @asynccontextmanager
+    async def _placed(self, keys: Sequence[str], order: bytes) -> AsyncIterator[None]:
+        """An order to nodes, withdrawn in the end: also if we are cancelled while it is written."""
+        placing = [asyncio.create_task(self.store.put(key, order)) for key in keys]
+        try:
+            if placing:
+                await asyncio.wait(placing)
+            for placed in placing:
+                placed.result()
+            yield
+        finally:
+            await asyncio.shield(self._withdraw(keys, order, placing))
+
+    async def _withdraw(self, keys: Sequence[str], order: bytes, placing: Sequence[asyncio.Task[int]]) -> None:
+        await asyncio.gather(*placing, return_exceptions=True)
+        for key in keys:
+            entry = await self.store.get(key)
+            if entry is not None and entry.value == order:
+                await self._end_order(key, entry.version)
 
     async def _held(self, node: str, name: str, hold_s: float) -> Answer | None:
         """Watch a canary for a time: what went wrong with it, or None."""

@@ -22,10 +22,10 @@ import random
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 VALUE_BYTES_MAX = 320 << 10
 """Of one value, and of all values of one transaction: what Consul's limit of 512 KiB for a request leaves after its encoding."""
@@ -33,6 +33,7 @@ OPERATIONS_MAX = 64
 """Of one transaction; Consul's limit."""
 _KEY = re.compile(r"[A-Za-z0-9_.=-]+(/[A-Za-z0-9_.=-]+)*")
 _KEY_CHARACTERS_MAX = 200
+_T = TypeVar("_T")
 
 
 # ---------------------------------------------------------------- errors
@@ -281,11 +282,21 @@ def now_s() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-async def end_task(task: asyncio.Task[None]) -> None:
+async def end_task(task: asyncio.Task[Any]) -> None:
     """Cancel a task until it has ended: ``asyncio.wait_for`` of Python 3.11, which client libraries use, may lose a cancellation."""
     while not task.done():
         task.cancel()
         await asyncio.wait({task}, timeout=0.1)
+
+
+async def surely(work: Coroutine[Any, Any, _T]) -> _T:
+    """Wait for work so that a cancellation of the waiting is never lost, as it may be where client libraries wait; see :func:`end_task`."""
+    task = asyncio.create_task(work)
+    try:
+        await asyncio.wait({task})
+    finally:
+        await end_task(task)
+    return task.result()
 
 
 # ---------------------------------------------------------------- watches

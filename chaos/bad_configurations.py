@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -204,9 +205,12 @@ def _node(folder: Path, text: str) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        if process.poll() is None:
+        process.terminate()  # killed, it would leave its memory in /dev/shm
+        try:
+            process.wait(60)
+        finally:
             process.kill()
-        process.wait()
+            process.wait()
 
 
 async def _until(condition: Any, limit_s: float) -> bool:
@@ -223,12 +227,13 @@ async def _until(condition: Any, limit_s: float) -> bool:
 
 async def run(kind: str, count: int, seed: int, folder: Path) -> dict[str, Any]:
     """Give a node `count` bad configurations in a store of a kind, ``consul`` or ``nats``; see the module."""
-    keys = Keys("bad")
+    cluster = f"bad-{os.getpid()}"  # several may run at a time
+    keys = Keys(cluster)
     with ExitStack() as stack:
         server = stack.enter_context(NatsServer(NatsServerOptions(folder / "nats")))
         consul = stack.enter_context(ConsulServer(ConsulServerOptions(folder / "consul"))) if kind == "consul" else None
         address = f"127.0.0.1:{consul.port}" if consul else server.url
-        own = f'[cluster]\nname = "bad"\nnode = "n1"\ndata_dir = "{folder}/data"\n[store]\nkind = "{kind}"\naddress = "{address}"\n'
+        own = f'[cluster]\nname = "{cluster}"\nnode = "n1"\ndata_dir = "{folder}/data"\n[store]\nkind = "{kind}"\naddress = "{address}"\n'
         process = stack.enter_context(_node(folder, own))
         link = await connect(server.url, login=Login())
         try:
@@ -237,7 +242,7 @@ async def run(kind: str, count: int, seed: int, folder: Path) -> dict[str, Any]:
             rows = [await _try(store, process, edit, server.url) for edit in bad_edits(count, seed)]
             process.terminate()
             code = await asyncio.to_thread(process.wait, 60)
-            report = await check_stream(link, "bad", 0, folder / "data" / "journal" / "n1" / "shard-0", expected=1)
+            report = await check_stream(link, cluster, 0, folder / "data" / "journal" / "n1" / "shard-0", expected=1)
         finally:
             await link.close()
     wrong = [row for row in rows if row["outcome"] not in ("refused", "refused by the store")]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+import uvloop
 
 from tickmesh.control.config import SECTIONS, Config, ConfigError
 from tickmesh.control.config_store import (
@@ -48,6 +49,7 @@ from tickmesh.control.store import (
     end_task,
     now_s,
 )
+from tickmesh.control.turns import undisturbed
 
 Apply = Callable[[Config, int, Documents], Awaitable[Sequence[str] | None]]
 """``await apply(config, version, documents)``: None or nothing: done; else why not. An exception is a refusal too."""
@@ -203,7 +205,8 @@ class ConfigFollower:
             self._news.clear()
             self._check_silence(store, watches[0])
             try:
-                await self._look(store, *watches)
+                with undisturbed():
+                    await self._look(store, *watches)
                 backoff.reset()
             except StoreError:  # the history is needed, and cannot be read now
                 self._news.set()
@@ -447,7 +450,7 @@ class FollowerThread:
 
     def _run(self) -> None:
         with contextlib.suppress(asyncio.CancelledError):
-            asyncio.run(self._forever())
+            uvloop.run(self._forever())
 
     async def _forever(self) -> None:
         following = asyncio.create_task(self._follow(), name="follower")

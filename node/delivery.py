@@ -22,7 +22,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
@@ -74,6 +74,8 @@ from tickmesh.transports.ring import Reader, ReaderReleased, Ring, show_alive
 
 State = Literal["connecting", "delivering", "waiting", "refused", "fenced", "stopped"]
 _HEARTBEAT_S = 0.25
+_HELD_MS = 1.0
+"""Pause between looks at outputs that are held back: rarely, their inputs are acknowledged before the loop has said which those are."""
 _RETRY_REFUSED_S = 5.0
 _ENCODE_CHUNK = 128
 _PENDING_BYTES_MAX = 4 << 20
@@ -220,7 +222,10 @@ class ShardDelivery:
         self._stored = stored
         self._gate = gate
         self._held = np.zeros(0, EVENT)
+        self._woken, self._released = False, asyncio.Event()
         self._encoder = EventEncoder(options.cluster, self.names, calculations)
+        self._wanted = np.zeros(256, np.bool_)
+        self._wanted[list(options.per_event or ())] = True
         self._bucket = _TokenBucket(options.per_event_rate_max)
         self._references: dict[int, bytes] = {}
         self._calculations: CalculationNames = calculations or {}
@@ -262,7 +267,8 @@ class ShardDelivery:
             await self._publish_names(await kept)
             if self._references:
                 self._again = asyncio.ensure_future(self._publish_all_references())
-            await self._pump(stopping)
+            with self._woken_by_gate():
+                await self._pump(stopping)
         except Fenced as error:
             self.state, self.error = "fenced", str(error)
         except LinkError as error:
@@ -316,19 +322,44 @@ class ShardDelivery:
         assert self.publisher is not None
         o, pause_ms = self.options, self.options.poll_min_ms
         while not stopping.is_set():
+            self._woken = False
+            self._released.clear()
             lag = self._ready()
             if lag == 0:
                 self.publisher.check()
                 self._refresh_references()
-                await asyncio.sleep(pause_ms / 1000)
-                held = self._gate is not None and self._reader.lag > 0
-                pause_ms = o.poll_min_ms if held else min(o.poll_max_ms, pause_ms * 1.2)
+                held = self._gate is not None and self._reader.lag > 0  # whoever lets them go wakes us, most of the time
+                await self._sleep(_HELD_MS if held else pause_ms)
+                pause_ms = min(o.poll_max_ms, pause_ms * 1.2)
                 continue
             pause_ms = o.poll_min_ms
             if lag < self._batch and o.batch_max_wait_ms > 0 and self.publisher.in_flight:  # nothing under way: send at once
                 await asyncio.sleep(o.batch_max_wait_ms / 1000)
             await self._deliver(self._read())
         await self._finish()
+
+    async def _sleep(self, pause_ms: float) -> None:
+        """Until more is let go, but not longer."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause_ms / 1000):
+                await self._released.wait()
+
+    @contextlib.contextmanager
+    def _woken_by_gate(self) -> Iterator[None]:
+        wake = partial(self._wake, asyncio.get_running_loop())
+        listeners = self._gate.listeners if self._gate is not None else set()
+        listeners.add(wake)
+        try:
+            yield
+        finally:
+            listeners.discard(wake)
+
+    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
+        """From the thread that has let more go."""
+        if not self._woken:
+            self._woken = True
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._released.set)
 
     async def _finish(self) -> None:
         """Deliver what has been put out so far, within the limit; a shard may go on."""
@@ -437,7 +468,7 @@ class ShardDelivery:
         assert self._link is not None
         wanted = events
         if self.options.per_event is not None:
-            wanted = events[np.isin(events["kind"], np.fromiter(self.options.per_event, np.uint8))]
+            wanted = events[self._wanted[events["kind"]]]
         ready = self._link.connected and self._link.client.pending_data_size < _PENDING_BYTES_MAX
         granted = self._bucket.take(len(wanted)) if ready else 0
         self.counters.per_event_skipped += len(wanted) - granted

@@ -17,6 +17,7 @@ from typing import Any
 import nats.js.errors as js_errors
 import numpy as np
 import structlog
+import uvloop
 
 from tickmesh.control.store import end_task
 from tickmesh.node.event import ALL_INSTRUMENTS, DERIVED, EVENT, NO_SIDE, PEERS, EventArray, Kind
@@ -136,7 +137,7 @@ class Exchange:
             self._thread = None
 
     def _run(self, streams: Streams, legs: Mapping[int, frozenset[Leg]]) -> None:
-        asyncio.run(self._follow_all(streams, legs))
+        uvloop.run(self._follow_all(streams, legs))
 
     async def _follow_all(self, streams: Streams, legs: Mapping[int, frozenset[Leg]]) -> None:
         asked = asyncio.Event()

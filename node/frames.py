@@ -197,7 +197,7 @@ class InstrumentNames:
 
     def learn(self, events: EventArray) -> EventArray:
         """Take over the REFERENCE events of a batch; returns those that were new or changed (a copy)."""
-        found = events[events["kind"] == Kind.REFERENCE].view(REFERENCE)
+        found = events[events["kind"] == _REFERENCE].view(REFERENCE)
         changed = np.zeros(len(found), np.bool_)
         for position, row in enumerate(found):
             symbol = bytes(row["symbol"]).decode("utf-8", "replace")
@@ -390,6 +390,7 @@ _FIELDS: dict[int, _Fields] = {
     Kind.GAP: _gap, Kind.STATUS: _status, Kind.RISK: _risk, Kind.INTENT: _intent, Kind.IMBALANCE: _imbalance, Kind.BAR: _bar,
     Kind.REFERENCE: _reference, Kind.PEER_BBO: _quote, Kind.PEER_TRADE: _trade, Kind.PEER_REFERENCE: _reference,
 }  # fmt: skip
+_REFERENCE = np.uint8(Kind.REFERENCE)
 _SIDELESS = {
     Kind.REFERENCE, Kind.PEER_REFERENCE, Kind.QUOTE, Kind.BBO, Kind.PEER_BBO,
     Kind.SIGNAL, Kind.ALERT, Kind.GAP, Kind.STATUS, Kind.BAR,
@@ -406,7 +407,7 @@ def event_maps(events: EventArray, instruments: InstrumentNames, calculations: C
     """
     names = calculations or {}
     maps: list[dict[str, Any]] = [{}] * len(events)
-    for kind in np.unique(events["kind"]).tolist():
+    for kind in set(events["kind"].tolist()):
         positions = np.flatnonzero(events["kind"] == kind)
         view = VIEWS.get(Kind(kind), EVENT) if kind in _KIND_NAMES else EVENT
         name, fields, sided = kind_name(kind), _FIELDS.get(kind, _plain), kind not in _SIDELESS

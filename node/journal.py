@@ -41,7 +41,18 @@ import numpy as np
 import numpy.typing as npt
 
 from tickmesh.node.event import EVENT, EventArray
-from tickmesh.transports.toolbox import copy_record, idle, inlined, load_acquire, loop, outlined, store_release
+from tickmesh.transports.toolbox import (
+    copy_record,
+    idle,
+    inlined,
+    load_acquire,
+    loop,
+    outlined,
+    quick,
+    ring_bell,
+    store_release,
+    zeros_aligned,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +76,8 @@ Sync = Literal["none", "segment", "interval"]
 
 W_NEXT, W_CHAIN, W_WAITS = 0, 1, 2
 """Written by the loop: records appended since segment 0, the last checksum, times it had to wait for the helper."""
+W_BELL = 8
+"""Rung when events have been appended; on a cache line of its own."""
 W_LIMIT, W_STATE, W_SYNCED = 16, 17, 18
 """Written by the helper: records that there is room for, 0 or the errno that keeps it from making room, records on disk."""
 
@@ -130,6 +143,7 @@ def _append_some(journal: Any, batch: Any, first: Any, count: Any) -> Any:
     if taken > 0:
         words[W_CHAIN] = chain
         store_release(words, W_NEXT, position + np.uint64(taken))
+        ring_bell(words, W_BELL)
     return taken
 
 
@@ -172,7 +186,12 @@ def journal_state(journal: Any) -> Any:
     return np.int64(load_acquire(journal.words, W_STATE))
 
 
-@loop
+@quick
+def _ring_now(words: Any) -> Any:
+    ring_bell(words, W_BELL)
+
+
+@quick
 def _append_now(journal: Any, batch: Any, first: Any, count: Any) -> Any:
     return _append_some(journal, batch, first, count)
 
@@ -675,7 +694,7 @@ class Journal:
         except OSError as error:
             raise JournalNoSpace(folder, segments_ahead * self._header.file_bytes, error.strerror or "") from error
         events = self._event_range.array
-        words = np.zeros(32, np.uint64)
+        words = zeros_aligned(32, np.uint64)
         self.arrays = JournalArrays(words, self._checksum_range.array.view(np.uint64), events.view(EVENT), events.view(np.uint64))
         index = self._header.index
         words[W_CHAIN] = start.chain if isinstance(start, Recovery) else start.seed
@@ -819,6 +838,10 @@ class Journal:
     def shard(self) -> int:
         """The shard whose journal this is."""
         return self._header.shard
+
+    def wake_readers(self) -> None:
+        """Have those who wait for events look up. From any thread."""
+        _ring_now(self.arrays.words)
 
     @property
     def segment_records(self) -> int:
@@ -1005,7 +1028,7 @@ class Journal:
         self._helper.unsynced.clear()
 
 
-@loop
+@quick
 def _release(words: Any, index: Any, value: Any) -> Any:
     store_release(words, index, np.uint64(value))
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from tickmesh.node.event import EVENT, EventArray
-from tickmesh.node.journal import HEADER_BYTES, W_NEXT, Journal, SegmentHeader, Words, read_header, segment_path
-from tickmesh.transports.toolbox import idle, load_acquire, loop, monotonic_ns
+from tickmesh.node.journal import HEADER_BYTES, W_BELL, W_NEXT, Journal, SegmentHeader, Words, read_header, segment_path
+from tickmesh.transports.toolbox import IDLE_SLEEP, announce_sleep, idle, load_acquire, loop, monotonic_ns, sleep_at_bell
 
 
 class TooOld(Exception):
@@ -32,9 +32,19 @@ def _wait_beyond(words: Any, position: Any, stop: Any, idle_mode: Any, limit_ns:
     rounds = 0
     while True:
         appended = load_acquire(words, W_NEXT)
-        if appended > position or load_acquire(stop, 0) != 0 or (rounds & 15 == 15 and monotonic_ns() > end):
+        if appended > position or load_acquire(stop, 0) != 0:
             return appended
-        rounds = idle(idle_mode, rounds)
+        if idle_mode == IDLE_SLEEP:
+            left_ns = end - monotonic_ns()
+            if left_ns <= 0:
+                return appended
+            announce_sleep(words, W_BELL)
+            if load_acquire(words, W_NEXT) == appended and load_acquire(stop, 0) == 0:
+                sleep_at_bell(words, W_BELL, left_ns)
+        else:
+            rounds = idle(idle_mode, rounds)
+            if rounds & 15 == 0 and monotonic_ns() > end:
+                return appended
 
 
 class _Mapped:
@@ -123,7 +133,10 @@ class JournalTail:
         return mapped.events[first : first + count], int(mapped.checksums[first + count - 1])
 
     def wait(self, stop: Any, idle_mode: int, limit_s: float) -> bool:
-        """Wait, without the GIL, until there is more to read (true), ``stop[0]`` (an i64 array) is set, or the limit has passed."""
+        """Wait, without the GIL, until there is more to read (true), ``stop[0]`` (an i64 array) is set, or the limit has passed.
+
+        Mode ``sleep`` sleeps until something is appended; whoever sets `stop` then calls :meth:`Journal.wake_readers`.
+        """
         position = self.position - self._base
         return int(_wait_beyond(self.journal.arrays.words, np.uint64(position), stop, idle_mode, int(limit_s * 1e9))) > position
 

@@ -22,19 +22,20 @@ from tickmesh.node.journal import W_NEXT, JournalArrays, journal_append_batch, j
 from tickmesh.node.release_marks import make_marks, put_mark
 from tickmesh.node.shard_state import warm_arrays
 from tickmesh.transports.counters import histogram_record
-from tickmesh.transports.ring import HEADER_BYTES, RingArrays, ring_read_batch, ring_wait, ring_writer_heartbeat
-from tickmesh.transports.toolbox import IDLE_SLEEP, idle, load_acquire, loop, monotonic_ns, now_ns
+from tickmesh.transports.ring import HEADER_BYTES, RingArrays, ring_read_batch, ring_sleep, ring_wait, ring_writer_heartbeat
+from tickmesh.transports.toolbox import IDLE_SLEEP, SLEEPER, idle, load_acquire, loop, monotonic_ns, now_ns
 import tickmesh_generated.{shard} as shard_module
 from tickmesh_generated.{shard} import step
 
-FIRST_SLEEP_ROUND = 256  # a loop that may sleep does so at once after work, for 20 us at first: yielding costs a laptop more
+FIRST_SLEEP_ROUND = 256  # a loop that may sleep does so at once after work, for 20 us (what comes meanwhile is one batch), then until woken
+SLEEP_NS = 2_000_000
 LATENCY_MAX_NS = 60_000_000_000  # older stamps are recorded ones, not ours
 
 
 @loop
 def run(
     again, stop, baton, turn, carry, inputs, readers, journal, journalled, batch, batch_any, shard, latency, batch_events, idle_mode, marks,
-    ids, given, positions, sources
+    ids, given, positions, sources, sleepers
 ):
     # Until stop[0] is set, then 0; or -1: handed over after a change of the configuration; or the errno for which the journal could not
     # take events: what is not journalled is not processed. stop[1] counts rounds without input, stop[2] events taken.
@@ -95,7 +96,11 @@ def run(
                 marked = put_mark(marks, journal.words[W_NEXT], shard.core[0].out_seq, now_ns())
             if rounds & 255 == 255:
                 ring_writer_heartbeat(shard.out)
-            rounds = idle(idle_mode, rounds)
+            if idle_mode == IDLE_SLEEP and rounds > FIRST_SLEEP_ROUND and sleepers.size >= readers.size:
+                ring_sleep(inputs, readers, sleepers, SLEEP_NS)
+                rounds += 1
+            else:
+                rounds = idle(idle_mode, rounds)
         else:
             stop[2] += taken
             rounds = FIRST_SLEEP_ROUND if idle_mode == IDLE_SLEEP else 0
@@ -110,7 +115,7 @@ def warm():
     stop, baton, shard = np.ones(3, np.int64), np.zeros(8, np.int64), warm_arrays(shard_module)
     run(np.zeros(2, np.int64), stop, baton, 0, no_carry(shard.books), (ring,) * {inputs}, np.zeros({inputs}, np.int64), journal, 0, batch,
         batch.view(ANY_VIEW), shard, np.zeros(8, np.int64), np.zeros(8, np.int64), 0, make_marks(0),
-        *make_ids(1), make_positions(1), np.zeros({inputs}, np.int64))
+        *make_ids(1), make_positions(1), np.zeros({inputs}, np.int64), np.zeros(0, SLEEPER))
 """
 
 _STEP = """\
@@ -208,7 +213,7 @@ import numpy as np
 from tickmesh.node.event import EVENT
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.router import make_router, route, route_silence
-from tickmesh.transports.multicast import open_receiver, receive_batch
+from tickmesh.transports.multicast import open_receiver, receive_batch, wait_readable
 from tickmesh.transports.ring import HEADER_BYTES, RingArrays
 from tickmesh.transports.toolbox import IDLE_SLEEP, idle, load_acquire, loop, now_ns
 import tickmesh_generated.{decoder} as decoder_module
@@ -216,10 +221,11 @@ from tickmesh_generated.{decoder} import flush_events, packet_events
 
 FIRST = np.int64(0)
 FIRST_SLEEP_ROUND = 256
+SLEEP_MS = 2
 
 
 @loop
-def receive(stop, lines, buffers, packets, feed, batch, router, idle_mode):
+def receive(stop, lines, buffers, packets, feed, batch, router, idle_mode, readable):
     # until stop[0] is set or a shard's ring stays full after it
     rounds = 0
     while load_acquire(stop, 0) == 0:
@@ -243,7 +249,11 @@ def receive(stop, lines, buffers, packets, feed, batch, router, idle_mode):
                 events = flush_events(now_ns(), feed, batch)
             if not route_silence(router):
                 return
-            rounds = idle(idle_mode, rounds)
+            if idle_mode == IDLE_SLEEP and rounds > FIRST_SLEEP_ROUND:
+                wait_readable(readable, SLEEP_MS)
+                rounds += 1
+            else:
+                rounds = idle(idle_mode, rounds)
         else:
             rounds = FIRST_SLEEP_ROUND if idle_mode == IDLE_SLEEP else 0
 
@@ -258,7 +268,8 @@ def warm():
         port = probe.getsockname()[1]
     with open_receiver(f"udp://127.0.0.1:{{port}}") as receiver:
         lines = (receiver.kernel,) * {lines}
-        receive(stop, lines, (receiver.buffer,) * {lines}, (receiver.packets,) * {lines}, feed, np.zeros(8, EVENT), router, 0)
+        buffers, packets = (receiver.buffer,) * {lines}, (receiver.packets,) * {lines}
+        receive(stop, lines, buffers, packets, feed, np.zeros(8, EVENT), router, 0, np.zeros(6, np.int32))
 """
 
 

@@ -24,7 +24,7 @@ from tickmesh.transports.toolbox import zeros_aligned
 Leg = tuple[str, str]
 """``bbo`` or ``trade``, and the symbol."""
 _NONE = np.int64(-1)
-_OF_INSTRUMENTS = np.array([Kind.BBO, Kind.TRADE], np.uint8)
+_BBO, _TRADE, _TIMER = np.uint8(Kind.BBO), np.uint8(Kind.TRADE), np.uint8(Kind.TIMER)
 _interning = threading.Lock()
 """Instruments of another shard are entered by whichever thread meets them first."""
 
@@ -100,7 +100,9 @@ class PeerEvents:
         met = [self._meet(int(event["instrument"]), self._names[int(event["instrument"])]) for event in self._names.learn(outputs)]
         self._check_named(outputs)
         kinds, instruments = outputs["kind"], outputs["instrument"]
-        timers = (kinds == Kind.TIMER) & np.isin(outputs["price"], list(self._feeds))
+        timers = kinds == _TIMER
+        if timers.any():
+            timers &= np.isin(outputs["price"], list(self._feeds))
         wanted, ids = timers.copy(), np.full(len(outputs), ALL_INSTRUMENTS, np.int64)
         for kind, places in self._ids.items():
             mine = (kinds == kind) & (instruments < len(places))
@@ -119,10 +121,11 @@ class PeerEvents:
             self._named = _with(self._named, number, True)
 
     def _check_named(self, outputs: EventArray) -> None:
-        met = np.unique(outputs["instrument"][np.isin(outputs["kind"], _OF_INSTRUMENTS)])
+        kinds = outputs["kind"]
+        met = outputs["instrument"][(kinds == _BBO) | (kinds == _TRADE)]
         unnamed = met[(met >= len(self._named)) | ~self._named[np.minimum(met, len(self._named) - 1)]]
         if len(unnamed):
-            raise UnnamedInstrument(self._origin, [int(number) for number in unnamed])
+            raise UnnamedInstrument(self._origin, sorted({int(number) for number in unnamed}))
 
     def _translate(self, events: EventArray, ids: np.ndarray) -> None:
         """In place: kinds of the other shard's, the node's ids; a timer says whose it is, and what has told it."""

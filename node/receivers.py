@@ -347,6 +347,12 @@ class MulticastReceiver(Receiver):
         sockets = self.sockets
         if not self._find_place():
             return
+        with select.epoll() as readable:
+            for one in sockets:
+                readable.register(one, select.EPOLLIN)
+            self._receive(sockets, readable.fileno())
+
+    def _receive(self, sockets: Sequence[Socket], readable: int) -> None:
         self._module.receive(
             self.stop,
             tuple(s.kernel for s in sockets),
@@ -356,6 +362,7 @@ class MulticastReceiver(Receiver):
             zeros_aligned(ROUTE_EVENTS, EVENT),
             self.router,
             self.context.idle_mode,
+            np.array([readable, 0, 0, 0, 0, 0], np.int32),
         )
 
     def _find_place(self) -> bool:

@@ -51,6 +51,7 @@ class ReleaseGate:
         clock: monotonic seconds.
 
     Attributes:
+        listeners: called when more may leave, in the thread that has said so.
         closed: nothing leaves, whatever is acknowledged: a takeover that may still be refused is under way.
     """
 
@@ -76,6 +77,7 @@ class ReleaseGate:
         self._alone = self._nobody = False
         self._required: str | None = None
         self.closed = False
+        self.listeners: set[Callable[[], None]] = set()
         self.times_alone = 0
         self._taken(np.uint64(0))  # compiled or loaded now, not at the first output
 
@@ -93,6 +95,8 @@ class ReleaseGate:
                 at.caught_up_s, at.target, at.target_s = at.target_s, self._journal.next_sequence, now
                 if at.sequence >= at.target:
                     at.caught_up_s = now
+        for listener in tuple(self.listeners):
+            listener()
 
     def leave(self, node: str) -> None:
         """A standby is gone, and does not count any more; what one that is taking over has got stays good."""

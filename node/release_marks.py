@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tickmesh.transports.counters import histogram_record
-from tickmesh.transports.toolbox import inlined, load_acquire, loop, now_ns, store_release
+from tickmesh.transports.toolbox import inlined, load_acquire, now_ns, quick, store_release
 
 MARKS = 1024
 """Marks that wait at most, a power of two."""
@@ -51,13 +51,13 @@ def put_mark(marks: Any, appended: Any, outputs: Any, now: Any) -> Any:
     return True
 
 
-@loop
+@quick
 def put_mark_now(marks: Any, appended: Any, outputs: Any) -> Any:
     """:func:`put_mark` from Python, while the loop does not run."""
     return put_mark(marks, appended, outputs, now_ns())
 
 
-@loop
+@quick
 def take_marks(marks: Any, limit: Any, waits: Any) -> Any:
     """Take the marks of the first `limit` records (u64) of the journal.
 

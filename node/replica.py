@@ -23,6 +23,7 @@ import structlog
 
 from tickmesh.control.heartbeats import Role, ShardBeat
 from tickmesh.control.leadership import TakeoverRefused
+from tickmesh.control.turns import undisturbed
 from tickmesh.node.beginning import begin_at, begin_shard, journal_folder, make_journal, possible_starts
 from tickmesh.node.changing import ChangeInTheWay
 from tickmesh.node.continuation import UNSEEN, begin_resuming, trim
@@ -300,7 +301,7 @@ class Replica:
         Raises:
             TakeoverRefused: it cannot; it is a standby as before.
         """
-        with self._turn, self._changing_role():
+        with self._turn, self._changing_role(), undisturbed():
             if self._closed:
                 raise TakeoverRefused(self.number, "the node has no replica of it any more")
             if self.thread is not None:
@@ -563,7 +564,7 @@ class Replica:
         Returns:
             False: `to` does not follow closely enough; nothing has changed.
         """
-        with self._turn, self.node.changing.role():
+        with self._turn, self.node.changing.role(), undisturbed():
             thread, journal = self.thread, self._journal
             if thread is None or journal is None or thread.gate is None or not self._follows(to, journal.next_sequence - _NEAR):
                 return False

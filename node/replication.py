@@ -311,13 +311,19 @@ class _Session(threading.Thread):
         self.position = 0
         self._connection = connection
         self._link: Link | None = None
+        self._journal: Journal | None = None
         self._ended = np.zeros(1, np.int64)
 
     def end(self) -> None:
         """Have it end soon. From any thread."""
-        self._ended[0] = 1
+        self._end()
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self._connection, socket.SHUT_RDWR)
+
+    def _end(self) -> None:
+        self._ended[0] = 1
+        if self._journal is not None:
+            self._journal.wake_readers()
 
     def run(self) -> None:
         """Serve until the standby goes, is refused, or :meth:`end`."""
@@ -354,6 +360,7 @@ class _Session(threading.Thread):
         self.server.replace(self)
         if self.server.leading(self.shard) is not leading:
             return  # it changed before this session could be found and ended
+        self._journal = leading.journal
         tail = JournalTail(leading.journal)
         self._agree(link, leading, tail, hello)
         hearer = threading.Thread(target=self._hear, args=(link, leading), name="replication-acks", daemon=True)
@@ -474,7 +481,7 @@ class _Session(threading.Thread):
                 link.send(FrameKind.HEARTBEAT, self.shard, leading.epoch, first=tail.end, chain=leading.digest(stored), a=stored)
                 due = now + options.heartbeat_s
             elif not len(events):
-                tail.wait(self._ended, self.server.idle, min(due - now, _WAIT_S))
+                tail.wait(self._ended, self.server.idle, due - now)
 
     def _send_events(self, link: Link, leading: Leading, tail: JournalTail, events: EventArray, chain: int) -> None:
         link.send(
@@ -549,7 +556,7 @@ class _Session(threading.Thread):
             if not self._ended[0]:
                 _log.info("standby silent or gone", shard=self.shard, node=self.node, reason=str(error))
         finally:
-            self._ended[0] = 1
+            self._end()
             link.interrupt()
 
     def status(self) -> dict[str, Any]:

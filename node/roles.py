@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import nats.errors
 import structlog
+import uvloop
 from nats.aio.msg import Msg
 
 from tickmesh.control.config_store import Keys
@@ -159,7 +160,7 @@ class Roles:
     # -- the loop
 
     def _run(self) -> None:
-        asyncio.run(self._forever())
+        uvloop.run(self._forever())
 
     async def _forever(self) -> None:
         self._loop, self._asked_to_stop = asyncio.get_running_loop(), asyncio.Event()

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from tickmesh.control.config import Config
+from tickmesh.control.turns import short_turns
 from tickmesh.node.following import following
 from tickmesh.node.process import Node, Progress
 from tickmesh.node.receivers import BlockSourceMaker
 from tickmesh.transports.codecache import CompileStopped
-
-_SWITCH_S = 0.0005
-"""A thread of Python lets another one go on after this: heartbeats and acknowledgements must not wait 5 ms for each that is busy."""
 
 
 def run_node(
@@ -49,7 +46,7 @@ def run_node(
             raise
         return node
 
-    sys.setswitchinterval(_SWITCH_S)
+    short_turns()
     with _told_to_end() as stop:
         try:
             if config.store.kind == "none":

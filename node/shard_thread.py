@@ -28,7 +28,7 @@ from tickmesh.node.shard_state import SOURCES
 from tickmesh.node.telemetry import ShardCounter, Telemetry
 from tickmesh.node.versions import Documents
 from tickmesh.transports.ring import Reader, Ring
-from tickmesh.transports.toolbox import zeros_aligned
+from tickmesh.transports.toolbox import make_sleepers, zeros_aligned
 
 Progress = Callable[[str], None] | None
 CONTROL_EVENTS = 1024
@@ -275,6 +275,7 @@ class ShardThread:
             self.given,
             self.positions,
             np.array([one.source for one in leg.inputs], np.int64),
+            make_sleepers(len(leg.readers)),
         )
         return int(result)
 

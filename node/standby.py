@@ -40,7 +40,7 @@ from tickmesh.transports.ring import Reader, Ring
 
 Progress = Callable[[str], None] | None
 _FEED_EVENTS = 4096
-_WAIT_S = 0.01
+_WAIT_S = 0.05
 _TURN_S = 0.0002
 _LAST_TURN_S = 0.5
 _LACKING_MAX = 3
@@ -207,6 +207,7 @@ class Standby:
         self._stored = 0
         self._stop = np.zeros(1, np.int64)
         self._feeder: threading.Thread | None = None
+        self._fed_from: Journal | None = None
         self._lock = threading.Lock()
 
     # -- from outside
@@ -333,7 +334,7 @@ class Standby:
         if self.fed < oldest:  # a snapshot may be ahead of a journal that has just begun
             self.error = StandbyError(f"its state is as of sequence {self.fed}, but the journal begins at {oldest}: a snapshot is needed")
             return
-        self._stop[0] = 0
+        self._stop[0], self._fed_from = 0, journal
         self._feeder = threading.Thread(target=self._feed, args=(journal,), name=f"feeder-{self.number}", daemon=True)
         self._feeder.start()
 
@@ -377,7 +378,8 @@ class Standby:
 
     def _end_feeder(self) -> None:
         self._stop[0] = 1
-        if self._feeder is not None:
+        if self._feeder is not None and self._fed_from is not None:
+            self._fed_from.wake_readers()
             self._feeder.join()
             self._feeder = None
 

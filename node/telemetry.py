@@ -41,7 +41,7 @@ from tickmesh.transports.counters import (
     histogram_record_n,
     list_counters,
 )
-from tickmesh.transports.toolbox import loop
+from tickmesh.transports.toolbox import quick
 
 
 class NodeState(IntEnum):
@@ -272,7 +272,7 @@ AGE_MAX_NS = 3_600_000_000_000
 """Older stamps are those of a recording, or of a time before a restart: they are no latency of ours."""
 
 
-@loop
+@quick
 def record_ages(histogram: Any, now_ns: Any, stamps: Any) -> Any:
     """Record how long ago many stamps are, from Python, for a histogram that no loop writes; those beyond :data:`AGE_MAX_NS` are left out.
 

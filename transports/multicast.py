@@ -29,7 +29,19 @@ from numba import types
 from tickmesh.transports.capture import PACKET, Packets
 from tickmesh.transports.pacing import Pace, due
 from tickmesh.transports.recording import SLACK, Bytes
-from tickmesh.transports.toolbox import IDLE_MODES, address_of, idle, le32, le64, load_acquire, loop, monotonic_ns, now_ns, outlined
+from tickmesh.transports.toolbox import (
+    IDLE_MODES,
+    address_of,
+    idle,
+    inlined,
+    le32,
+    le64,
+    load_acquire,
+    loop,
+    monotonic_ns,
+    now_ns,
+    outlined,
+)
 
 # ---------------------------------------------------------------- what the kernel's calls take: <sys/socket.h>, 64-bit Linux
 
@@ -55,6 +67,7 @@ _SOCKADDR = np.dtype([("family", "<u2"), ("port", "<u2"), ("address", "<u4"), ("
 
 _recvmmsg = types.ExternalFunction("recvmmsg", types.int32(types.int32, types.uint64, types.uint32, types.int32, types.uint64))
 _sendmmsg = types.ExternalFunction("sendmmsg", types.int32(types.int32, types.uint64, types.uint32, types.int32))
+_epoll_wait = types.ExternalFunction("epoll_wait", types.int32(types.int32, types.uint64, types.int32, types.int32))
 _errno_location = types.ExternalFunction("__errno_location", types.uint64())
 _mempcpy = types.ExternalFunction("mempcpy", types.uint64(types.uint64, types.uint64, types.uint64))
 
@@ -166,6 +179,15 @@ def receive_batch(receiver: Any, buffer: Any, packets: Any, line: Any, now_ns: A
         count += 1 - truncated
     s.datagrams += count
     return count
+
+
+@inlined
+def wait_readable(readable: Any, limit_ms: Any) -> Any:
+    """Sleep until a socket of an epoll object has something to read, or for `limit_ms`.
+
+    `readable` is i32[6]: the object's descriptor, then room for what epoll_wait(2) says.
+    """
+    _epoll_wait(readable[0], address_of(readable, 2), np.int32(1), np.int32(limit_ms))
 
 
 @loop

@@ -10,7 +10,9 @@ import asyncio
 import contextlib
 import json
 import os
+from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import nats.errors
@@ -60,6 +62,8 @@ class StreamReader:
         self._consumer = ""
         self._inbox = ""
         self._subscription: Any = None
+        self._come: deque[Any] = deque()
+        self._news = asyncio.Event()
         self._lost = False
         self._created_once = False
         link.on_disconnect(self._on_disconnect)
@@ -95,13 +99,24 @@ class StreamReader:
 
     def _on_disconnect(self) -> None:
         self._lost = True
+        self._news.set()
+
+    async def _take(self, come: deque[Any], news: asyncio.Event, message: Any) -> None:
+        come.append(message)
+        news.set()
 
     async def _receive(self) -> StoredMessage | None:
-        try:
-            message = await self._subscription.next_msg(timeout=_SILENCE_S)
-        except (TimeoutError, nats.errors.Error):
-            self._consumer = ""  # no heartbeat: the consumer is gone
-            return None
+        if not self._come:
+            self._news.clear()
+            try:
+                async with asyncio.timeout(_SILENCE_S):
+                    await self._news.wait()
+            except TimeoutError:
+                self._consumer = ""  # no heartbeat: the consumer is gone
+                return None
+            if not self._come:
+                return None  # the connection is lost
+        message = self._come.popleft()
         headers = message.headers or {}
         status = headers.get("Status")
         if status is not None and not message.data:
@@ -166,7 +181,9 @@ class StreamReader:
             )
             made = await jetstream.add_consumer(self._stream, config)
             self._inbox = f"_INBOX.{os.urandom(9).hex()}"
-            self._subscription = await self._link.client.subscribe(self._inbox, pending_msgs_limit=0, pending_bytes_limit=0)
+            self._come, self._news = deque(), asyncio.Event()
+            take = partial(self._take, self._come, self._news)
+            self._subscription = await self._link.client.subscribe(self._inbox, cb=take, pending_msgs_limit=0, pending_bytes_limit=0)
             self._consumer = made.name
         except js_errors.NotFoundError:
             if not self._created_once:

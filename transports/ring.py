@@ -33,6 +33,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tickmesh.transports.toolbox import (
+    announce_sleep,
+    choose_bell,
     compare_and_swap,
     copy_record,
     fetch_add,
@@ -40,9 +42,11 @@ from tickmesh.transports.toolbox import (
     idle,
     inlined,
     load_acquire,
-    loop,
     monotonic_ns,
     outlined,
+    quick,
+    ring_shared_bell,
+    sleep_at_bells,
     store_release,
     zeros_aligned,
 )
@@ -64,6 +68,8 @@ W_PUBLISHED, W_CLAIMED = 16, 32
 W_GATE, W_BLOCKED, W_RELEASED, W_JOINS_SEEN = 48, 49, 50, 51
 """Writer's own: the slowest reader it knows of, times it had to wait, readers it released, the joins it knows of."""
 W_WRITER_PID, W_WRITER_HEARTBEAT_NS, W_WRITERS, W_READERS_USED, W_JOINS = 64, 65, 66, 80, 81
+W_BELL = 96
+"""Where sleeping readers wait, see :func:`ring_sleep`."""
 _READERS_AT, _READER_WORDS = 128, 32
 R_CURSOR, R_STATE, R_HEARTBEAT_NS, R_MISSED, R_RELEASES, R_CHECK_UNTIL, R_POLLS, R_PID, R_NAME = 0, 16, 17, 18, 19, 20, 21, 22, 24
 _NAME_BYTES = (_READER_WORDS - R_NAME) * 8
@@ -152,6 +158,7 @@ def ring_publish(ring: Any, count: Any) -> Any:
     before = words[W_PUBLISHED]
     after = before + np.uint64(count)
     store_release(words, W_PUBLISHED, after)
+    ring_shared_bell(words, W_BELL)
     if (before ^ after) >> _RECORDS_PER_HEARTBEAT_SHIFT != _ZERO:
         words[W_WRITER_HEARTBEAT_NS] = np.uint64(monotonic_ns())
 
@@ -260,6 +267,22 @@ def _show_life(words: Any, base: Any, available: Any) -> Any:
 def ring_available(ring: Any, reader: Any) -> Any:
     """How many published records this reader has not consumed yet (i64)."""
     return np.int64(load_acquire(ring.words, W_PUBLISHED) - ring.words[_reader_base(reader) + R_CURSOR])
+
+
+@outlined
+def ring_sleep(rings: Any, readers: Any, sleepers: Any, limit_ns: Any) -> Any:
+    """Sleep until one of the rings (a tuple, as many as there are `readers`) has something to read, or for `limit_ns`; may wake early.
+
+    `sleepers` is of :func:`tickmesh.transports.toolbox.make_sleepers`. Writers do not wait to see who sleeps: in one case of very many
+    nobody wakes us, and we sleep until the limit.
+    """
+    for s in range(readers.size):
+        announce_sleep(rings[s].words, W_BELL)
+        choose_bell(sleepers, s, rings[s].words, W_BELL)
+    for s in range(readers.size):
+        if ring_available(rings[s], readers[s]) > 0:
+            return
+    sleep_at_bells(sleepers, readers.size, limit_ns)
 
 
 @inlined
@@ -378,33 +401,33 @@ def ring_missed(ring: Any, reader: Any) -> Any:
 # ---------------------------------------------------------------- compiled entry points of the Python face
 
 
-@loop
+@quick
 def _write_now(ring: Any, batch: Any, first: Any, count: Any) -> Any:
     return ring_write_some(ring, batch, first, count)
 
 
-@loop
+@quick
 def _read_now(ring: Any, reader: Any, out: Any, maximum: Any) -> Any:
     ring_reader_heartbeat(ring, reader)
     return ring_read_batch(ring, reader, out, maximum)
 
 
-@loop
+@quick
 def _release_stale_now(ring: Any) -> Any:
     return ring_release_stale(ring, monotonic_ns())
 
 
-@loop
+@quick
 def _take_slot(ring: Any, reader: Any, state: Any) -> Any:
     return compare_and_swap(ring.words, _reader_base(reader) + R_STATE, np.uint64(state), _JOINING)
 
 
-@loop
+@quick
 def _release_one(ring: Any, reader: Any) -> Any:
     return compare_and_swap(ring.words, _reader_base(reader) + R_STATE, _ACTIVE, _RELEASED)
 
 
-@loop
+@quick
 def _join(ring: Any, reader: Any, from_oldest: Any) -> Any:
     """Activate a slot whose words are set; start at the published cursor, or at the oldest record that is whole."""
     words = ring.words

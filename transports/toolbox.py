@@ -14,6 +14,7 @@ Set ``TICKMESH_BOUNDSCHECK=1`` to compile with array bounds checks (used by the 
 from __future__ import annotations
 
 import os
+import platform
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,11 @@ def outlined(function: Any) -> Any:
 def loop(function: Any) -> Any:
     """Compile an entry point: runs without the GIL, never allocates, cached on disk."""
     return njit(function, cache=True, pipeline_class=LoopCompiler, forceinline=False, **_FLAGS)
+
+
+def quick(function: Any) -> Any:
+    """As :func:`loop`, for what takes microseconds: it keeps the GIL, since getting it back would take longer than the work."""
+    return njit(function, cache=True, pipeline_class=LoopCompiler, forceinline=False, **{**_FLAGS, "nogil": False})
 
 
 def zeros_aligned(count: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -350,3 +356,109 @@ def idle(mode: Any, rounds: Any) -> Any:
     else:
         _usleep(types.uint32(min(_SLEEP_US_MAX, 20 + (rounds - _YIELDS_BEFORE_SLEEP) * 4)))
     return rounds + 1
+
+
+# ---------------------------------------------------------------- bells
+
+# linux/futex.h
+_FUTEX_WAIT, _FUTEX_WAKE, _PRIVATE = 0, 1, 128
+_SYS_FUTEX = {"x86_64": 202, "aarch64": 98}[platform.machine()]
+_SYS_FUTEX_WAITV, _SIZE_U32, _CLOCK_MONOTONIC = 449, 2, 1
+_EVERYBODY = (1 << 31) - 1
+SLEEPER = np.dtype([("value", "<u8"), ("address", "<u8"), ("flags", "<u4"), ("reserved", "<u4")])
+"""The kernel's ``struct futex_waitv``: one of several bells that somebody sleeps at."""
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _futex(typingctx: Any, address: Any, operation: Any, value: Any, timeout_ns: Any) -> Any:
+    """futex(2) on the 32 bits at an address, with a relative timeout; what it returns is of no interest."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        spec = cgutils.alloca_once(builder, ir.ArrayType(_I64, 2))
+        second = _I64(1_000_000_000)
+        builder.store(builder.sdiv(args[3], second), builder.gep(spec, [_I32(0), _I32(0)]))
+        builder.store(builder.srem(args[3], second), builder.gep(spec, [_I32(0), _I32(1)]))
+        kind = ir.FunctionType(_I64, [_I64] * 5)
+        call = cgutils.get_or_insert_function(builder.module, kind, "syscall")
+        builder.call(call, [_I64(_SYS_FUTEX), args[0], args[1], args[2], builder.ptrtoint(spec, _I64)])
+        return context.get_dummy_value()
+
+    return types.none(types.uint64, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _futex_waitv(typingctx: Any, address: Any, count: Any, until_ns: Any) -> Any:
+    """futex_waitv(2) on an array of :data:`SLEEPER`, until a time of the monotonic clock; -1: nobody was woken."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        spec = cgutils.alloca_once(builder, ir.ArrayType(_I64, 2))
+        second = _I64(1_000_000_000)
+        builder.store(builder.sdiv(args[2], second), builder.gep(spec, [_I32(0), _I32(0)]))
+        builder.store(builder.srem(args[2], second), builder.gep(spec, [_I32(0), _I32(1)]))
+        kind = ir.FunctionType(_I64, [_I64] * 6)
+        call = cgutils.get_or_insert_function(builder.module, kind, "syscall")
+        numbers = [_I64(_SYS_FUTEX_WAITV), args[0], args[1], _I64(0), builder.ptrtoint(spec, _I64), _I64(_CLOCK_MONOTONIC)]
+        return builder.call(call, numbers)
+
+    return types.int64(types.uint64, types.int64, types.int64), codegen
+
+
+@inlined
+def ring_bell(words: Any, bell: Any) -> Any:
+    """Wake whoever sleeps at ``words[bell]`` (u64, of this process alone), after what it waits for was stored. Cheap if nobody does."""
+    full_fence()  # what was stored before is seen by whoever is about to sleep, or we see that it is
+    if load_acquire(words, bell) != 0:
+        _wake_all(words, bell, np.int64(_FUTEX_WAKE | _PRIVATE))
+
+
+@inlined
+def ring_shared_bell(words: Any, bell: Any) -> Any:
+    """As :func:`ring_bell`, for memory that processes share, and without its fence: rarely, somebody sleeps on until its limit."""
+    if load_acquire(words, bell) != 0:
+        _wake_all(words, bell, np.int64(_FUTEX_WAKE))
+
+
+@outlined
+def _wake_all(words: Any, bell: Any, operation: Any) -> Any:
+    store_release(words, bell, np.uint64(0))
+    _futex(address_of(words, bell), operation, np.int64(_EVERYBODY), np.int64(0))
+
+
+@inlined
+def announce_sleep(words: Any, bell: Any) -> Any:
+    """Say that we are about to sleep at a bell. Look once more, before :func:`sleep_at_bell`, whether that is needed."""
+    store_release(words, bell, np.uint64(1))
+    full_fence()
+
+
+@outlined
+def sleep_at_bell(words: Any, bell: Any, limit_ns: Any) -> Any:
+    """Sleep until the bell at ``words[bell]`` is rung, if it was not since :func:`announce_sleep`, or for `limit_ns`; may wake early."""
+    _futex(address_of(words, bell), np.int64(_FUTEX_WAIT | _PRIVATE), np.int64(1), np.int64(limit_ns))
+
+
+@inlined
+def choose_bell(sleepers: Any, index: Any, words: Any, bell: Any) -> Any:
+    """Make ``words[bell]``, which others may share, the bell number `index` (of SLEEPER) that :func:`sleep_at_bells` sleeps at."""
+    sleepers[index].value, sleepers[index].address = np.uint64(1), address_of(words, bell)
+    sleepers[index].flags = np.uint32(_SIZE_U32)
+
+
+@outlined
+def sleep_at_bells(sleepers: Any, count: Any, limit_ns: Any) -> Any:
+    """Sleep until one of the first `count` bells is rung, or for `limit_ns`; may wake early. See :func:`announce_sleep`."""
+    _futex_waitv(address_of(sleepers, 0), np.int64(count), monotonic_ns() + limit_ns)
+
+
+@loop
+def _try_waitv(sleepers: Any) -> Any:
+    before = monotonic_ns()
+    choose_bell(sleepers, 0, sleepers.view(np.uint64), 0)
+    sleep_at_bells(sleepers, 1, 1_000_000)
+    return monotonic_ns() - before
+
+
+def make_sleepers(count: int) -> npt.NDArray[np.void]:
+    """SLEEPER array for so many bells; empty if this kernel cannot sleep at several (Linux before 5.16)."""
+    sleepers = zeros_aligned(max(count, 1), SLEEPER)
+    return sleepers if _try_waitv(sleepers) > 500_000 else sleepers[:0]

@@ -252,6 +252,10 @@ def _done_marker(path: Path) -> Path:
     return cache_dir() / "compiled" / f"{path.stem[:40]}-{source_key(path)}" / "complete"
 
 
+_loaded: dict[tuple[Path, str, str], ModuleType] = {}
+"""Modules that are ready to run: whoever takes a shard over has no time to look at files."""
+
+
 def load_generated(prefix: str, source: str, progress: Progress = None) -> ModuleType:
     """Import a generated module whose loops are compiled, compiling them first in a helper process if needed.
 
@@ -266,10 +270,14 @@ def load_generated(prefix: str, source: str, progress: Progress = None) -> Modul
         CompileError: with the compiler's message.
         CompileStopped: see :func:`watched_compiles`.
     """
+    known = _loaded.get((generated_dir(), prefix, source))
+    if known is not None:
+        return known
     path = write_generated(prefix, source)
     _compile_once(path, str(path), f"{prefix.replace('_', ' ')} loop", progress)
     module = import_generated(path)
     module.warm()
+    _loaded[generated_dir(), prefix, source] = module
     return module
 
 

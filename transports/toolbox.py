@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import platform
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -458,7 +459,11 @@ def _try_waitv(sleepers: Any) -> Any:
     return monotonic_ns() - before
 
 
+@cache
+def _sleeps_at_several() -> bool:
+    return int(_try_waitv(zeros_aligned(1, SLEEPER))) > 500_000
+
+
 def make_sleepers(count: int) -> npt.NDArray[np.void]:
     """SLEEPER array for so many bells; empty if this kernel cannot sleep at several (Linux before 5.16)."""
-    sleepers = zeros_aligned(max(count, 1), SLEEPER)
-    return sleepers if _try_waitv(sleepers) > 500_000 else sleepers[:0]
+    return zeros_aligned(count if _sleeps_at_several() else 0, SLEEPER)

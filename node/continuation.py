@@ -16,7 +16,7 @@ import numpy as np
 
 from tickmesh.node.event import ALL_INSTRUMENTS, NO_INSTRUMENT, Kind
 from tickmesh.transports.ring import ring_available, ring_read_slot, ring_release
-from tickmesh.transports.toolbox import copy_record, inlined, loop, outlined
+from tickmesh.transports.toolbox import copy_record, inlined, outlined, quick
 
 POSITION = np.dtype(
     [
@@ -115,7 +115,7 @@ def _source_of(owners: Any, event: Any) -> Any:
     return np.int64(owners[event.instrument])
 
 
-@loop
+@quick
 def follow_positions(positions: Any, owners: Any, batch: Any) -> None:
     """Take note of events of a journal, as they were journalled: where each source stands after them.
 

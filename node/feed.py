@@ -14,7 +14,7 @@ import numpy as np
 from tickmesh.node.arbiter import make_arbiter
 from tickmesh.node.event import NO_INSTRUMENT, Kind
 from tickmesh.node.instruments import FILTERED, code_words, intern
-from tickmesh.transports.toolbox import inlined, loop, outlined
+from tickmesh.transports.toolbox import inlined, outlined, quick
 
 Feed = namedtuple("Feed", "instruments codes code_keys state counts malformed arbiter")
 """`instruments` see :class:`tickmesh.node.instruments.Instruments`; `codes` u32: numeric code -> instrument (direct, or by the hash of
@@ -97,7 +97,7 @@ def bind_code(feed: Any, code: Any, entry: Any) -> Any:
     feed.codes[slot] = entry
 
 
-@loop
+@quick
 def bind_unannounced(feed: Any, code: Any, instrument: Any) -> Any:
     """Bind a code from outside; its first message takes the slow path, which announces the instrument."""
     feed.instruments.records[instrument].code = np.uint64(code)

@@ -18,7 +18,7 @@ import numpy as np
 
 from tickmesh.node.event import NO_INSTRUMENT
 from tickmesh.node.symbol_filter import GLOB_BYTES, SYMBOL_BYTES, encode_glob, glob_matches
-from tickmesh.transports.toolbox import compare_and_swap, count_leading_zeros, fetch_add, inlined, load_acquire, loop, outlined
+from tickmesh.transports.toolbox import compare_and_swap, count_leading_zeros, fetch_add, inlined, load_acquire, outlined, quick
 
 FILTERED = 0xFFFFFFFE
 """What :func:`intern` gives for a symbol that its source does not let through."""
@@ -265,12 +265,12 @@ def intern(table: Any, source: Any, w0: Any, w1: Any, w2: Any, tick_size: Any, e
     return intern_unseen(table, source, w0, w1, w2, tick_size, exponent)
 
 
-@loop
+@quick
 def _find(table: Any, source: Any, w0: Any, w1: Any, w2: Any) -> Any:
     return find_instrument(table, source, w0, w1, w2)
 
 
-@loop
+@quick
 def _intern(table: Any, source: Any, w0: Any, w1: Any, w2: Any, tick_size: Any, exponent: Any, shard: Any) -> Any:
     found = find_instrument(table, source, w0, w1, w2)
     if found != _NONE:
@@ -280,7 +280,7 @@ def _intern(table: Any, source: Any, w0: Any, w1: Any, w2: Any, tick_size: Any, 
     return intern_unseen(table, source, w0, w1, w2, tick_size, exponent)
 
 
-@loop
+@quick
 def _lets_through(table: Any, source: Any, w0: Any, w1: Any, w2: Any) -> Any:
     return _allowed(table, source, w0, w1, w2)
 

@@ -206,7 +206,7 @@ def _count_valid(event_words: Any, checksums: Any, first: Any, end: Any, chain: 
     return end
 
 
-@loop
+@quick
 def _chain_over(event_words: Any, count: Any, chain: Any) -> Any:
     for i in range(count):
         chain = mix_event(chain, event_words, np.uint64(i) * _EIGHT)

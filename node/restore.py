@@ -15,6 +15,9 @@ from tickmesh.node.instruments import InstrumentTable, InstrumentTableFull, Symb
 from tickmesh.node.journal import JournalReader
 from tickmesh.node.shard_state import SOURCES
 
+_DEFINES = np.zeros(256, np.bool_)
+_DEFINES[[Kind.REFERENCE, Kind.CODE, Kind.PEER_REFERENCE]] = True
+
 
 class RestoreError(Exception):
     """The journal does not fit the configuration; the message says what to do."""
@@ -37,7 +40,7 @@ class RestoredShard:
 
     def take(self, batch: EventArray) -> None:
         """Take note of events of the journal."""
-        definitions = batch[np.isin(batch["kind"], (int(Kind.REFERENCE), int(Kind.CODE), int(Kind.PEER_REFERENCE)))]
+        definitions = batch[_DEFINES[batch["kind"]]]
         for event in definitions:
             if event["kind"] != Kind.CODE:
                 self.references[int(event["instrument"])] = event.copy()

@@ -43,6 +43,7 @@ _FEED_EVENTS = 4096
 _WAIT_S = 0.05
 _TURN_S = 0.0002
 _LAST_TURN_S = 0.5
+_CONFIG = np.uint8(Kind.CONFIG)
 _LACKING_MAX = 3
 """Heartbeats in a row: the loop counts what it has taken a moment before what it has put out."""
 _INPUT_TIMEOUT_MS = 60_000
@@ -412,7 +413,7 @@ class Standby:
     def _step_over(self, stepping: _Stepping, events: EventArray, documents: Documents) -> None:
         """Hand events to the loop, and change the configuration where they say so."""
         first = 0
-        for at in np.flatnonzero(events["kind"] == Kind.CONFIG):
+        for at in np.flatnonzero(events["kind"] == _CONFIG):
             if not self._hand_over(stepping, events[first:at]) or not self._taken_all(stepping):
                 return  # stopped: what was not handed over comes before the change, when it goes on
             if not stepping.turn(events[at : at + 1], documents, self._going_on(stepping)):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -320,15 +319,11 @@ class _Change:
         self.sources.ending = [receiver for receiver in self.node.receivers if receiver.name not in kept]
 
     def _write_documents(self) -> None:
-        """Beside every journal, all at once: each waits for the disk."""
-        wanted = [
-            (thread.documents, replace(self.document, version=self.versions[thread.number]))
-            for thread in self.threads
-            if thread.documents is not None
-        ]
-        if wanted:
-            with ThreadPoolExecutor(len(wanted), thread_name_prefix="documents") as pool:
-                list(pool.map(lambda pair: pair[0].write(pair[1]), wanted))
+        """Beside every journal."""
+        for thread in self.threads:
+            if thread.documents is not None and thread.journal is not None:
+                document = replace(self.document, version=self.versions[thread.number])
+                thread.documents.write(document, later=thread.journal.force_first)
 
     def _prepare_source(self, name: str) -> None:
         old = self.old.data_sources.get(name)

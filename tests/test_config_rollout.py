@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -393,6 +394,25 @@ async def test_a_canary_that_refuses_is_withdrawn(server: StoreServer, cluster: 
         absent = await Rollout(config, 0.5).canary("nobody", documents(), await config.read())
         assert absent.answers[0].state == "unanswered"
         assert await store.list(config.keys.canary()) == {}
+
+
+@contract
+async def test_a_canary_that_is_called_off_at_any_moment_leaves_nothing(server: StoreServer, cluster: str, tmp_path: Path) -> None:
+    bird, rng = Node(cluster, "bird", tmp_path), random.Random(5)
+    async with server.store() as store, following(store, bird):
+        await registered(store, cluster, 1)
+        config = ConfigStore(store, cluster)
+        first = await applied(config)
+        for number in range(12):
+            new = documents(TEXT.replace("max_qty = 5", f"max_qty = {6 + number}"))
+            task = asyncio.create_task(Rollout(config, 20).canary("bird", new, first_read := await config.read(), hold_s=60))
+            await asyncio.sleep(rng.random() * 0.03)
+            task.cancel()
+            await asyncio.wait({task}, timeout=30)
+            assert task.cancelled(), "one cancellation is enough"
+            assert await store.list(config.keys.canary()) == {}
+            assert (first_read.version, (await config.read()).version) == (first, first)
+        await bird.until(lambda status: (status["source"], status["version"], status["canary"]) == ("config", first, None))
 
 
 @contract

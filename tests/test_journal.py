@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from hypothesis import strategies as st
 from tickmesh.node import journal as journals
 from tickmesh.node.event import EVENT, EventArray
 from tickmesh.node.journal import Journal, JournalReader, recover, verify
-from tickmesh.transports.toolbox import IDLE_YIELD, loop
+from tickmesh.node.journal_tail import JournalTail
+from tickmesh.transports.toolbox import IDLE_MODES, IDLE_YIELD, loop
 
 SEGMENT = 512
 
@@ -47,6 +49,42 @@ def make(folder: Path, count: int, **options: object) -> Path:
     with Journal.create(folder, 3, segment_records=SEGMENT, **options) as journal:  # type: ignore[arg-type]
         assert journal.append(events(0, count)) == count
     return folder
+
+
+def test_a_file_that_events_name_is_on_the_disk_before_they_are(tmp_path: Path) -> None:
+    (tmp_path / "named").write_text("x")
+    blocked = tmp_path / "named" / "below"  # below a file, which no disk takes
+    with Journal.create(tmp_path / "journal", 3, segment_records=SEGMENT, sync="interval", sync_interval_ms=1) as journal:
+        journal.force_first(tmp_path / "named")
+        journal.force_first(tmp_path / "gone")
+        journal.append(events(0, 10))
+        until(lambda: journal.synced_sequence == 10, "the disk")
+        journal.force_first(blocked)
+        journal.append(events(10, 10))
+        until(lambda: journal.state == errno.ENOTDIR, "the refusal")
+        assert journal.synced_sequence == 10
+        (tmp_path / "named").unlink()
+        until(lambda: journal.synced_sequence == 20, "the disk")
+
+
+@pytest.mark.parametrize("mode", ["sleep", "yield"])
+def test_who_waits_for_events_is_woken_by_them(mode: str, tmp_path: Path) -> None:
+    limit_s = 60.0
+    with Journal.create(tmp_path / "journal", 3, segment_records=SEGMENT) as journal:
+        stop, tail = np.zeros(1, np.int64), JournalTail(journal)
+        assert not tail.wait(stop, IDLE_MODES[mode], 0.01)
+        with ThreadPoolExecutor(1) as pool:
+            for round_ in range(200):
+                waiting = pool.submit(tail.wait, stop, IDLE_MODES[mode], limit_s)
+                if round_ % 2:
+                    time.sleep(0.001)
+                journal.append(events(round_, 1))
+                assert waiting.result(limit_s / 2)
+                assert len(tail.read(10)[0]) == 1
+            waiting = pool.submit(tail.wait, stop, IDLE_MODES[mode], limit_s)
+            stop[0] = 1
+            journal.wake_readers()
+            assert not waiting.result(limit_s / 2)
 
 
 # ---------------------------------------------------------------- the checksum

@@ -8,6 +8,8 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from tickmesh.ops import bench_ring
 from tickmesh.ops.cpp_peer import build_peer
 from tickmesh.transports import ring as rings
 from tickmesh.transports.ring import RECORD, Ring
-from tickmesh.transports.toolbox import IDLE_YIELD, loop
+from tickmesh.transports.toolbox import IDLE_YIELD, loop, make_sleepers
 
 
 def records(first: int, count: int) -> np.ndarray:
@@ -392,6 +394,29 @@ def test_a_paused_reader_of_a_lossy_ring_is_told_exactly(name: str) -> None:
             got += len(sequences(reader.read()))
         assert got + reader.missed == ring.published
         assert reader.missed > 0
+
+
+@loop
+def _sleep(sources: Any, readers: Any, sleepers: Any, limit_ns: Any) -> None:
+    rings.ring_sleep(sources, readers, sleepers, limit_ns)
+
+
+def test_a_sleeping_reader_is_woken_by_any_of_its_rings(name: str) -> None:
+    sleepers = make_sleepers(2)
+    if len(sleepers) == 0:
+        pytest.skip("this kernel has no futex_waitv: Linux 5.16 or later has")
+    with Ring.create(name, 64) as shared, Ring.create(None, 64) as private, Ring.attach(name) as writing, ThreadPoolExecutor(1) as pool:
+        readers = [shared.reader(), private.reader()]
+        slots = np.array([reader.slot for reader in readers], np.int64)
+        _sleep((shared.arrays, private.arrays), slots, sleepers, 1)
+        for round_ in range(100):
+            sleeping = pool.submit(_sleep, (shared.arrays, private.arrays), slots, sleepers, 20_000_000_000)
+            if round_ & 1:
+                time.sleep(0.001)
+            (writing if round_ & 2 else private).writer.write(np.zeros(1, RECORD))
+            sleeping.result(10)
+            assert sum(len(reader.read()) for reader in readers) == 1
+        shared.unlink()
 
 
 def test_a_stopped_writer_of_a_full_ring_returns() -> None:

@@ -3,7 +3,7 @@ every output there exactly once?
 
     python -m tickmesh.chaos.failover --store consul --replicas 3 --kills 200 --seed 1
     python -m tickmesh.chaos.failover --kills 0 --moves 100 --sigterms 20
-    python -m tickmesh.chaos.failover --kills 0 --changes 200
+    python -m tickmesh.chaos.failover --kills 0 --changes 200 --codes 20
     python -m tickmesh.chaos.failover --kills 0 --cuts 20 --servers 10 --replicas 3 --store consul
 
 Each time a shard is drawn by the seed, and its leader is the victim. Kills are ``kill -9`` and ``SIGSTOP`` for two seconds in turns. A cut
@@ -12,7 +12,8 @@ root): it hears nothing and nobody hears it. A server is killed with ``kill -9``
 Measured is the time from the signal to the first output under a later epoch, in every shard that the victim led, and of planned changes
 the pause between the last output of the old epoch and the first of the new one, and of a server the longest time in which a shard put
 nothing out, all by one clock. A change gives a calculation's
-parameter another value in the store; measured is the time until the last node says that it has applied it. Before the next victim is
+parameter another value in the store, one of code another text of a user's own calculation, which every node compiles while the old code
+runs; measured is the time until the last node says that it has applied it. Before the next victim is
 drawn, every shard has a leader and its standbys again. In the end the checker reads every output stream and compares it with the replay
 of the leader's journal; and the signals of calculations over several shards are compared with those of one process that replays the same
 feed (:mod:`tickmesh.chaos.one_process`). One JSON object is printed; the exit code is 0 if every change came to its end, every output is
@@ -39,19 +40,32 @@ from typing import Any, Literal
 from tickmesh.chaos.arrivals import Arrivals, percentiles
 from tickmesh.chaos.checker import Report, check_stream
 from tickmesh.chaos.one_process import JoinReport, compare
+from tickmesh.control.config_store import Documents
 from tickmesh.control.leadership import request_move
-from tickmesh.ops.config_store_cmd import Wish, set_key
+from tickmesh.control.toml_text import set_value
+from tickmesh.ops import config_store_cmd
+from tickmesh.ops.config_store_cmd import Wish, change, set_key
 from tickmesh.ops.local_cluster import LocalCluster, LocalClusterOptions, NodeProcess, NotWhole
 from tickmesh.ops.namespaces import lacking
 from tickmesh.ops.servers import EmbeddedServer
 from tickmesh.ops.shards_cmd import Cluster, Shard, opened
 from tickmesh.transports.nats import Login, connect
 
-Deed = Literal["kill", "pause", "cut", "server", "move", "sigterm", "change"]
+Deed = Literal["kill", "pause", "cut", "server", "move", "sigterm", "change", "code"]
 PAUSE_S, CUT_S = 2.0, 3.0
-FAILOVER_MS, MOVE_MS, APPLIED_MS = 250.0, 50.0, 50.0
-"""The bars: p99 of a failover, of the pause of a planned change, and of new parameters until every node has applied them."""
+FAILOVER_MS, MOVE_MS, APPLIED_MS, COMPILED_S = 250.0, 50.0, 50.0, 10.0
+"""The bars: p99 of a failover, of the pause of a planned change, of new parameters until every node has applied them; any new code."""
 _CHANGED_KEY = "processing.calculations.fast.window"
+_CODE = """\
+from tickmesh.node.calculation import calculation
+
+
+@calculation(inputs="trade", state=[("sum", "f8")])
+def weighed(event, state):
+    state.sum = state.sum * 0.9 + {weight} * event.qty
+    return state.sum
+"""
+_CODE_S = 120.0
 _CHANGE_S = 20.0
 """A change that takes longer has failed."""
 _WHOLE_S = 90.0
@@ -90,7 +104,8 @@ class Scenario:
         rng: draws shards and targets.
         changes: what was measured.
         whole_s: seconds from each deed until every shard had a leader and its standbys again.
-        applied_ms: of each change of the configuration, until the last node had applied it.
+        applied_ms: of each change of a parameter, until the last node had applied it.
+        compiled_s: the same of each change of code.
         outage_ms: of each server that was killed, the longest time without outputs of a shard.
         refused: what nodes said instead.
         stuck: what did not go on at all.
@@ -101,6 +116,7 @@ class Scenario:
     changes: list[Change] = field(default_factory=list)
     whole_s: list[float] = field(default_factory=list)
     applied_ms: list[float] = field(default_factory=list)
+    compiled_s: list[float] = field(default_factory=list)
     outage_ms: list[float] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     stuck: list[str] = field(default_factory=list)
@@ -136,6 +152,9 @@ class Scenario:
         began = time.monotonic()
         if deed == "change":
             await self._set(number)
+            return
+        if deed == "code":
+            await self._set_code(number)
             return
         if deed == "server":
             await self._kill_server(number, arrivals)
@@ -225,11 +244,28 @@ class Scenario:
         """Change a parameter, while everything runs."""
         value = str(10 + number % 40)
         report = await set_key(_CHANGED_KEY, value, self.cluster.place, Wish("failover"), lambda _: None)
-        states = [answer for answer in report.outcome.answers if answer.state != "applied"]
-        self.refused += [f"{answer.node}: {answer.state}, {'; '.join(answer.reasons)}" for answer in states]
-        self.applied_ms.append(max((answer.after_s for answer in report.outcome.answers), default=0.0) * 1000)
+        self.applied_ms.append(self._answered(report) * 1000)
         if not self.quiet:
             print(f"{number + 1} change  {self.applied_ms[-1]:.0f} ms", file=sys.stderr, flush=True)
+
+    async def _set_code(self, number: int) -> None:
+        """Bring another text of a calculation to the nodes, while everything runs."""
+        place, code = self.cluster.place, {"weighed.py": _CODE.format(weight=f"{time.time_ns()}.0e-18")}  # in no cache yet
+        async with place.open() as config:
+            stored = await config.read()
+            text = set_value(stored.documents.sections["processing"], ("calculations", "weighed", "use"), "weighed.py:weighed")
+            documents = Documents({**stored.documents.sections, "processing": text}, {**stored.documents.code, **code})
+            report = await change(config, place, documents, stored, Wish("failover", timeout_s=_CODE_S), lambda _: None)
+        self.compiled_s.append(self._answered(report))
+        if not self.quiet:
+            print(f"{number + 1} code  {self.compiled_s[-1]:.1f} s", file=sys.stderr, flush=True)
+
+    def _answered(self, report: config_store_cmd.Report) -> float:
+        """Seconds until the last node had applied it; those that have not are noted."""
+        assert report.outcome is not None
+        states = [answer for answer in report.outcome.answers if answer.state != "applied"]
+        self.refused += [f"{answer.node}: {answer.state}, {'; '.join(answer.reasons)}" for answer in states]
+        return max((answer.after_s for answer in report.outcome.answers), default=0.0)
 
     # -- before and after
 
@@ -269,12 +305,12 @@ class Scenario:
             "failover_ms": {"all": failovers, "kill": self._times("kill"), "pause": self._times("pause")},
             "planned": {"pause_ms": pauses, "request_ms": self._times("move"), "sigterm_ms": self._times("sigterm")},
             "cut_ms": self._times("cut"), "server_outage_ms": percentiles(self.outage_ms), "stuck": self.stuck,
-            "changes": {"applied_ms": percentiles(self.applied_ms), "refused": self.refused},
+            "changes": {"applied_ms": percentiles(self.applied_ms), "compiled_s": percentiles(self.compiled_s), "refused": self.refused},
             "whole_again_ms": percentiles([s * 1000 for s in self.whole_s]), "frame_gap_ms": gaps, "never": never,
             "checker": [str(report) for report in reports], "faults": faults, "outputs": sum(report.outputs for report in reports),
             "across_shards": asdict(joins),
             "within_bars": failovers.get("p99", 0.0) <= FAILOVER_MS and pauses.get("p99", 0.0) <= MOVE_MS
-            and percentiles(self.applied_ms).get("p99", 0.0) <= APPLIED_MS,
+            and percentiles(self.applied_ms).get("p99", 0.0) <= APPLIED_MS and max(self.compiled_s, default=0.0) <= COMPILED_S,
             "good": not never and not self.stuck and not self.refused and all(report.good for report in reports) and joins.good,
         }  # fmt: skip
 
@@ -285,11 +321,13 @@ class Scenario:
         return percentiles([one.took_ms for one in self.changes if one.deed in deeds and one.took_ms is not None])
 
 
-def deeds_of(kills: int, moves: int, sigterms: int, changes: int = 0, cuts: int = 0, servers: int = 0) -> list[Deed]:
-    """Kills and pauses in turns, then cuts, servers, moves, hand-overs, and changes of the configuration."""
+def deeds_of(kills: int, moves: int, sigterms: int, changes: int = 0, cuts: int = 0, servers: int = 0, codes: int = 0) -> list[Deed]:
+    """Kills and pauses in turns, then cuts, servers, moves, hand-overs, and changes of the configuration, parameters before code."""
     found: list[Deed] = ["pause" if number % 2 else "kill" for number in range(kills)]
-    rest: list[tuple[Deed, int]] = [("cut", cuts), ("server", servers), ("move", moves), ("sigterm", sigterms), ("change", changes)]
-    return found + [deed for deed, count in rest for _ in range(count)]
+    rest: dict[Deed, int] = {
+        "cut": cuts, "server": servers, "move": moves, "sigterm": sigterms, "change": changes, "code": codes,
+    }  # fmt: skip
+    return found + [deed for deed, count in rest.items() for _ in range(count)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -303,6 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--moves", type=int, default=0, help="planned moves, after the kills")
     parser.add_argument("--sigterms", type=int, default=0, help="nodes asked to end, after the moves")
     parser.add_argument("--changes", type=int, default=0, help="new values of a parameter, after all that")
+    parser.add_argument("--codes", type=int, default=0, help="new texts of a calculation, last of all")
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--rate", type=int, default=1000, help="messages per second of the feed")
@@ -350,7 +389,7 @@ def _run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _deeds(options: argparse.Namespace) -> list[Deed]:
-    return deeds_of(options.kills, options.moves, options.sigterms, options.changes, options.cuts, options.servers)
+    return deeds_of(options.kills, options.moves, options.sigterms, options.changes, options.cuts, options.servers, options.codes)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ __all__ = ["nats_server"]
 def test_kills_and_pauses_take_turns() -> None:
     assert deeds_of(3, 1, 1, 1) == ["kill", "pause", "kill", "move", "sigterm", "change"]
     assert deeds_of(1, 1, 0, 0, 2, 1) == ["kill", "cut", "cut", "server", "move"]
+    assert deeds_of(0, 0, 0, codes=2, changes=1) == ["change", "code", "code"]
     assert deeds_of(0, 0, 0) == []
 
 
@@ -93,9 +94,11 @@ def store(request: pytest.FixtureRequest) -> str:
 @pytest.mark.cluster
 @pytest.mark.timeout(1200)
 def test_leaders_that_are_killed_paused_moved_and_ended_lose_and_double_nothing(store: str, tmp_path: Path) -> None:
-    found = scenario(tmp_path, "--store", store, "--kills", "2", "--moves", "1", "--sigterms", "1", "--changes", "2", "--rate", "500")
+    deeds = ("--kills", "2", "--moves", "1", "--sigterms", "1", "--changes", "2", "--codes", "1")
+    found = scenario(tmp_path, "--store", store, *deeds, "--rate", "500")
     assert found["done"] == {"kill": 1, "pause": 1, "move": 1, "sigterm": 1}
-    assert (found["changes"]["applied_ms"]["count"], found["changes"]["refused"]) == (2, [])
+    changes = found["changes"]
+    assert (changes["applied_ms"]["count"], changes["compiled_s"]["count"], changes["refused"]) == (2, 1, [])
     assert found["failover_ms"]["all"]["count"] >= 2
 
 

@@ -205,8 +205,7 @@ class ConfigFollower:
             self._news.clear()
             self._check_silence(store, watches[0])
             try:
-                with undisturbed():
-                    await self._look(store, *watches)
+                await self._look(store, *watches)
                 backoff.reset()
             except StoreError:  # the history is needed, and cannot be read now
                 self._news.set()
@@ -278,7 +277,8 @@ class ConfigFollower:
         if problems:
             return [f"{problem.part}: {problem}" for problem in problems]
         try:
-            config = target.documents.parse(self.options.own, self.options.checks_of, self.options.code_folder)
+            with undisturbed():
+                config = target.documents.parse(self.options.own, self.options.checks_of, self.options.code_folder)
             return [str(reason) for reason in (await act(config, target.version, target.documents) or ())]
         except ConfigError as error:
             return str(error).splitlines()

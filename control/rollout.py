@@ -169,10 +169,16 @@ class Rollout:
 
     async def _withdraw(self, keys: Sequence[str], order: bytes, placing: Sequence[asyncio.Task[int]]) -> None:
         await asyncio.gather(*placing, return_exceptions=True)
+        failed: StoreError | None = None
         for key in keys:
-            entry = await self.store.get(key)
-            if entry is not None and entry.value == order:
-                await self._end_order(key, entry.version)
+            try:
+                entry = await self.store.get(key)
+                if entry is not None and entry.value == order:
+                    await self._end_order(key, entry.version)
+            except StoreError as error:
+                failed = error
+        if failed is not None:
+            raise failed
 
     async def _held(self, node: str, name: str, hold_s: float) -> Answer | None:
         """Watch a canary for a time: what went wrong with it, or None."""

@@ -282,11 +282,11 @@ def now_s() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-async def end_task(task: asyncio.Task[Any]) -> None:
+async def end_task(task: asyncio.Task[Any], again_s: float = 0.1) -> None:
     """Cancel a task until it has ended: ``asyncio.wait_for`` of Python 3.11, which client libraries use, may lose a cancellation."""
     while not task.done():
         task.cancel()
-        await asyncio.wait({task}, timeout=0.1)
+        await asyncio.wait({task}, timeout=again_s)
 
 
 async def surely(work: Coroutine[Any, Any, _T]) -> _T:
@@ -295,7 +295,7 @@ async def surely(work: Coroutine[Any, Any, _T]) -> _T:
     try:
         await asyncio.wait({task})
     finally:
-        await end_task(task)
+        await end_task(task, again_s=1.0)  # it may have something to put in order first
     return task.result()
 
 

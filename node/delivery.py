@@ -329,8 +329,8 @@ class ShardDelivery:
                 self.publisher.check()
                 self._refresh_references()
                 held = self._gate is not None and self._reader.lag > 0  # whoever lets them go wakes us, most of the time
-                await self._sleep(_HELD_MS if held else pause_ms)
-                pause_ms = min(o.poll_max_ms, pause_ms * 1.2)
+                woken = await self._woken_within(_HELD_MS if held else pause_ms)
+                pause_ms = o.poll_min_ms if woken else min(o.poll_max_ms, pause_ms * 1.2)
                 continue
             pause_ms = o.poll_min_ms
             if lag < self._batch and o.batch_max_wait_ms > 0 and self.publisher.in_flight:  # nothing under way: send at once
@@ -338,11 +338,13 @@ class ShardDelivery:
             await self._deliver(self._read())
         await self._finish()
 
-    async def _sleep(self, pause_ms: float) -> None:
-        """Until more is let go, but not longer."""
-        with contextlib.suppress(TimeoutError):
+    async def _woken_within(self, pause_ms: float) -> bool:
+        """Whether somebody has let more go within this time; waits for it."""
+        try:
             async with asyncio.timeout(pause_ms / 1000):
-                await self._released.wait()
+                return await self._released.wait()
+        except TimeoutError:
+            return False
 
     @contextlib.contextmanager
     def _woken_by_gate(self) -> Iterator[None]:

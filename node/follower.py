@@ -503,17 +503,11 @@ class Follower:
         folder = self.folder / DOCUMENTS
         folder.mkdir(exist_ok=True)
         temporary = folder / f".{version}.json.part"
-        path = folder / f"{version}.json"
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
-            if self.journal is None:
-                os.fsync(file.fileno())
-        if self.journal is None:
-            _put_in_place(temporary, path)
-        else:
-            temporary.replace(path)
-            self.journal.force_first(path)
+            os.fsync(file.fileno())
+        _put_in_place(temporary, folder / f"{version}.json")
         self.counters.documents += 1
 
     # -- frames and epochs

@@ -191,7 +191,7 @@ def _ring_now(words: Any) -> Any:
     ring_bell(words, W_BELL)
 
 
-@quick
+@loop
 def _append_now(journal: Any, batch: Any, first: Any, count: Any) -> Any:
     return _append_some(journal, batch, first, count)
 
@@ -649,7 +649,6 @@ class _Helper:
     stopping: bool = False
     unsynced: deque[tuple[int, int]] = field(default_factory=deque)
     """Finished segments to be synced: (index, file descriptor)."""
-    forced_first: deque[Path] = field(default_factory=deque)
     open_files: dict[int, int] = field(default_factory=dict)
 
 
@@ -814,6 +813,7 @@ class Journal:
         self._threads = [threading.Thread(target=t, name=f"journal-{t.__name__[1:]}", daemon=True) for t in targets]
         for thread in self._threads:
             thread.start()
+        self.wake_readers()  # compiled or loaded now, not in a takeover
         return self
 
     # -- appending and looking
@@ -843,11 +843,6 @@ class Journal:
     def wake_readers(self) -> None:
         """Have those who wait for events look up. From any thread."""
         _ring_now(self.arrays.words)
-
-    def force_first(self, path: Path) -> None:
-        """A file has to be on the disk before events appended from now on are: they name it, and nobody has to wait for the disk."""
-        if self._sync != "none":
-            self._helper.forced_first.append(path)
 
     @property
     def segment_records(self) -> int:
@@ -1005,21 +1000,18 @@ class Journal:
 
     def _sync_files(self, active: bool = True) -> None:
         """Force finished segments, and the active one, to disk; then note in their headers how far that was."""
-        count, appended = self._header.segment_records, int(self.arrays.words[W_NEXT])
-        finished = len(self._helper.unsynced)
-        while self._helper.forced_first:  # after looking how much there is: what has come since may name others
-            _force(self._helper.forced_first[0])
-            self._helper.forced_first.popleft()
-        for _ in range(finished):
+        count = self._header.segment_records
+        oldest = self._oldest  # before looking how much there is: a segment that ends meanwhile has its turn later
+        appended = int(self.arrays.words[W_NEXT])
+        while self._helper.unsynced:
             index, fd = self._helper.unsynced[0]
             self._sync_one(index, fd, count)
             self._helper.unsynced.popleft()
             os.close(fd)
         if active:
-            index = self._oldest
-            fd = self._helper.open_files.get(index, -1)
-            if fd >= 0 and appended > max(int(self.arrays.words[W_SYNCED]), index * count):
-                self._sync_one(index, os.dup(fd), min(appended - index * count, count), close=True)
+            fd = self._helper.open_files.get(oldest, -1)
+            if fd >= 0 and appended > max(int(self.arrays.words[W_SYNCED]), oldest * count):
+                self._sync_one(oldest, os.dup(fd), min(appended - oldest * count, count), close=True)
 
     def _sync_one(self, index: int, fd: int, records: int, close: bool = False) -> None:
         try:
@@ -1035,19 +1027,6 @@ class Journal:
             os.close(fd)
         self._helper.open_files.clear()
         self._helper.unsynced.clear()
-
-
-def _force(path: Path) -> None:
-    """Force a file and its name to the disk; one that is gone is wanted no more."""
-    for one, flags in ((path, 0), (path.parent, os.O_DIRECTORY)):
-        try:
-            fd = os.open(one, os.O_RDONLY | os.O_CLOEXEC | flags)
-        except FileNotFoundError:
-            return
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 @quick

@@ -95,20 +95,22 @@ class ReleaseGate:
                 at.caught_up_s, at.target, at.target_s = at.target_s, self._journal.next_sequence, now
                 if at.sequence >= at.target:
                     at.caught_up_s = now
-        for listener in tuple(self.listeners):
-            listener()
+        self._tell()
 
     def leave(self, node: str) -> None:
         """A standby is gone, and does not count any more; what one that is taking over has got stays good."""
         with self._lock:
             if node != self._required:
                 self._standbys.pop(node, None)
+        self._tell()
 
     # -- from the node
 
     def expect(self, standbys: bool) -> None:
         """Whether there is a living node that could follow: where there is none, nobody is waited for (if `solo`)."""
-        self._nobody = not standbys
+        changed, self._nobody = self._nobody == standbys, not standbys
+        if changed:
+            self._tell()
 
     def require(self, node: str | None) -> None:
         """From now on what leaves is on this standby, whoever else has it: it is about to take over. None: as it is configured again."""
@@ -116,6 +118,11 @@ class ReleaseGate:
             if node is None and self._required is not None:
                 self._standbys.pop(self._required, None)  # it comes back with its next acknowledgement, if it is there
             self._required = node
+        self._tell()
+
+    def _tell(self) -> None:
+        for listener in tuple(self.listeners):
+            listener()
 
     def mark(self, sequence: int, outputs: int) -> None:
         """While the loop does not run (a restart's replay): the first `outputs` outputs come from events below `sequence`."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ import structlog
 
 from tickmesh.control.changes import restart_needed
 from tickmesh.control.config import Config, Problem
+from tickmesh.control.turns import undisturbed
 from tickmesh.node.beginning import goes_on
 from tickmesh.node.book import numbering_of
 from tickmesh.node.calculation import PlanError, compile_problems
@@ -120,7 +122,8 @@ class Reload:
         with ExitStack() as held:
             held.enter_context(self._node.changing.configuration())
             change = _Change(self._node, document, plan, self._node.shards if threads is None else threads)
-            change.prepare()
+            with undisturbed():
+                change.prepare()
             self._change, self._steps, self._version, self._held = change, change.carry_out(), document.version, held.pop_all()
         if not self._finish(wait_s):
             raise ChangeUnderWay(document.version)
@@ -198,9 +201,10 @@ class Reload:
         document = plan = None
         try:
             known = node.document
-            document = Document.of(config, node.version if version is None else version, self._numbers(config), known.order_ids)
-            risk_limits(config)
-            plan = document.plan()
+            with undisturbed():
+                document = Document.of(config, node.version if version is None else version, self._numbers(config), known.order_ids)
+                risk_limits(config)
+                plan = document.plan()
             if not reasons:
                 self._compile(plan, len(config.data_sources))
         except DocumentError as error:
@@ -319,11 +323,15 @@ class _Change:
         self.sources.ending = [receiver for receiver in self.node.receivers if receiver.name not in kept]
 
     def _write_documents(self) -> None:
-        """Beside every journal."""
-        for thread in self.threads:
-            if thread.documents is not None and thread.journal is not None:
-                document = replace(self.document, version=self.versions[thread.number])
-                thread.documents.write(document, later=thread.journal.force_first)
+        """Beside every journal, all at once: each waits for the disk."""
+        wanted = [
+            (thread.documents, replace(self.document, version=self.versions[thread.number]))
+            for thread in self.threads
+            if thread.documents is not None
+        ]
+        if wanted:
+            with ThreadPoolExecutor(len(wanted), thread_name_prefix="documents") as pool:
+                list(pool.map(lambda pair: pair[0].write(pair[1]), wanted))
 
     def _prepare_source(self, name: str) -> None:
         old = self.old.data_sources.get(name)

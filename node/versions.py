@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -151,8 +151,8 @@ class Documents:
         self.folder = Path(journal_folder) / _FOLDER
         self._switches: list[tuple[int, int]] = []
 
-    def write(self, document: Document, later: Callable[[Path], None] | None = None) -> None:
-        """Keep a document. It is on the disk when this returns, or `later` has been told to see to that.
+    def write(self, document: Document) -> None:
+        """Keep a document; it is on the disk when this returns.
 
         Raises:
             DocumentError: the disk does not take it.
@@ -165,13 +165,8 @@ class Documents:
             with temporary.open("w", encoding="utf-8") as file:
                 file.write(document.text())
                 file.flush()
-                if later is None:
-                    os.fsync(file.fileno())
+                os.fsync(file.fileno())
             temporary.replace(path)
-            if later is not None:
-                for one in (self.folder, path) if is_new else (path,):
-                    later(one)
-                return
             for folder in (self.folder, self.folder.parent) if is_new else (self.folder,):
                 fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
                 try:

@@ -51,22 +51,6 @@ def make(folder: Path, count: int, **options: object) -> Path:
     return folder
 
 
-def test_a_file_that_events_name_is_on_the_disk_before_they_are(tmp_path: Path) -> None:
-    (tmp_path / "named").write_text("x")
-    blocked = tmp_path / "named" / "below"  # below a file, which no disk takes
-    with Journal.create(tmp_path / "journal", 3, segment_records=SEGMENT, sync="interval", sync_interval_ms=1) as journal:
-        journal.force_first(tmp_path / "named")
-        journal.force_first(tmp_path / "gone")
-        journal.append(events(0, 10))
-        until(lambda: journal.synced_sequence == 10, "the disk")
-        journal.force_first(blocked)
-        journal.append(events(10, 10))
-        until(lambda: journal.state == errno.ENOTDIR, "the refusal")
-        assert journal.synced_sequence == 10
-        (tmp_path / "named").unlink()
-        until(lambda: journal.synced_sequence == 20, "the disk")
-
-
 @pytest.mark.parametrize("mode", ["sleep", "yield"])
 def test_who_waits_for_events_is_woken_by_them(mode: str, tmp_path: Path) -> None:
     limit_s = 60.0

@@ -25,6 +25,8 @@ _EXPIRES_S, _HEARTBEAT_S = 5.0, 0.5
 _SILENCE_S = 3 * _HEARTBEAT_S
 _BYTES_PER_PULL = 32 << 20
 _INACTIVE_S = 60.0
+_STRETCH = 16
+"""Messages that are handed out without a pause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class StreamReader:
         self._inbox = ""
         self._subscription: Any = None
         self._come: deque[Any] = deque()
+        self._at_a_stretch = 0
         self._news = asyncio.Event()
         self._lost = False
         self._created_once = False
@@ -106,8 +109,14 @@ class StreamReader:
         news.set()
 
     async def _receive(self) -> StoredMessage | None:
-        if not self._come:
+        if self._come:
+            self._at_a_stretch += 1
+            if self._at_a_stretch % _STRETCH == 0:
+                await asyncio.sleep(0)  # others have something to do too
+        else:
             self._news.clear()
+            if self._lost:
+                return None
             try:
                 async with asyncio.timeout(_SILENCE_S):
                     await self._news.wait()

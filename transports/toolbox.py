@@ -13,6 +13,8 @@ Set ``TICKMESH_BOUNDSCHECK=1`` to compile with array bounds checks (used by the 
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import platform
 from functools import cache
@@ -365,7 +367,7 @@ def idle(mode: Any, rounds: Any) -> Any:
 _FUTEX_WAIT, _FUTEX_WAKE, _PRIVATE = 0, 1, 128
 _SYS_FUTEX = {"x86_64": 202, "aarch64": 98}[platform.machine()]
 _SYS_FUTEX_WAITV, _SIZE_U32, _CLOCK_MONOTONIC = 449, 2, 1
-_EVERYBODY = (1 << 31) - 1
+_EVERYBODY, _BELLS_MAX = (1 << 31) - 1, 128
 SLEEPER = np.dtype([("value", "<u8"), ("address", "<u8"), ("flags", "<u4"), ("reserved", "<u4")])
 """The kernel's ``struct futex_waitv``: one of several bells that somebody sleeps at."""
 
@@ -451,19 +453,18 @@ def sleep_at_bells(sleepers: Any, count: Any, limit_ns: Any) -> Any:
     _futex_waitv(address_of(sleepers, 0), np.int64(count), monotonic_ns() + limit_ns)
 
 
-@loop
-def _try_waitv(sleepers: Any) -> Any:
-    before = monotonic_ns()
-    choose_bell(sleepers, 0, sleepers.view(np.uint64), 0)
-    sleep_at_bells(sleepers, 1, 1_000_000)
-    return monotonic_ns() - before
-
-
 @cache
 def _sleeps_at_several() -> bool:
-    return int(_try_waitv(zeros_aligned(1, SLEEPER))) > 500_000
+    """Whether the kernel has futex_waitv(2): a sleep at a bell that nobody rings ends when its time is over."""
+    bell, until = np.ones(1, np.uint64), np.zeros(2, np.int64)
+    sleeper = np.array([(1, bell.ctypes.data, _SIZE_U32, 0)], SLEEPER)
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    numbers = (_SYS_FUTEX_WAITV, sleeper.ctypes.data, 1, 0, until.ctypes.data, _CLOCK_MONOTONIC)
+    while call(*map(ctypes.c_long, numbers)) == -1 and ctypes.get_errno() == errno.EINTR:
+        pass
+    return ctypes.get_errno() == errno.ETIMEDOUT
 
 
 def make_sleepers(count: int) -> npt.NDArray[np.void]:
-    """SLEEPER array for so many bells; empty if this kernel cannot sleep at several (Linux before 5.16)."""
-    return zeros_aligned(count if _sleeps_at_several() else 0, SLEEPER)
+    """SLEEPER array for so many bells; empty if this kernel cannot sleep at so many (Linux before 5.16 at none, later ones at 128)."""
+    return zeros_aligned(count if count <= _BELLS_MAX and _sleeps_at_several() else 0, SLEEPER)

@@ -11,10 +11,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from nodes import simulator_source, until
 from replays import config_text
@@ -393,3 +395,31 @@ def test_a_run_compiles_each_entry_point_once_and_none_that_it_does_not_call(tmp
     replayed = signatures(str(file), str(tmp_path / "day.itch"))
     assert set(replayed.values()) == {1}
     assert {name for name in replayed if name.startswith(("shard", "decoder", "replay"))} == {"replay.replay"}
+
+
+def test_the_same_code_is_compiled_once_at_a_time(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    compiled, really = [], codecache.compile_in_helper
+
+    def counted(path: Path, argument: str | None = None) -> None:
+        compiled.append(path)
+        really(path, argument)
+
+    monkeypatch.setattr(codecache, "compile_in_helper", counted)
+    source = _GOOD.format("+ 12345")
+    with ThreadPoolExecutor(3) as pool:
+        modules = [future.result(120) for future in [pool.submit(load_generated, "once", source) for _ in range(3)]]
+    assert len(compiled) == 1
+    assert {int(module.f(np.int64(1))) for module in modules} == {12346}
+
+
+def test_who_waits_for_anothers_compile_can_be_stopped(cache: Path) -> None:
+    source = _GOOD.format("+ 54321")
+    path = write_generated("stopped", source)
+    with codecache._one_of_the_host(path), ThreadPoolExecutor(1) as pool:
+
+        def load() -> None:
+            with watched_compiles(lambda: True):
+                load_generated("stopped", source)
+
+        with pytest.raises(CompileStopped):
+            pool.submit(load).result(60)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import fcntl
 import functools
 import gc
 import hashlib
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -323,7 +325,33 @@ def _compile_once(path: Path, argument: str, what: str, progress: Progress) -> N
         return
     if progress:
         progress(f"compiling {what}, first run only")
-    compile_in_helper(path, argument)
+    with _one_of_the_host(path):
+        if not is_compiled(path):
+            compile_in_helper(path, argument)
+
+
+@contextlib.contextmanager
+def _one_of_the_host(path: Path) -> Iterator[None]:
+    """Let no two processes compile the same at a time: nodes of one host get the same code at once, and the second finds it in the cache.
+
+    Raises:
+        CompileStopped: see :func:`watched_compiles`.
+    """
+    folder, watch = _done_marker(path).parent, _watch.get()
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if watch and watch():
+                    raise CompileStopped("the compile was stopped") from None
+                time.sleep(_WATCH_S)
+        yield
+    finally:
+        os.close(fd)  # which lets go of it, as the end of the process does
 
 
 def compile_in_helper(path: Path, argument: str | None = None) -> None:

@@ -11,13 +11,14 @@ takes the network of the leader's host away for three seconds (with ``--cuts``, 
 root): it hears nothing and nobody hears it. A server is killed with ``kill -9``, and started again when every shard has put out something.
 Measured is the time from the signal to the first output under a later epoch, in every shard that the victim led, and of planned changes
 the pause between the last output of the old epoch and the first of the new one, and of a server the longest time in which a shard put
-nothing out, all by one clock. A change gives a calculation's
-parameter another value in the store, one of code another text of a user's own calculation, which every node compiles while the old code
-runs; measured is the time until the last node says that it has applied it. Before the next victim is
-drawn, every shard has a leader and its standbys again. In the end the checker reads every output stream and compares it with the replay
-of the leader's journal; and the signals of calculations over several shards are compared with those of one process that replays the same
-feed (:mod:`tickmesh.chaos.one_process`). One JSON object is printed; the exit code is 0 if every change came to its end, every output is
-there once, in order, and the right one, and so are the signals.
+nothing out, all by one clock. A change gives a calculation's parameter another value in the store; a change of code is another text of a
+user's own calculation, which every node compiles while the old code runs. Of both, the time until the last node says that it has applied
+it is measured. Before the next victim is drawn, every shard has a leader and its standbys again.
+
+In the end the checker reads every output stream and compares it with the replay of the leader's journal; and the signals of calculations
+over several shards are compared with those of one process that replays the same feed (:mod:`tickmesh.chaos.one_process`). One JSON object
+is printed; the exit code is 0 if every change came to its end, every output is there once, in order, and the right one, and so are the
+signals.
 """
 
 from __future__ import annotations
@@ -65,9 +66,8 @@ def weighed(event, state):
     state.sum = state.sum * 0.9 + {weight} * event.qty
     return state.sum
 """
-_CODE_S = 120.0
-_CHANGE_S = 20.0
-"""A change that takes longer has failed."""
+_CODE_S, _CHANGE_S = 120.0, 20.0
+"""Code, and a change of leadership, that takes longer has failed."""
 _WHOLE_S = 90.0
 _SILENT_S = 1.5
 _FAULTS = ("lost", "duplicated", "out_of_order", "stale_epoch", "differing", "not_in_replay", "not_delivered", "malformed", "journal")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
-import signal
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import resume, suspend
 from programs import require
 
 from tickmesh.control.consul_store import ConsulOptions, ConsulStore
@@ -42,12 +41,12 @@ class StoreServer(ABC):
 
     def pause(self) -> None:
         """Nobody hears from it, as in a partition."""
-        os.kill(self.process.pid, signal.SIGSTOP)
+        suspend(self.process.pid)
 
     def resume(self) -> None:
         """It is heard again."""
         if self.process.pid is not None:
-            os.kill(self.process.pid, signal.SIGCONT)
+            resume(self.process.pid)
 
     def close(self) -> None:
         """End it, whatever state it is in."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from nats_fixtures import cluster, nats_server, own_nats_server  # noqa: F401
+from processes import resume, suspend
 
 from tickmesh.ops.servers import NatsServer, NatsServerOptions
 from tickmesh.transports.nats import (
@@ -182,22 +183,19 @@ def test_nothing_lost_or_doubled_when_the_server_is_killed(own_nats_server: Nats
 
 def test_suspended_server_is_noticed(own_nats_server: NatsServer, cluster: str) -> None:  # noqa: F811
     """A server that hangs acknowledges nothing; when it goes on, everything is there once."""
-    import os
-    import signal
 
     async def run() -> None:
         async with linked(own_nats_server) as link, publishing(link, stream(cluster), ack_timeout_s=0.2) as publisher:
             await publisher.publish(1, records(1, 10))
             await publisher.drain(5)
-            assert own_nats_server.pid
-            os.kill(own_nats_server.pid, signal.SIGSTOP)
+            suspend(own_nats_server.pid)
             try:
                 for first in range(11, 101, 10):
                     await publisher.publish(first, records(first, 10))
                 await until(lambda: publisher.counters.timeouts > 0)
                 assert not await publisher.drain(0.1)
             finally:
-                os.kill(own_nats_server.pid, signal.SIGCONT)
+                resume(own_nats_server.pid)
             await publisher.drain(20)
             assert (await stored(link, stream(cluster)))[0] == list(range(1, 101))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 import subprocess
@@ -32,6 +31,7 @@ from nodes import (  # noqa: F401
     stream,
     until,
 )
+from processes import resume, suspend
 from test_decoder import directory, framed
 from test_replay import execute, order
 
@@ -209,16 +209,6 @@ def stream_end(url: str, cluster: str) -> int:  # noqa: F811
 # ---------------------------------------------------------------- NATS slow or away
 
 
-def paused(server: NatsServer) -> None:
-    assert server.pid is not None
-    os.kill(server.pid, signal.SIGSTOP)
-
-
-def resumed(server: NatsServer) -> None:
-    assert server.pid is not None
-    os.kill(server.pid, signal.SIGCONT)
-
-
 SMALL = "ring_capacity = 1024\n"
 
 
@@ -229,7 +219,7 @@ def test_a_blocking_node_waits_for_nats_and_loses_nothing(own_nats_server: NatsS
     with running(config, own_nats_server.url) as node:
         shard = node.shards[0]
         until(lambda: outputs_made(node) > 500, "outputs")
-        paused(own_nats_server)
+        suspend(own_nats_server.pid)
         until(lambda: shard.shard.arrays.core["blocked"][0] > 0, "a full ring")
         until(lambda: node.receivers[0].counters()["ring_full"] > 0, "a source that waits")
         node.mirror()
@@ -237,7 +227,7 @@ def test_a_blocking_node_waits_for_nats_and_loses_nothing(own_nats_server: NatsS
         assert reading["shards"][0]["blocked"] > 0
         assert reading["shards"][0]["output_lag"] > 0
         assert reading["deliveries"]["events"][0]["lag"] > 0
-        resumed(own_nats_server)
+        resume(own_nats_server.pid)
         now = outputs_made(node)
         until(lambda: outputs_made(node) > now + 2000, "outputs again")
         own_nats_server.kill()
@@ -257,10 +247,10 @@ def test_a_dropping_node_goes_on_and_says_what_is_missing(own_nats_server: NatsS
     config = node_config(cluster, tmp_path, source, cluster_extra=cluster_extra, delivery="batch_max_events = 64\nwindow = 4")
     with running(config, own_nats_server.url) as node:
         until(lambda: outputs_made(node) > 500, "outputs")
-        paused(own_nats_server)
+        suspend(own_nats_server.pid)
         now = outputs_made(node)
         until(lambda: outputs_made(node) > now + 8000, "outputs while NATS stands still")
-        resumed(own_nats_server)
+        resume(own_nats_server.pid)
         finish(node)
         assert_true(node, simulator_truth())
         made = outputs_made(node)

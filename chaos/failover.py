@@ -381,6 +381,7 @@ def _run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         seed=options.seed,
         per_event=(),  # only the streams are looked at
         namespaces=options.cuts > 0,
+        balance_after_s=0,  # who leads is changed by what is measured, and by nothing else
     )
     say(f"seed {options.seed}, data in {folder}")
     with LocalCluster(settings, say) as cluster:

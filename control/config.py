@@ -652,6 +652,13 @@ class Leadership(Table):
         10.0, "A leader that nobody watches loses its lease after this; Consul takes 10 s and more.", unit="s", ge=1, le=3600
     )
     grace_s: float = key(60.0, "How long leaders go on while the store is away.", unit="s", ge=0, le=86_400)
+    balance_after_s: float = key(
+        30.0,
+        "A node that leads more shards than its share for so long passes one to a standby that leads less; 0: never.",
+        unit="s",
+        ge=0,
+        le=86_400,
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Leadership:

@@ -28,7 +28,7 @@ from typing import Any, Literal, Protocol
 import structlog
 
 from tickmesh.control.heartbeats import Heartbeats
-from tickmesh.control.placement import replicas_of
+from tickmesh.control.placement import lighter, replicas_of
 from tickmesh.control.store import Backoff, Delete, Lease, LeaseHeld, Put, Snapshot, Store, StoreError, Watch, end_task
 
 _log = structlog.get_logger("leadership")
@@ -113,7 +113,10 @@ class Replicas(Protocol):
     """The node's side: what leadership tells it. All calls of one shard come one after the other."""
 
     async def host(self, shards: frozenset[int]) -> None:
-        """These are the shards that the node has replicas of from now on. It may keep what it has of others until they are elsewhere."""
+        """These are the shards that the node has replicas of from now on. What it has of others on its disk stays."""
+
+    def kept(self) -> frozenset[int]:
+        """The shards of which the node has something on its disk."""
 
     async def follow(self, shard: int, leader: Holder | None, epoch: int) -> None:
         """Be a standby of this leader (None: there is none yet). Called again when the leader changes."""
@@ -150,6 +153,8 @@ class LeadershipOptions:
         grace_s: how long leaders go on without the store.
         pick_timeout_s: how long the named successor of a move has, before others may take the shard; also how long a node that stops
             waits for a standby to be ready.
+        orphaned_s: how long nobody leads a shard before nodes that only have an old journal of it try.
+        balance_after_s: how long a node leads more shards than its share before it passes one to a standby that leads less; 0: for ever.
     """
 
     root: str
@@ -160,6 +165,8 @@ class LeadershipOptions:
     settle_ms: float = 500.0
     grace_s: float = 60.0
     pick_timeout_s: float = 2.0
+    orphaned_s: float = 10.0
+    balance_after_s: float = 0.0
 
 
 @dataclass
@@ -194,6 +201,8 @@ class _Tended:
     free_since_s: float | None = None
     suspect_since_s: float | None = None
     misplaced_since_s: float | None = None
+    uneven_since_s: float | None = None
+    asked_for: bool = False
     followed: tuple[Holder | None, int] | None = None
     refused_until_s: float = 0.0
     refusals: Backoff = field(default_factory=lambda: Backoff(first_s=0.25, last_s=5.0))
@@ -230,6 +239,9 @@ class Leadership:
         self._holder = Holder(heartbeats.node, heartbeats.incarnation, address)
         self._tended: dict[int, _Tended] = {}
         self._placed: dict[int, tuple[str, ...]] = {}
+        self._weights: Mapping[str, float] = {}
+        self._balancing = False
+        self._led_s: dict[int, float] = {}
         self._watch: Watch | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._started_s = 0.0
@@ -310,9 +322,11 @@ class Leadership:
     async def _place(self, members: Mapping[str, float]) -> None:
         if not members:
             return
+        self._weights = members
         wished = {shard: move.to for shard in range(self.options.shards) if (move := self._move(shard)) is not None}
         placed = {s: replicas_of(s, members, self.options.replicas, wished.get(s)) for s in range(self.options.shards)}
         mine = {shard for shard, nodes in placed.items() if self._beats.node in nodes}
+        mine |= self._orphans(mine)
         if placed == self._placed and set(self._tended) == mine:
             return
         for shard in set(self._tended) - mine:  # before their replicas go: none may begin to lead while that happens
@@ -322,6 +336,29 @@ class Leadership:
         for shard in mine - set(self._tended):
             self._begin_to_tend(_Tended(shard))
         self.changed()
+
+    def _orphans(self, mine: set[int]) -> set[int]:
+        """Shards of other nodes that nobody leads, and that we have a journal of: maybe the only one that makes what was published.
+
+        One that we tend is kept until another leads it. One that lies on the disk is taken up when nobody has led it for a while.
+        """
+        if self._snapshot is None or self._snapshot.stale:
+            return set(self._tended) - mine
+        now = time.monotonic()
+        for shard in range(self.options.shards):
+            if self._is_led(shard):
+                self._led_s[shard] = now
+        unled = {shard for shard in range(self.options.shards) if self._led_s.get(shard) != now}
+        forgotten = {shard for shard in unled if now - self._led_s.get(shard, self._started_s) > self.options.orphaned_s}
+        kept = forgotten & self._replicas.kept() if forgotten else set()
+        return (unled & set(self._tended) | kept) - mine
+
+    def _is_led(self, shard: int) -> bool:
+        """Whether the holder of a shard's lease says itself that it leads, and is not us."""
+        leader, epoch = self._entry(shard)
+        beat = self._beats.beat(leader.node) if leader is not None and leader.node != self._holder.node else None
+        said = beat.shards.get(shard) if beat is not None and leader is not None and beat.incarnation == leader.incarnation else None
+        return said is not None and said.role == "leader" and said.epoch >= epoch
 
     def _begin_to_tend(self, one: _Tended) -> None:
         self._tended[one.number] = one
@@ -502,7 +539,9 @@ class Leadership:
         one.refusals.reset()
         one.status = ShardLeadership("leading", lease.epoch, self._holder, reason, one.status.takeovers + 1)
         move = self._move(one.number)
+        one.uneven_since_s, one.asked_for = None, False
         if move is not None and move.to == self._holder.node:
+            one.asked_for = move.by not in self._weights  # by an operator, not by a node
             with contextlib.suppress(StoreError):
                 await self._store.delete(move_key(self.options.root, one.number))
 
@@ -538,12 +577,50 @@ class Leadership:
         to = self._successor(one.number) if places and self._holder.node not in places else None
         if to is None:
             one.misplaced_since_s = None
-            return None
+            return await self._balance(one)
         one.misplaced_since_s = one.misplaced_since_s or now
         if now - one.misplaced_since_s < self.options.settle_ms / 1000:  # more nodes may be coming, and move it again
             return 0.05
         await self._pass_to(one, to)
         return 0.0
+
+    async def _balance(self, one: _Tended) -> float | None:
+        """After failovers one node may lead what others could: it passes one shard after the other to a standby that leads less.
+
+        A shard that an operator has moved here stays.
+        """
+        to = self._lighter_standby(one) if self.options.balance_after_s > 0 and not self._balancing else None
+        if to is None:
+            one.uneven_since_s = None
+            return None
+        now = time.monotonic()
+        one.uneven_since_s = one.uneven_since_s or now
+        left_s = one.uneven_since_s + self.options.balance_after_s - now
+        if left_s > 0:
+            return min(left_s, 0.5)
+        one.uneven_since_s, self._balancing = None, True
+        try:
+            _log.info("a shard is passed on: this node leads more than its share", shard=one.number, to=to)
+            await self._pass_to(one, to)
+        finally:
+            self._balancing = False
+        return 0.0
+
+    def _lighter_standby(self, one: _Tended) -> str | None:
+        """Who should lead a shard in our place; None if nobody should, or if another of our shards goes before it."""
+        led = dict.fromkeys(self._weights, 0)
+        for shard in range(self.options.shards):
+            leader, _ = self._entry(shard)
+            if leader is not None and leader.node in led:
+                led[leader.node] += 1
+        movable = {}
+        for other in self._tended.values():
+            if other.leading and not other.asked_for:
+                standbys = [node for node in self._placed.get(other.number, ()) if self._follows(other.number, node)]
+                movable[other.number] = lighter(self._holder.node, standbys, led, self._weights)
+        able = [shard for shard, to in movable.items() if to is not None]
+        first = min(able, key=lambda shard: (self._placed[shard][0] == self._holder.node, shard), default=None)
+        return movable[one.number] if one.number == first else None
 
     async def _without_lease(self, one: _Tended) -> float | None:
         """The lease has run out. Take it again if it is free; go on for the grace if the store cannot be asked; else step down."""

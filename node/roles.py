@@ -29,6 +29,7 @@ from tickmesh.control.config_store import Keys
 from tickmesh.control.heartbeats import Beat, Heartbeats, client_name
 from tickmesh.control.leadership import Holder, Leadership, LeadershipOptions
 from tickmesh.control.store import Store
+from tickmesh.node.beginning import journal_folders
 from tickmesh.node.gateways import login_of, nats_deliveries
 from tickmesh.node.known_instruments import Rows, rows_in, rows_of
 from tickmesh.node.replica import Replica, warm_takeover
@@ -255,6 +256,7 @@ class Roles:
             self._wanted,
             lease_ttl_s=max(10.0, config.leadership.lease_ttl_s) if config.store.kind == "consul" else config.leadership.lease_ttl_s,
             grace_s=config.leadership.grace_s,
+            balance_after_s=config.leadership.balance_after_s,
         )
         return Leadership(store, beats, self, members, options, self._address)
 
@@ -278,6 +280,11 @@ class Roles:
             replica = self._replicas[number]
             self._replicas = {other: one for other, one in self._replicas.items() if other != number}
             await self._apart(replica.close)
+
+    def kept(self) -> frozenset[int]:
+        """See :class:`tickmesh.control.leadership.Replicas`."""
+        config = self.node.config
+        return frozenset(number for number, folder in enumerate(journal_folders(config)) if any(folder.glob("*.journal")))
 
     async def follow(self, shard: int, leader: Holder | None, epoch: int) -> None:
         """See :class:`tickmesh.control.leadership.Replicas`."""

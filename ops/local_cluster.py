@@ -83,6 +83,7 @@ class LocalClusterOptions:
         symbols: instruments of it.
         seed: of it.
         suspect_ms: silence after which a node is taken for dead; on a host that is busy with other things, more.
+        balance_after_s: how long a node leads more than its share before it passes a shard on; 0: for ever.
         per_event: kinds of output that also go out as one message each.
         extra: further TOML for the cluster's configuration.
         namespaces: each node in a network namespace of its own (:mod:`tickmesh.ops.namespaces`), whose link can be cut.
@@ -100,6 +101,7 @@ class LocalClusterOptions:
     symbols: int = 16
     seed: int = 1
     suspect_ms: float = 100.0
+    balance_after_s: float = 10.0
     per_event: tuple[str, ...] = ("bbo", "trade", "signal", "alert", "bar", "status")
     extra: str = ""
     namespaces: bool = False
@@ -379,6 +381,7 @@ shard_overrides = {{ {placed} }}   # evenly: by their names, a few symbols would
 [leadership]
 enabled = true
 suspect_ms = {o.suspect_ms}
+balance_after_s = {o.balance_after_s}
 
 [journal]
 segment_mb = 4

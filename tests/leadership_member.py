@@ -31,7 +31,7 @@ PAUSE_S = 0.001
 
 def stream_of(cluster: str, shard: int) -> OutputStream:
     """A shard's stream."""
-    return OutputStream(f"LEAD_{cluster}_{shard}", f"lead.{cluster}.{shard}", str(shard))
+    return OutputStream(f"LEAD_{cluster}_{shard}", f"lead.{cluster}.{shard}", str(shard), bytes_max=16 << 20)
 
 
 def say(**facts: Any) -> None:
@@ -59,6 +59,9 @@ class Member:
     async def host(self, shards: frozenset[int]) -> None:
         self._hosted = shards
         say(what="hosts", shards=sorted(shards))
+
+    def kept(self) -> frozenset[int]:
+        return frozenset()
 
     async def follow(self, shard: int, leader: Holder | None, epoch: int) -> None:
         self._epochs[shard] = epoch
@@ -136,7 +139,14 @@ async def main(options: Mapping[str, Any]) -> None:
         system=system.client if system else None, changed=lambda: [one.changed() for one in changes] and None,
     )  # fmt: skip
     await beats.start()
-    settings = LeadershipOptions(root, options["shards"], grace_s=options.get("grace_s", 60.0), lease_ttl_s=options["ttl_s"])
+    settings = LeadershipOptions(
+        root,
+        options["shards"],
+        options.get("replicas", 2),
+        grace_s=options.get("grace_s", 60.0),
+        lease_ttl_s=options["ttl_s"],
+        balance_after_s=options.get("balance_after_s", 0.0),
+    )
     leadership = Leadership(store, beats, member, members, settings)
     member.leadership = leadership
     changes.append(leadership)

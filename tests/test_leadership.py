@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -10,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from tickmesh.control.consul_store import ConsulOptions, ConsulStore
 from tickmesh.control.heartbeats import Beat, Heartbeats, ShardBeat
 from tickmesh.control.kv_store import KvStore
 from tickmesh.control.leadership import Holder, Leadership, LeadershipOptions, TakeoverRefused, lease_key, request_move
+from tickmesh.control.store import LeaseHeld
 from tickmesh.transports.nats import Login, connect
 from tickmesh.transports.nats_reader import StreamReader
 
@@ -326,23 +330,49 @@ def test_shards_are_spread_and_a_third_node_takes_the_place_of_a_dead_one(team: 
         team.check(shard)
 
 
-class Reluctant:
-    """A node that can lead none of its shards until they are placed elsewhere; its replicas take their time to go."""
+def _evenly(team: Team) -> bool:
+    """Whether three nodes lead two of six shards each."""
+    leaders = Counter(team.leader(shard) for shard in range(6))
+    return sorted(leaders.values()) == [2, 2, 2]
 
-    def __init__(self) -> None:
+
+def test_who_leads_more_than_its_share_passes_shards_on_until_it_does_not(team: Team) -> None:
+    options = {"shards": 6, "replicas": 3, "balance_after_s": 0.3}
+    alone = team.join("a", **options)
+    until(lambda: len({line["shard"] for line in alone.said("leads")}) == 6, "it leads all")
+    for node in ("b", "c"):
+        team.join(node, **options)
+    until(lambda: _evenly(team), "each leads two")
+    assert len(alone.said("hands over")) == 4
+    wished = next(shard for shard in range(6) if team.leader(shard) == "b")
+    asyncio.run(_with_store(team, lambda store: request_move(store, f"{team.cluster}/", wished, "a", "somebody")))
+    until(lambda: team.leader(wished) == "a", "it is moved by hand")
+    until(lambda: _evenly(team), "another goes in its place")
+    assert team.leader(wished) == "a"
+    for shard in range(6):
+        team.check(shard)
+
+
+class Reluctant:
+    """A node that can lead none of its shards while it refuses; its replicas take their time to go."""
+
+    def __init__(self, kept: int = 0) -> None:
         self.hosted: frozenset[int] = frozenset()
-        self.refuses, self.refused, self.wrongly_led = True, set[int](), list[int]()
-        self.going = asyncio.Event()
+        self.refuses, self.refused, self.led, self.wrongly_led = True, set[int](), set[int](), list[int]()
+        self._kept = frozenset(range(kept))
 
     def beat(self) -> Beat:
-        return Beat("a", "1", "", {number: ShardBeat("standby", 0, 0, True, True) for number in range(4)})
+        roles = {number: "leader" if number in self.led else "standby" for number in range(4)}
+        return Beat("a", "1", "", {number: ShardBeat(role, 0, 0, True, True) for number, role in roles.items()})  # type: ignore[arg-type]
 
     async def host(self, shards: frozenset[int]) -> None:
         if self.hosted - shards:
             self.refuses = False
-            self.going.set()
             await asyncio.sleep(1.0)  # they take so long to go: time enough to campaign for them
         self.hosted = shards
+
+    def kept(self) -> frozenset[int]:
+        return self._kept
 
     async def follow(self, shard: int, leader: Holder | None, epoch: int) -> None: ...
 
@@ -350,7 +380,7 @@ class Reluctant:
         if self.refuses:
             self.refused.add(shard)
             raise TakeoverRefused(shard, "not yet")
-        self.wrongly_led.append(shard)
+        (self.led.add if shard in self.hosted else self.wrongly_led.append)(shard)
 
     async def stop_leading(self, shard: int, reason: str) -> None: ...
 
@@ -358,32 +388,84 @@ class Reluctant:
         return False
 
 
-def test_no_shard_is_led_while_its_replica_goes(nats: ConfiguredServer) -> None:
+@asynccontextmanager
+async def going(nats: ConfiguredServer, node: Reluctant, places: dict[str, float], name: str) -> AsyncIterator[tuple[Leadership, Any, Any]]:
+    """A node's leadership of four shards in a cluster of its own, where `places` are the members, with the store and the client."""
+    link = await connect(nats.url, login=Login())
+    store = await KvStore.open(link.client, name, confirm_s=0.5)
+    beats = Heartbeats(link.client, name, "a", "1", node.beat)
+
+    async def members() -> dict[str, float]:
+        return places
+
+    options = LeadershipOptions(f"{name}/", 4, replicas=1, settle_ms=0.0, orphaned_s=0.5)
+    leadership = Leadership(store, beats, node, members, options)
+    await beats.start()
+    await leadership.start()
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            yield leadership, store, link.client
+    finally:
+        await leadership.close(hand_over=False)
+        await beats.close()
+        await store.close()
+        await link.close()
+
+
+async def so(condition: Callable[[], bool]) -> None:
+    """Wait for it; the caller has a limit."""
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+async def _take(store: Any, shard: int) -> int:
+    """Get a lease as the node `b`, from a node that takes it again and again."""
+    while True:
+        with contextlib.suppress(LeaseHeld):
+            return int((await store.acquire(lease_key("goes/", shard), Holder("b", "1").encode(), 30.0)).epoch)
+        await asyncio.sleep(0.001)
+
+
+def test_a_replica_goes_when_another_node_leads_and_is_not_led_meanwhile(nats: ConfiguredServer) -> None:
     async def run() -> None:
-        link = await connect(nats.url, login=Login())
-        store, node, places = await KvStore.open(link.client, "going", confirm_s=0.5), Reluctant(), {"a": 1.0}
-        beats = Heartbeats(link.client, "going", "a", "1", node.beat)
+        node, places, theirs = Reluctant(), {"a": 1.0}, dict[int, ShardBeat]()
+        async with going(nats, node, places, "goes") as (leadership, store, client):
+            other = Heartbeats(client, "goes", "b", "1", lambda: Beat("b", "1", "", dict(theirs)))
+            await other.start()
+            await so(lambda: node.refused == {0, 1, 2, 3})
+            places |= dict.fromkeys("bcdefgh", 1.0)
+            for shard in (0, 1, 2):
+                theirs[shard] = ShardBeat("leader", await _take(store, shard), 0, True, True)
+            await so(lambda: not node.refuses and leadership.hosted == node.hosted)
+            await other.close()
+        assert node.wrongly_led == [], "none that was about to go"
 
-        async def members() -> dict[str, float]:
-            return places
+    asyncio.run(run())
 
-        leadership = Leadership(store, beats, node, members, LeadershipOptions("going/", 4, replicas=1, settle_ms=0.0))
-        await beats.start()
-        await leadership.start()
-        try:
-            async with asyncio.timeout(LIMIT_S):
-                while node.refused != {0, 1, 2, 3}:
-                    await asyncio.sleep(0.01)
-                places |= dict.fromkeys("bcdefgh", 1.0)
-                await node.going.wait()
-                while leadership.hosted != node.hosted or len(node.hosted) == 4:
-                    await asyncio.sleep(0.01)
-            assert set(node.wrongly_led) <= node.hosted, "none that was about to go"
-        finally:
-            await leadership.close(hand_over=False)
-            await beats.close()
-            await store.close()
-            await link.close()
+
+def test_a_node_keeps_a_shard_that_is_placed_elsewhere_until_somebody_leads_it(nats: ConfiguredServer) -> None:
+    """The others may lack what has been published: then its journal is the only one to go on from."""
+
+    async def run() -> None:
+        node, places = Reluctant(), {"a": 1.0}
+        async with going(nats, node, places, "keeps") as (leadership, _, _):
+            await so(lambda: node.refused == {0, 1, 2, 3})
+            places |= dict.fromkeys("bcdefgh", 1.0)
+            del places["a"]
+            await so(lambda: all(leadership._placed.get(shard, ("a",)) != ("a",) for shard in range(4)))
+            node.refuses = False
+            await so(lambda: node.led == {0, 1, 2, 3})
+
+    asyncio.run(run())
+
+
+def test_a_node_takes_up_an_old_journal_of_a_shard_that_nobody_leads(nats: ConfiguredServer) -> None:
+    async def run() -> None:
+        node = Reluctant(kept=3)
+        node.refuses = False
+        async with going(nats, node, {"b": 1.0}, "takes"):
+            await so(lambda: node.led == {0, 1, 2})
+        assert node.hosted == {0, 1, 2}
 
     asyncio.run(run())
 

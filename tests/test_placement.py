@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tickmesh.control.placement import replicas_of
+from tickmesh.control.placement import lighter, replicas_of
 
 NODES = st.sets(st.text("abcdefghij0123456789-", min_size=1, max_size=12), min_size=1, max_size=8)
 
@@ -77,3 +78,33 @@ def test_placement_is_fixed_to_the_bit() -> None:
 def test_nonsense_is_refused(count: int, weights: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="at least"):
         replicas_of(0, weights, count)
+
+
+@given(st.integers(1, 12), st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=2, max_size=6), st.integers(0, 99), st.integers(1, 3))
+def test_passing_shards_to_who_leads_less_comes_to_an_end(shards: int, weights: list[float], seed: int, count: int) -> None:
+    """Whoever led at first, and in whatever order shards are looked at: nobody could then be better off, and no move was undone."""
+    rng = random.Random(seed)
+    nodes = {f"n{i}": weight for i, weight in enumerate(weights)} | {"last": 1.0}
+    placed = {shard: replicas_of(shard, nodes, count) for shard in range(shards)}
+    leader = {shard: rng.choice(chosen) for shard, chosen in placed.items()}
+
+    def led() -> Counter[str]:
+        return Counter(leader.values())
+
+    def shares() -> list[float]:
+        return sorted((led()[node] / (weight or 1e-6) for node, weight in nodes.items()), reverse=True)
+
+    moves = 0
+    while True:
+        able = [shard for shard in placed if lighter(leader[shard], placed[shard], led(), nodes)]
+        if not able:
+            break
+        shard, before = rng.choice(able), shares()
+        leader[shard] = lighter(leader[shard], placed[shard], led(), nodes) or ""
+        assert shares() < before
+        moves += 1
+        assert moves <= shards * len(nodes)
+    for shard, chosen in placed.items():
+        for node in chosen:
+            if nodes[node] and nodes[leader[shard]]:
+                assert (led()[node] + (node != leader[shard])) / nodes[node] >= led()[leader[shard]] / nodes[leader[shard]]

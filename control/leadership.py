@@ -346,7 +346,7 @@ class Leadership:
             return set(self._tended) - mine
         now = time.monotonic()
         for shard in range(self.options.shards):
-            if self._is_led(shard):
+            if self._is_led(shard) or (shard in self._tended and self._tended[shard].leading):
                 self._led_s[shard] = now
         unled = {shard for shard in range(self.options.shards) if self._led_s.get(shard) != now}
         forgotten = {shard for shard in unled if now - self._led_s.get(shard, self._started_s) > self.options.orphaned_s}
@@ -534,12 +534,13 @@ class Leadership:
         return None
 
     async def _begin(self, one: _Tended, lease: Lease, reason: str) -> None:
+        led_before = one.leading
         await self._replicas.lead(one.number, lease.epoch)
         one.lease, one.followed, one.free_since_s, one.suspect_since_s, one.storeless_s, one.fenced = lease, None, None, None, None, False
         one.refusals.reset()
         one.status = ShardLeadership("leading", lease.epoch, self._holder, reason, one.status.takeovers + 1)
         move = self._move(one.number)
-        one.uneven_since_s, one.asked_for = None, False
+        one.uneven_since_s, one.asked_for = None, one.asked_for and led_before
         if move is not None and move.to == self._holder.node:
             one.asked_for = move.by not in self._weights  # by an operator, not by a node
             with contextlib.suppress(StoreError):

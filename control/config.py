@@ -44,14 +44,16 @@ KeyPath = tuple[str | int, ...]
 PRICE_DECIMALS = 9
 """Prices are fixed point in units of 1e-9."""
 
-SOURCE_TYPES = ("file", "pcap", "multicast", "simulator")
+SOURCE_TYPES = ("file", "pcap", "multicast", "websocket", "http", "tcp", "nats", "custom", "simulator")
+CONNECTED = ("websocket", "http", "tcp", "nats", "custom")
+"""Types of source that connect to a server, and come back when they have lost it."""
 DELIVERY_METHODS = ("nats", "shm")
 SERIES = ("trade.price", "trade.qty", "bbo.mid", "bbo.spread", "bbo.microprice")
 """Series that calculations and alerts can take, beside the outputs of calculations."""
 RawTables = dict[str, dict[str, Any]]
 """Tables as the document has them, by name."""
 NOT_BUILT_YET = {
-    "type": ("websocket", "http", "tcp", "afxdp", "rdma", "nats"),
+    "type": ("afxdp", "rdma"),
     "method": ("websocket", "redis"),
 }
 FIELD_NAMES = {
@@ -221,7 +223,9 @@ PathList = Annotated[list[str], BeforeValidator(_paths), WithJsonSchema({"type":
 Pace = Annotated[Any, BeforeValidator(_pace), _PACE_SCHEMA]
 Date = Annotated[str, BeforeValidator(lambda v: _valid_date(d) if isinstance(d := _date(v), str) else v)]
 TimeZone = Annotated[str, BeforeValidator(lambda v: _valid_timezone(v) if isinstance(v, str) else v)]
-SourceType = Annotated[Literal["file", "pcap", "multicast", "simulator"], BeforeValidator(_built("type"))]
+SourceType = Annotated[
+    Literal["file", "pcap", "multicast", "websocket", "http", "tcp", "nats", "custom", "simulator"], BeforeValidator(_built("type"))
+]
 DeliveryMethod = Annotated[Literal["nats", "shm"], BeforeValidator(_built("method"))]
 OutputKind = Literal[
     "bbo", "trade", "signal", "alert", "bar", "intent", "risk", "status", "gap", "reference",
@@ -237,6 +241,10 @@ MappedEvent = Literal[
 EventField = Literal["symbol", "price", "qty", "side", "id", "aux", "ts_event", "seq", "bid", "bid_qty", "ask", "ask_qty"]
 """Fields of an event that a field mapping can fill; bid..ask_qty belong to quotes."""
 Overflow = Literal["block", "drop_oldest", "gap"]
+Channel = Literal["book", "trade", "quote"]
+"""What a venue's own subscription can ask for."""
+EnvironmentVariable = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+HeaderName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,64}$")]
 
 
 def key(
@@ -382,7 +390,13 @@ class Source(Table):
     path: PathList = key(
         [], "File or files, read in this order; a relative path starts at the configuration file.", live=True, only=("file", "pcap")
     )
-    endpoint: str | None = key(None, "Multicast group of line A, udp://GROUP:PORT.", live=True, only=("multicast",))
+    endpoint: str | None = key(
+        None,
+        "Where it is: multicast group of line A, udp://GROUP:PORT; ws:// or wss://, http:// or https://, tcp:// or tls://HOST:PORT, "
+        "nats:// or tls:// (several, separated by commas).",
+        live=True,
+        only=("multicast", *CONNECTED),
+    )
     endpoint_b: str | None = key(None, "Multicast group of line B; the first of two equal packets is used.", live=True, only=("multicast",))
     interface: str | None = key(
         None,
@@ -393,12 +407,13 @@ class Source(Table):
     )
     data_format: str | None = key(
         None,
-        'Protocol: a shipped spec ("itch50"), a spec file (.toml), "binance", "okx", "bybit", "lobster", "dbn_mbo", "json" or "csv".',
+        'Protocol: a shipped spec ("itch50"), a spec file (.toml), a venue ("binance", "bybit", "coinbase", "kraken_futures", "okx"), '
+        '"lobster", "dbn_mbo", "json" or "csv".',
         live=True,
     )
     framing: str | None = key(
         None,
-        'How messages lie in packets or files, e.g. "moldudp64", "binaryfile"; none: the one usual for the protocol.',
+        'How messages lie in packets or streams, e.g. "moldudp64", "binaryfile", tcp: "soupbintcp"; none: the one usual for the protocol.',
         live=True,
         pattern=r"^([a-z0-9_]{1,32}|.+\.toml)$",
     )
@@ -435,6 +450,129 @@ class Source(Table):
         only=("multicast", "pcap", "simulator"),
     )
     recv_buffer_kb: int = key(4096, "Socket receive buffer.", live=True, unit="KiB", ge=64, le=1 << 20, only=("multicast",))
+    follow: bool = key(
+        False, "Go on reading as the file grows, also over rotation and truncation; the last of several.", live=True, only=("file",)
+    )
+    channels: list[Channel] = key(
+        ["book", "trade"], "What to subscribe to at a venue that is built in, for each of `symbols`.", live=True, only=("websocket",)
+    )
+    subscribe: list[Annotated[str, StringConstraints(min_length=1)]] = key(
+        [], "Messages to send after each connect, in place of the venue's own.", live=True, only=("websocket",)
+    )
+    snapshot_endpoint: str | None = key(
+        None,
+        "binance: where a book's snapshot is, with {symbol} in it; none: https://api.binance.com/api/v3/depth.",
+        live=True,
+        only=("websocket",),
+    )
+    snapshot_interval_ms: float = key(
+        500.0, "Least time between two requests for snapshots.", live=True, unit="ms", ge=0, le=600_000, only=("websocket",)
+    )
+    reading: Literal["poll", "lines", "sse"] = key(
+        "poll",
+        "How to read: the whole body again and again, a body of lines that does not end, or server-sent events.",
+        live=True,
+        only=("http",),
+    )
+    poll_interval_ms: float = key(1000.0, "Time between two polls.", live=True, unit="ms", ge=1, le=86_400_000, only=("http",))
+    headers: dict[HeaderName, str] = key({}, "Sent with every request; no secrets.", live=True, only=("http", "websocket"))
+    subject: str | None = key(None, "Subject to subscribe to; wildcards are allowed.", live=True, only=("nats",), pattern=r"^[^\s]{1,255}$")
+    stream: str | None = key(
+        None,
+        "JetStream stream to read in place of a plain subscription: nothing is lost over reconnects and restarts.",
+        live=True,
+        only=("nats",),
+        pattern=r"^[^\s.*>/\\]{1,255}$",
+    )
+    begin: Literal["first", "next"] = key(
+        "first",
+        "Where a source that can go on begins when it has nothing to go on from: with the first message there is, or the next.",
+        live=True,
+        only=("tcp", "nats"),
+    )
+    session: str = key("", "SoupBinTCP session to ask for; none: the current one.", live=True, only=("tcp",), pattern=r"^[!-~]{0,10}$")
+    user: str | None = key(None, "User to log in as.", live=True, only=("tcp", "nats", "http", "websocket"), min_length=1)
+    password_env: EnvironmentVariable | None = key(
+        None, "Environment variable that holds its password.", live=True, only=("tcp", "nats", "http", "websocket")
+    )
+    password_file: str | None = key(
+        None, "File that holds it, instead.", live=True, only=("tcp", "nats", "http", "websocket"), min_length=1
+    )
+    token_env: EnvironmentVariable | None = key(
+        None, "Environment variable that holds a bearer token.", live=True, only=("nats", "http", "websocket")
+    )
+    token_file: str | None = key(None, "File that holds it, instead.", live=True, only=("nats", "http", "websocket"), min_length=1)
+    credentials_file: str | None = key(None, "NATS credentials file (.creds).", live=True, only=("nats",), min_length=1)
+    tls_ca_file: str | None = key(
+        None,
+        "Certificate authority that the server's certificate must come from; none: the system's.",
+        live=True,
+        only=CONNECTED,
+        min_length=1,
+    )
+    tls_certificate_file: str | None = key(
+        None, "Our own certificate, if the server asks for one.", live=True, only=CONNECTED, min_length=1
+    )
+    tls_key_file: str | None = key(None, "The key of that certificate.", live=True, only=CONNECTED, min_length=1)
+    connect_timeout_ms: float = key(
+        10_000.0, "How long connecting and logging in may take.", live=True, unit="ms", ge=10, le=600_000, only=CONNECTED
+    )
+    heartbeat_ms: float | None = key(
+        None,
+        "How often we show that we live; none: 15 s websocket, 1 s SoupBinTCP.",
+        live=True,
+        unit="ms",
+        ge=10,
+        le=600_000,
+        only=("websocket", "tcp"),
+    )
+    silence_ms: float | None = key(
+        None,
+        "Silence after which a connection is given up; none: 60 s websocket and http, 15 s SoupBinTCP, else no limit.",
+        live=True,
+        unit="ms",
+        ge=10,
+        le=86_400_000,
+        only=CONNECTED,
+    )
+    reconnect_min_ms: float = key(
+        100.0, "First wait before connecting again; it doubles with every failure.", live=True, unit="ms", ge=1, le=600_000, only=CONNECTED
+    )
+    reconnect_max_ms: float = key(
+        30_000.0, "Longest wait before connecting again.", live=True, unit="ms", ge=1, le=3_600_000, only=CONNECTED
+    )
+    message_max_kb: int = key(
+        4096,
+        "Longest message, unpacked; a longer one ends the connection.",
+        live=True,
+        unit="KiB",
+        ge=1,
+        le=1 << 18,
+        only=(*CONNECTED, "file"),
+    )
+    buffer_kb: int = key(
+        4096,
+        "Most bytes received and not yet decoded, while shards have no room.",
+        live=True,
+        unit="KiB",
+        ge=1,
+        le=1 << 20,
+        only=(*CONNECTED, "file"),
+    )
+    overflow: Overflow = key(
+        "block",
+        "When that buffer is full: stop reading, drop the oldest messages, or the newest; what is dropped is a gap.",
+        live=True,
+        only=(*CONNECTED, "file"),
+    )
+    use: str | None = key(
+        None,
+        'The adapter of a custom source: an installed package\'s ("tickmesh.sources" entry point), or "file.py:Class".',
+        live=True,
+        only=("custom",),
+        min_length=1,
+    )
+    options: dict[str, Any] = key({}, "Its own options.", live=True, only=("custom",))
     seed: int = key(1, "Seed: the same seed makes the same market.", live=True, ge=0, le=(1 << 63) - 1, only=("simulator",))
     rate: float = key(10000.0, "Messages per second of market time.", live=True, unit="1/s", gt=0, le=1e9, only=("simulator",))
     messages_max: int = key(0, "Stop after so many messages; 0: never.", live=True, ge=0, only=("simulator",))
@@ -469,6 +607,7 @@ class Source(Table):
             bad += _check_endpoint("endpoint", self.endpoint, required=True) + _check_endpoint(
                 "endpoint_b", self.endpoint_b, required=False
             )
+        bad += self._check_connected()
         if self.type == "simulator" and not self.symbols:
             bad.append(Refusal("symbols", "is missing", "name the symbols to simulate"))
         if self.type != "simulator" and not self.data_format:
@@ -478,6 +617,63 @@ class Source(Table):
             bad.append(Refusal("exclude", f"{both[0]!r} is in symbols too"))
         _refused(bad)
         return self
+
+    @property
+    def soupbintcp(self) -> bool:
+        """Whether it is a SoupBinTCP client."""
+        return self.type == "tcp" and self.framing == "soupbintcp"
+
+    @property
+    def continues(self) -> bool:
+        """Whether every node receives it alike, and can go on in it at any sequence."""
+        return self.type == "multicast" or self.soupbintcp or (self.type == "nats" and self.stream is not None)
+
+    def _check_connected(self) -> list[Refusal]:
+        bad: list[Refusal] = []
+        if self.type in _SCHEMES:
+            bad += _check_address(self.endpoint, self.type)
+        if self.snapshot_endpoint is not None:
+            bad += _check_url("snapshot_endpoint", self.snapshot_endpoint, ("http", "https"))
+            if "{symbol}" not in self.snapshot_endpoint:
+                bad.append(
+                    Refusal("snapshot_endpoint", "does not hold {symbol}", "e.g. https://api.binance.com/api/v3/depth?symbol={symbol}")
+                )
+        if self.type == "nats" and not self.subject and not self.stream:
+            bad.append(Refusal("subject", "is missing", "name a subject, or the JetStream stream to read"))
+        if self.type == "custom" and not self.use:
+            bad.append(Refusal("use", "is missing", 'name the adapter: an entry point, or "file.py:Class"'))
+        if self.reconnect_max_ms < self.reconnect_min_ms:
+            bad.append(
+                Refusal(
+                    "reconnect_max_ms", "is less than reconnect_min_ms", "the wait grows from the one to the other", ("reconnect_min_ms",)
+                )
+            )
+        if self.tls_key_file is not None and self.tls_certificate_file is None:
+            bad.append(Refusal("tls_certificate_file", "is missing", "tls_key_file is the key of a certificate: name both"))
+        return bad + self._check_secrets() + self._check_overflow()
+
+    def _check_secrets(self) -> list[Refusal]:
+        bad = [
+            Refusal(f"{name}_file", f"and {name}_env are alternatives", "remove one of them")
+            for name in ("password", "token")
+            if getattr(self, f"{name}_env") and getattr(self, f"{name}_file")
+        ]
+        if (self.password_env or self.password_file) and not self.user:
+            bad.append(Refusal("user", "is missing", "say whose password it is"))
+        bad += [
+            Refusal(f"headers.{name}", "holds a secret", "use token_env, or user and password_env")
+            for name in self.headers
+            if any(word in name.lower() for word in ("authorization", "cookie", "key", "token", "secret"))
+        ]
+        if self.session and not self.soupbintcp:
+            bad.append(Refusal("session", "has no meaning without SoupBinTCP", 'set framing = "soupbintcp"', ("framing",)))
+        return bad
+
+    def _check_overflow(self) -> list[Refusal]:
+        if self.overflow != "block" and (self.continues or self.type in ("tcp", "file")):
+            what = "a stream of bytes cannot lose some of its middle" if self.type in ("tcp", "file") else "it can go on where it stopped"
+            return [Refusal("overflow", f"must be block here: {what}", "remove it")]
+        return []
 
     def _check_prices(self) -> list[Refusal]:
         ticks = [("tick_size", self.tick_size), *((f"instruments.{s}.tick_size", o.tick_size) for s, o in self.instruments.items())]
@@ -515,6 +711,38 @@ def _check_endpoint(name: str, endpoint: str | None, required: bool) -> list[Ref
     if not 224 <= parts[0] <= 239 and parts[0] != 127:
         return [Refusal(name, f"{match[1]} is not a multicast group", "groups are 224.0.0.0 to 239.255.255.255")]
     return []
+
+
+_SCHEMES = {"websocket": ("ws", "wss"), "http": ("http", "https"), "tcp": ("tcp", "tls"), "nats": ("nats", "tls")}
+_EXAMPLES = {
+    "websocket": "wss://stream.example.com/ws",
+    "http": "https://api.example.com/prices",
+    "tcp": "tcp://10.0.0.1:15000",
+    "nats": "nats://127.0.0.1:4222",
+}
+_SECRET_WORDS = ("token", "secret", "password", "apikey", "api_key", "signature", "listenkey")
+
+
+def _check_address(endpoint: str | None, kind: str) -> list[Refusal]:
+    """The endpoint of a source that connects."""
+    if endpoint is None:
+        return [Refusal("endpoint", "is missing", f"e.g. {_EXAMPLES[kind]}")]
+    if kind == "nats":
+        return [problem for address in endpoint.split(",") for problem in _check_nats_address(address, "endpoint")]
+    return _check_url("endpoint", endpoint, _SCHEMES[kind], port=kind == "tcp", example=_EXAMPLES[kind])
+
+
+def _check_url(name: str, url: str, schemes: tuple[str, ...], *, port: bool = False, example: str = "https://host/path") -> list[Refusal]:
+    try:
+        parts = urlsplit(url)
+        number = parts.port
+    except ValueError:
+        return [Refusal(name, "has an impossible address or port", f"e.g. {example}")]
+    if parts.username or parts.password or any(word in parts.query.lower() for word in _SECRET_WORDS):
+        return [Refusal(name, "holds a secret", "use user and password_env, or token_env")]
+    if parts.scheme not in schemes or not parts.hostname or (port and number is None):
+        return [Refusal(name, f"must be {' or '.join(f'{s}://HOST' for s in schemes)}{':PORT' if port else ''}", f"e.g. {example}")]
+    return [Refusal(name, "has an impossible port")] if number == 0 else []
 
 
 def _check_nats_address(address: str, name: str = "target") -> list[Refusal]:
@@ -1189,9 +1417,10 @@ def _check_shared(reading: _Reading) -> None:
     if (reading.document.get("leadership") or {}).get("enabled") is not True:
         return
     for name, table in _named_tables(reading, "data_sources"):
-        if table.get("type") not in (None, "multicast"):
+        if table.get("type") not in (None, "multicast") and not ((source := _read_table(Source, table)) and source.continues):
             reason = "cannot go on at another node, as [leadership] wants it"
-            reading.add(("data_sources", name, "type"), reason, "receive it by multicast, or take enabled out of [leadership]")
+            hint = "receive it by multicast, SoupBinTCP or from a JetStream stream, or take enabled out of [leadership]"
+            reading.add(("data_sources", name, "type"), reason, hint)
     deliveries = [table for _, table in _named_tables(reading, "delivery")]
     if not any(table.get("method") == "nats" and not table.get("embedded") for table in deliveries):
         reading.add(("delivery",), "has no NATS server that all nodes reach", 'add [delivery.events] with method = "nats" and its target')

@@ -315,6 +315,9 @@ def code_files(config: Config) -> dict[str, tuple[str, ...]]:
         for name, table in getattr(config.processing, group).items():
             if ".py:" in table.use:
                 found.setdefault(table.use.rpartition(":")[0], ("processing", group, name, "use"))
+    for name, source in config.data_sources.items():
+        if source.use and ".py:" in source.use:
+            found.setdefault(source.use.rpartition(":")[0], ("data_sources", name, "use"))
     return found
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import structlog
 
-from tickmesh.control.config import Config
+from tickmesh.control.config import CONNECTED, Config
 from tickmesh.node.errors import NodeError
 from tickmesh.node.frames import CalculationNames
 from tickmesh.node.gateways import signal_names
@@ -42,7 +42,8 @@ class BeginningError(NodeError):
 def goes_on(config: Config) -> bool:
     """Whether a node of this configuration goes on from its journals; a recording or a simulation starts anew."""
     settings = config.journal
-    return settings.enabled and settings.restore and all(options.type == "multicast" for options in config.data_sources.values())
+    live = ("multicast", *CONNECTED)
+    return settings.enabled and settings.restore and all(options.type in live for options in config.data_sources.values())
 
 
 def journal_folder(config: Config, shard: int) -> Path:

@@ -1,6 +1,6 @@
 """JSON feeds: Binance, OKX and Bybit messages, and any other JSON by a field mapping, to events; books kept in step by the venue's rules.
 
-``venue_feed(name, options, table, source)`` makes the decoder of a venue; its :meth:`VenueFeed.feed` takes one websocket message or
+:func:`tickmesh.node.venues.venue_feed` makes the decoder of a venue; its :meth:`VenueFeed.feed` takes one websocket message or
 HTTP response and appends events to a batch. It never raises on what the venue sends: a malformed message is counted by reason
 and leaves neither half its events nor a changed state behind.
 
@@ -14,7 +14,6 @@ is configured they are inferred from the first message of the symbol (the book r
 
 from __future__ import annotations
 
-import json
 import math
 import uuid
 from bisect import bisect_left
@@ -26,7 +25,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 from zlib import crc32
 
-import orjson
+import msgspec
 
 from tickmesh.control.config import Source
 from tickmesh.node.event import ASK, BID, NO_PRICE, NO_SIDE, PRICE_DECIMALS, Flag, Kind
@@ -43,6 +42,8 @@ TRADES_MAX = 10_000
 MESSAGE_TYPES_MAX = 256
 """Most distinct message types that are counted by name."""
 
+_JSON = msgspec.json.Decoder(float_hook=str)
+"""Numbers with decimals stay text, so that no price passes through a float; as fast as orjson, which makes floats of them."""
 _MS = 1_000_000
 _DEFAULT_EXPONENT = 8
 _SNAPSHOT, _MORE = int(Flag.SNAPSHOT), int(Flag.MORE)
@@ -173,6 +174,15 @@ class VenueFeed:
         """
         self._guarded(out, lambda: self._message(self._parse(payload), recv_ns, out))
 
+    def lost(self) -> None:
+        """The connection is lost, or messages were left out: every book waits for a snapshot. The caller says so to the shards."""
+        for listing in self._listings.values():
+            if listing.last_id is not None or listing.held:
+                self.snapshots_wanted.add(listing.symbol)
+            listing.last_id, listing.fresh_snapshot, listing.texts = None, False, None
+            listing.held.clear()
+            listing.held_levels = 0
+
     def _guarded(self, out: EventBatch, work: Callable[[], None]) -> None:
         """Run `work`; whatever is wrong with the input is counted, and its events and new instruments are taken back."""
         mark = out.count
@@ -197,8 +207,8 @@ class VenueFeed:
 
     def _parse(self, payload: bytes) -> Any:
         try:
-            return orjson.loads(payload)
-        except orjson.JSONDecodeError:
+            return _JSON.decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise Malformed("bad_json") from None
 
     def _message(self, message: Any, recv_ns: int, out: EventBatch) -> None:
@@ -313,14 +323,14 @@ def _quote_side(side: tuple[str, str], exponent: int) -> tuple[int, int]:
     return (price, qty) if qty > 0 else (NO_PRICE, 0)
 
 
-def _id(value: Any) -> int:
+def number_of(value: Any) -> int:
     """An update id or sequence number: an integer in the range of an event's `seq`."""
     if type(value) is not int or not 0 <= value < 1 << 63:
         raise Malformed("bad_id")
     return value
 
 
-def _time_ns(milliseconds: Any) -> int:
+def time_of(milliseconds: Any) -> int:
     """Milliseconds since 1970, as a number or text, in nanoseconds."""
     value = fixed_point(milliseconds, 0) if isinstance(milliseconds, str) else milliseconds
     if type(value) is not int or not 0 <= value < (1 << 63) // _MS:
@@ -328,7 +338,7 @@ def _time_ns(milliseconds: Any) -> int:
     return value * _MS
 
 
-def _levels(bids: Any, asks: Any, exponent: int, orders_at: int | None = None) -> list[Level]:
+def levels_of(bids: Any, asks: Any, exponent: int, orders_at: int | None = None) -> list[Level]:
     """Levels of a message, bids first, prices and quantities as integers."""
     if not isinstance(bids, list) or not isinstance(asks, list):
         raise Malformed("wrong_type")
@@ -347,7 +357,7 @@ def _levels(bids: Any, asks: Any, exponent: int, orders_at: int | None = None) -
     return levels
 
 
-def _texts(bids: Any, asks: Any, column: int) -> list[str]:
+def texts_of(bids: Any, asks: Any, column: int) -> list[str]:
     """One column of the levels of a message, as text."""
     if not isinstance(bids, list) or not isinstance(asks, list):
         raise Malformed("wrong_type")
@@ -431,24 +441,24 @@ class BinanceFeed(VenueFeed):
         bid, ask = (message["b"], message["B"]), (message["a"], message["A"])
         listing = self._listing(message["s"], recv_ns, out, [bid[0], ask[0]], [bid[1], ask[1]])
         time = message.get("T", message.get("E"))
-        self._emit_quote(listing, recv_ns if time is None else _time_ns(time), recv_ns, bid, ask, _id(message["u"]), out)
+        self._emit_quote(listing, recv_ns if time is None else time_of(time), recv_ns, bid, ask, number_of(message["u"]), out)
 
     def _trade(self, message: dict[str, Any], trade_id: Any, recv_ns: int, out: EventBatch) -> None:
         price, qty, buyer_is_maker = message["p"], message["q"], message["m"]
         if type(buyer_is_maker) is not bool:
             raise Malformed("wrong_type")
-        time, number = _time_ns(message["T"]), _id(trade_id)
+        time, number = time_of(message["T"]), number_of(trade_id)
         listing = self._listing(message["s"], recv_ns, out, [price], [qty])
         self._emit_trade(listing, time, recv_ns, not buyer_is_maker, price, qty, number, out)
 
     def _depth(self, message: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
         bids, asks = message["b"], message["a"]
-        first, last, time = _id(message["U"]), _id(message["u"]), _time_ns(message["E"])
-        previous = _id(message["pu"]) if "pu" in message else -1
+        first, last, time = number_of(message["U"]), number_of(message["u"]), time_of(message["E"])
+        previous = number_of(message["pu"]) if "pu" in message else -1
         if first > last:
             raise Malformed("bad_id")
-        listing = self._listing(message["s"], recv_ns, out, _texts(bids, asks, 0), _texts(bids, asks, 1))
-        update = Update(first, last, previous, time, recv_ns, _levels(bids, asks, listing.qty_exponent))
+        listing = self._listing(message["s"], recv_ns, out, texts_of(bids, asks, 0), texts_of(bids, asks, 1))
+        update = Update(first, last, previous, time, recv_ns, levels_of(bids, asks, listing.qty_exponent))
         if listing.last_id is None:
             self._hold(listing, update)
         else:
@@ -482,10 +492,10 @@ class BinanceFeed(VenueFeed):
         return update.first == at + 1 if update.previous < 0 else update.previous == at
 
     def _snapshot(self, symbol: str, message: Any, recv_ns: int, out: EventBatch) -> None:
-        bids, asks, at = message["bids"], message["asks"], _id(message["lastUpdateId"])
-        time = _time_ns(message["E"]) if "E" in message else recv_ns
-        listing = self._listing(symbol, recv_ns, out, _texts(bids, asks, 0), _texts(bids, asks, 1))
-        snapshot = Update(at, at, -1, time, recv_ns, _levels(bids, asks, listing.qty_exponent))
+        bids, asks, at = message["bids"], message["asks"], number_of(message["lastUpdateId"])
+        time = time_of(message["E"]) if "E" in message else recv_ns
+        listing = self._listing(symbol, recv_ns, out, texts_of(bids, asks, 0), texts_of(bids, asks, 1))
+        snapshot = Update(at, at, -1, time, recv_ns, levels_of(bids, asks, listing.qty_exponent))
         held = [update for update in listing.held if update.last > at]
         behind = listing.last_id is not None and at < listing.last_id
         if behind or (held and held[0].first > at + 1):
@@ -580,7 +590,7 @@ class OkxFeed(VenueFeed):
                 self._guarded(out, partial(self._ticker, entry, recv_ns, out))
 
     def _trade(self, entry: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
-        price, qty, side, time = entry["px"], entry["sz"], entry["side"], _time_ns(entry["ts"])
+        price, qty, side, time = entry["px"], entry["sz"], entry["side"], time_of(entry["ts"])
         if side not in ("buy", "sell"):
             raise Malformed("bad_side")
         number = fixed_point(entry["tradeId"], 0)
@@ -589,21 +599,21 @@ class OkxFeed(VenueFeed):
 
     def _ticker(self, entry: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
         bid, ask = (entry["bidPx"], entry["bidSz"]), (entry["askPx"], entry["askSz"])
-        time = _time_ns(entry["ts"])
+        time = time_of(entry["ts"])
         given = [side for side in (bid, ask) if side[0]]
         listing = self._listing(entry["instId"], recv_ns, out, [s[0] for s in given], [s[1] for s in given])
         self._emit_quote(listing, time, recv_ns, bid, ask, 0, out)
 
     def _book(self, symbol: Any, action: Any, entry: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
-        bids, asks, time = entry["bids"], entry["asks"], _time_ns(entry["ts"])
+        bids, asks, time = entry["bids"], entry["asks"], time_of(entry["ts"])
         sequence = entry.get("seqId")
         previous = entry.get("prevSeqId")
         checksum = entry.get("checksum")
         if action not in ("snapshot", "update"):
             raise Malformed("bad_action")
-        listing = self._listing(symbol, recv_ns, out, _texts(bids, asks, 0), _texts(bids, asks, 1))
-        levels = _levels(bids, asks, listing.qty_exponent, 3)
-        number = _id(sequence) if sequence is not None else 0
+        listing = self._listing(symbol, recv_ns, out, texts_of(bids, asks, 0), texts_of(bids, asks, 1))
+        levels = levels_of(bids, asks, listing.qty_exponent, 3)
+        number = number_of(sequence) if sequence is not None else 0
         update = Update(number, number, previous if type(previous) is int else -1, time, recv_ns, levels)
         if action == "snapshot":
             listing.texts = (_Ladder(BID), _Ladder(ASK))
@@ -673,19 +683,19 @@ class BybitFeed(VenueFeed):
             self._guarded(out, partial(self._trade, entry, recv_ns, out))
 
     def _trade(self, entry: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
-        price, qty, side, time = entry["p"], entry["v"], entry["S"], _time_ns(entry["T"])
+        price, qty, side, time = entry["p"], entry["v"], entry["S"], time_of(entry["T"])
         if side not in ("Buy", "Sell"):
             raise Malformed("bad_side")
         listing = self._listing(entry["s"], recv_ns, out, [price], [qty])
-        self._emit_trade(listing, time, recv_ns, side == "Buy", price, qty, _trade_number(entry["i"]), out)
+        self._emit_trade(listing, time, recv_ns, side == "Buy", price, qty, trade_number(entry["i"]), out)
 
     def _book(self, message: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
-        data, kind, time = message["data"], message["type"], _time_ns(message["ts"])
-        bids, asks, number = data["b"], data["a"], _id(data["u"])
+        data, kind, time = message["data"], message["type"], time_of(message["ts"])
+        bids, asks, number = data["b"], data["a"], number_of(data["u"])
         if kind not in ("snapshot", "delta"):
             raise Malformed("bad_action")
-        listing = self._listing(data["s"], recv_ns, out, _texts(bids, asks, 0), _texts(bids, asks, 1))
-        update = Update(number, number, -1, time, recv_ns, _levels(bids, asks, listing.qty_exponent))
+        listing = self._listing(data["s"], recv_ns, out, texts_of(bids, asks, 0), texts_of(bids, asks, 1))
+        update = Update(number, number, -1, time, recv_ns, levels_of(bids, asks, listing.qty_exponent))
         if kind == "snapshot" or number == 1:  # u = 1: the venue's service has restarted, the message is a whole book
             self._emit_snapshot(listing, update, out)
         elif listing.last_id is None:
@@ -699,7 +709,7 @@ class BybitFeed(VenueFeed):
             self._emit_gap(listing, update, listing.last_id + 1, number - 1, out)
 
 
-def _trade_number(text: Any) -> int:
+def trade_number(text: Any) -> int:
     """A trade id as a number: its digits, or for a UUID its first 63 bits."""
     if not isinstance(text, str):
         raise Malformed("bad_id")
@@ -735,13 +745,6 @@ class MappedFeed(VenueFeed):
         self.mappings = compile_mappings(options, columns)
         self.by_order = any(mapping.event in _ORDER_EVENTS for mapping in self.mappings)
         self._midnight_ns = options.midnight_ns()
-
-    def _parse(self, payload: bytes) -> Any:
-        """JSON with numbers kept as their text, so that no price passes through a float."""
-        try:
-            return json.loads(payload, parse_float=str, parse_int=str, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError):
-            raise Malformed("bad_json") from None
 
     def _message(self, message: Any, recv_ns: int, out: EventBatch) -> None:
         try:
@@ -810,23 +813,3 @@ class MappedFeed(VenueFeed):
             elif name in QTY_FIELDS:
                 quantities.append(mapping.fields[name].plain(text))
         return self._listing(symbol, recv_ns, out, prices, quantities)
-
-
-def _refuse_constant(text: str) -> Any:
-    raise ValueError(text)
-
-
-VENUE_FEEDS: dict[str, type[VenueFeed]] = {feed.venue: feed for feed in (BinanceFeed, OkxFeed, BybitFeed, MappedFeed)}
-"""Decoders by the name that `data_format` gives them."""
-
-
-def venue_feed(
-    options: Source, table: InstrumentTable, source: int = 0, shard: Callable[[str], int | None] | None = None
-) -> VenueFeed:  # fmt: skip
-    """The decoder of a source whose `data_format` is a venue's name or "json".
-
-    Raises:
-        KeyError: no venue has this name.
-        MappingError: the field mapping of a "json" source cannot work.
-    """
-    return VENUE_FEEDS[options.data_format or ""](options, table, source, shard)

@@ -33,8 +33,9 @@ from tickmesh.node.event import EventArray
 from tickmesh.node.event_batch import EventBatch
 from tickmesh.node.feed import STARTED, bind_code
 from tickmesh.node.instruments import FILTERED, InstrumentTable, InstrumentTableFull, SymbolFiltered
-from tickmesh.node.json_feed import VENUE_FEEDS, VenueFeed, venue_feed
+from tickmesh.node.json_feed import VenueFeed
 from tickmesh.node.protocol import Framing, Spec, load_framing, load_spec
+from tickmesh.node.venues import VENUE_FEEDS, venue_feed
 from tickmesh.transports.capture import read_capture
 from tickmesh.transports.recording import SLACK, Problem, read_bytes, read_lines
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tickmesh.control.config import Config, Source
+from tickmesh.control.config import CONNECTED, Config, Source
 from tickmesh.node.arbiter import CLEAR_DUE, EXPECTED, FIRST_SEQUENCE, SESSION, START_SEQUENCE
 from tickmesh.node.decoder import arbitration, decoder_parts, filtered, load_decoder, make_feed, malformed, message_counts
 from tickmesh.node.event import EVENT, EventArray
@@ -445,6 +445,10 @@ def make_receiver(
     options = config.data_sources[name]
     if options.type == "multicast":
         return MulticastReceiver(name, options, context)
+    if options.type in CONNECTED or options.follow:
+        from tickmesh.node.adapters import open_adapter  # which are receivers themselves
+
+        return open_adapter(name, config, context)
     if options.type in generators:
         return GeneratedReceiver(name, options, generators[options.type](options, context.progress), context)
     return RecordedReceiver(name, options, files or [config.resolve(path) for path in options.path], context)

@@ -78,6 +78,10 @@ class SourceCounter(IntEnum):
     FILTERED = 8
     RING_FULL = 9
     DROPPED_BY_KERNEL = 10
+    CONNECTED = 11
+    RECONNECTS = 12
+    CONNECT_FAILURES = 13
+    OVERFLOWED = 14
 
 
 class ShardCounter(IntEnum):
@@ -132,6 +136,10 @@ SOURCE_ABOUT = {
     SourceCounter.FILTERED: "messages of symbols that the configuration leaves out",
     SourceCounter.RING_FULL: "waits for a shard's input ring",
     SourceCounter.DROPPED_BY_KERNEL: "datagrams the socket's buffer had no room for",
+    SourceCounter.CONNECTED: "1 while a source that connects is connected",
+    SourceCounter.RECONNECTS: "connections that were lost",
+    SourceCounter.CONNECT_FAILURES: "tries to connect, or to log in, that failed",
+    SourceCounter.OVERFLOWED: "messages left out because the buffer was full",
 }
 SHARD_ABOUT = {
     ShardCounter.EVENTS_IN: "input events taken",
@@ -162,8 +170,8 @@ DELIVERY_ABOUT = {
     DeliveryCounter.LAG: "outputs in the ring, not read yet",
 }
 _GAUGES: frozenset[IntEnum] = frozenset(
-    [*NodeCounter, ShardCounter.CROSSED, ShardCounter.ORDERS, ShardCounter.INSTRUMENTS, ShardCounter.CONFIG_VERSION,
-     ShardCounter.OUTPUT_LAG, DeliveryCounter.LAG]
+    [*NodeCounter, SourceCounter.CONNECTED, ShardCounter.CROSSED, ShardCounter.ORDERS, ShardCounter.INSTRUMENTS,
+     ShardCounter.CONFIG_VERSION, ShardCounter.OUTPUT_LAG, DeliveryCounter.LAG]
 )  # fmt: skip
 _LOCK = struct.Struct("hhqqi4x")
 """``struct flock``: type, whence, start, length, pid."""

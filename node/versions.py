@@ -133,6 +133,9 @@ def _code_files(config: Config) -> Iterator[str]:
         for table in tables.values():
             if ".py:" in table.use:
                 yield table.use.rpartition(":")[0]
+    for source in config.data_sources.values():
+        if source.use and ".py:" in source.use:
+            yield source.use.rpartition(":")[0]
 
 
 def _write_once(path: Path, content: str) -> None:

@@ -205,7 +205,11 @@ def _node_view(reading: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 
 def _source_table(reading: Mapping[str, Any]) -> Table:
-    names = ("messages", "events", "bytes", "malformed", "gaps", "missing", "duplicates", "filtered", "ring_full", "dropped_by_kernel")
+    names: tuple[str, ...] = ("messages", "events", "bytes", "malformed", "gaps", "missing", "duplicates", "filtered", "ring_full")
+    names = (*names, "dropped_by_kernel")
+    connected = ("connected", "reconnects", "connect_failures", "overflowed")  # of sources that connect
+    if any(numbers[name] for numbers in reading["sources"].values() for name in connected):
+        names = (*names, *connected)
     table = _table("", "source", *(n.replace("_", " ") for n in names))
     for source, numbers in reading["sources"].items():
         table.add_row(source, *(f"{numbers[n]:,}" for n in names))

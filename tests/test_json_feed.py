@@ -19,7 +19,8 @@ from tickmesh.control.config import Source, parse_config
 from tickmesh.node.event import ASK, BID, EVENT, QUOTE, REFERENCE, EventArray, Flag, Kind, scaled
 from tickmesh.node.event_batch import BatchFull, EventBatch
 from tickmesh.node.instruments import InstrumentTable
-from tickmesh.node.json_feed import VENUE_FEEDS, VenueFeed, exponent_of, okx_checksum, tick_of, venue_feed
+from tickmesh.node.json_feed import VenueFeed, exponent_of, okx_checksum, tick_of
+from tickmesh.node.venues import VENUE_FEEDS, venue_feed
 from tickmesh.transports.recording import read_lines
 
 DATA = Path(os.environ.get("TICKMESH_DATA", Path(__file__).parents[1] / "../shared/data"))
@@ -230,7 +231,7 @@ TRADE = {"e": "trade", "E": 5, "s": "X", "t": 7, "p": "1.5", "q": "2", "T": 4, "
         ({**TRADE, "p": "abc"}, "number_not_a_number"),
         ({**TRADE, "p": "1e99"}, "number_too_large"),
         ({**TRADE, "p": "0.0000000001"}, "number_too_precise"),
-        ({**TRADE, "p": 1.5}, "wrong_type"),
+        ({**TRADE, "p": 15}, "wrong_type"),
         ({**TRADE, "p": None}, "wrong_type"),
         ({**TRADE, "p": ["1"]}, "wrong_type"),
         ({**TRADE, "p": "-1"}, "number_negative"),

@@ -15,7 +15,7 @@ from tickmesh.node.csv_feed import lobster_events
 from tickmesh.node.event import ASK, BID, EVENT, EventArray, scaled
 from tickmesh.node.event_batch import EventBatch
 from tickmesh.node.instruments import InstrumentTable
-from tickmesh.node.json_feed import venue_feed
+from tickmesh.node.venues import venue_feed
 from tickmesh.transports.recording import read_lines
 
 DATA = Path(os.environ.get("TICKMESH_DATA", Path(__file__).parents[1] / "../shared/data"))

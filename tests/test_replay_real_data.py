@@ -19,8 +19,8 @@ from tickmesh.node.book import counts, levels_count, resting_orders, top
 from tickmesh.node.csv_feed import LobsterFeed
 from tickmesh.node.event import QUOTE, EventArray, Flag, Kind, scaled
 from tickmesh.node.event_batch import EventBatch
-from tickmesh.node.json_feed import venue_feed
 from tickmesh.node.replay import replay
+from tickmesh.node.venues import venue_feed
 from tickmesh.transports.recording import read_lines
 
 KEYS = {"source", "messages", "malformed", "refused", "gaps", "duplicates", "events", "instruments"}

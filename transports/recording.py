@@ -329,13 +329,9 @@ class LineRecording:
         self.notes, self.notes_count, self.lines, self.malformed, self.too_long = [], 0, 0, 0, 0
         for line in self._lines():
             self.lines += 1
-            if line[:1] in b"{[":
-                yield 0, line
-                continue
-            timed = _TIMED.match(line)
-            recv_ns = _time_ns(timed[1], timed[2]) if timed else None
-            if timed and recv_ns is not None and timed.end() < len(line):
-                yield recv_ns, line[timed.end() :].lstrip()
+            found = split_time(line)
+            if found is not None:
+                yield found
             elif not self._note(line):
                 self.malformed += 1
 
@@ -368,6 +364,17 @@ class LineRecording:
                 rest, skipping = b"", True
         if not skipping and (stripped := rest.strip()):
             yield stripped
+
+
+def split_time(line: bytes) -> tuple[int, bytes] | None:
+    """Time (ns since the epoch, 0 if there is none) and payload of a recorded line; None if it is no message."""
+    if line[:1] in b"{[":
+        return 0, line
+    timed = _TIMED.match(line)
+    recv_ns = _time_ns(timed[1], timed[2]) if timed else None
+    if timed is None or recv_ns is None or timed.end() >= len(line):
+        return None
+    return recv_ns, line[timed.end() :].lstrip()
 
 
 def _time_ns(whole: bytes, fraction: bytes | None) -> int | None:

@@ -1,0 +1,579 @@
+"""Adapters: one small interface for every source that is received by asyncio, and the receiver that runs one.
+
+An :class:`Adapter` knows how to connect and hands on what it receives: ``await self.sink(data)``. All else is done here, alike for all: a
+thread with its event loop, connecting again with backoff and jitter, a bounded buffer while the shards have no room, decoding and routing,
+books that go stale when a connection is lost, counters, the end in any state. Adapters of other packages are entry points of group
+:data:`ENTRY_POINTS`; ``docs/howto/add-a-source.md`` shows one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import difflib
+import inspect
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import structlog
+import uvloop
+
+from tickmesh.control.config import Config, Source
+from tickmesh.node.calculation import CalculationError, load_source
+from tickmesh.node.event import EVENT, EventArray, Kind
+from tickmesh.node.intake import Data, Intake, codes_of, make_intake, whole_source
+from tickmesh.node.json_feed import VenueFeed
+from tickmesh.node.reader import SourceError
+from tickmesh.node.receivers import Receiver, ReceiverContext, bind_codes
+from tickmesh.node.router import ROUTE_EVENTS, route_now
+from tickmesh.node.silence import route_silence_now
+from tickmesh.node.timers import go_on
+from tickmesh.transports.connection import Backoff, BrokenProtocol, ConnectionLost, ConnectionProblem, Refused, client_tls, read_secret
+
+ENTRY_POINTS = "tickmesh.sources"
+"""Group of entry points by which other packages offer adapters."""
+_HOLD_NS = 250_000_000
+"""How far the time of a silent source is held back: what is under way on a connection may be so late."""
+_TICK_S, _RETRY_S = 0.05, 0.001
+_INLINE_BYTES = 1 << 16
+"""Bytes that may wait for the event loop's next turn before they are decoded at once."""
+_END_S = 2.0
+_SAME_WARNING_S = 60.0
+_MASK = (1 << 64) - 1
+_log = structlog.get_logger("source")
+
+
+class SourceEnded(Exception):
+    """Raised by :meth:`Adapter.run`: there is no more, and nothing to connect to again."""
+
+
+class Sink:
+    """Where an adapter puts what it receives. Every method belongs to the adapter's own event loop.
+
+    Attributes:
+        counts: the adapter's own counters, by name.
+    """
+
+    def __init__(self, receiver: AdapterReceiver) -> None:
+        self._receiver = receiver
+        self.counts: dict[str, int] = {}
+
+    async def __call__(self, data: Data, recv_ns: int = 0, sequence: int = 0) -> None:
+        """Hand on a message, or a piece of the stream. Waits while there is no room for it, if the source is configured so.
+
+        Args:
+            data: the bytes; the caller may reuse the memory afterwards.
+            recv_ns: when they came, nanoseconds since 1970; 0: now.
+            sequence: the message's sequence at the source, rising; 0: it has none.
+
+        Raises:
+            BrokenProtocol: what came before does not hold together; let it through.
+        """
+        await self._receiver.take(data, recv_ns or time.time_ns(), sequence)
+
+    def connected(self) -> None:
+        """The connection stands. Without this, the first data says so."""
+        self._receiver.connected()
+
+    @property
+    def next_sequence(self) -> int:
+        """For an adapter that `resumes`: the sequence to go on with; 0: there is nothing to go on from."""
+        return self._receiver.expected
+
+    async def begin(self, sequence: int, session: str = "") -> None:
+        """For an adapter that `resumes`: the next message has this sequence. What is missing before it is a gap; another session than
+        before, or a sequence that goes back, is the venue's new beginning."""
+        await self._receiver.begin(sequence, session)
+
+    async def gap(self) -> None:
+        """Something was lost, and nobody knows what: every book of the source is stale until its next snapshot."""
+        await self._receiver.unknown_gap()
+
+    @property
+    def venue(self) -> VenueFeed | None:
+        """The decoder, if the format is decoded in Python: `snapshots_wanted` says which books wait."""
+        return self._receiver.intake.venue
+
+    async def snapshot(self, symbol: str, data: bytes) -> None:
+        """Hand on a book's snapshot that was asked for, where it does not name its symbol (Binance)."""
+        self._receiver.intake.put_snapshot(symbol, data, time.time_ns())
+        self._receiver.schedule()
+
+    async def begin_anew(self, *, lost: bool) -> None:
+        """The stream ends here, and another begins with the next piece; `lost`: what was between them is not known."""
+        await self._receiver.flush()
+        self._receiver.intake.cut()
+        if lost:
+            await self._receiver.unknown_gap()
+
+    def count(self, name: str, number: int = 1) -> None:
+        """Count something of the adapter's own."""
+        self.counts[name] = self.counts.get(name, 0) + number
+
+
+class Adapter(ABC):
+    """A way in. A subclass says how to connect and receive, in :meth:`run`; it is made once, and :meth:`run` again for each connection.
+
+    Attributes:
+        name: of the source.
+        options: its configuration; a custom source's own keys are ``options.options``.
+        sink: takes what comes.
+        carries: ``messages``: each call of the sink has a whole message; ``stream``: pieces of any size.
+        timed: lines of a stream may begin with their time of receipt (recordings that grow).
+        resumes: a lost connection loses nothing: the adapter goes on with ``sink.next_sequence``.
+        endpoint: what the source is called in messages.
+    """
+
+    carries: Literal["messages", "stream"] = "messages"
+    timed = False
+    resumes = False
+
+    def __init__(self, name: str, options: Source, sink: Sink, resolve: Callable[[str], Path] = Path) -> None:
+        """Nothing is connected yet. A subclass may raise SourceError here: the configuration is then refused.
+
+        Args:
+            resolve: turns a path of the configuration into one of this host.
+        """
+        self.name, self.options, self.sink, self.resolve = name, options, sink, resolve
+        self.endpoint = options.endpoint or options.use or name
+
+    @abstractmethod
+    async def run(self) -> None:
+        """Connect, and hand on what comes, until the connection ends.
+
+        Returning, and any :class:`ConnectionProblem` or OSError, end this connection; there will be another. It is cancelled to stop.
+
+        Raises:
+            SourceEnded: there is no more.
+        """
+
+    # -- what most need
+
+    def secret(self, kind: Literal["password", "token"]) -> str | None:
+        """The configured password or token, from where the configuration says.
+
+        Raises:
+            SecretMissing: it is named, and not there.
+        """
+        file = getattr(self.options, f"{kind}_file")
+        return read_secret(getattr(self.options, f"{kind}_env"), self.resolve(file) if file else None)
+
+    def tls(self) -> Any:
+        """The configured TLS context.
+
+        Raises:
+            SecretMissing: a file is missing or holds something else.
+        """
+        files = (self.options.tls_ca_file, self.options.tls_certificate_file, self.options.tls_key_file)
+        return client_tls(*(self.resolve(file) if file else None for file in files))
+
+
+AdapterMaker = Callable[[str, Source, Sink, Callable[[str], Path]], Adapter]
+
+
+# ---------------------------------------------------------------- the receiver
+
+
+class AdapterReceiver(Receiver):
+    """Runs an adapter: its thread, its connections, its buffer. One event loop does it all; nothing is handed between threads."""
+
+    def __init__(self, name: str, options: Source, make: AdapterMaker, resolve: Callable[[str], Path], context: ReceiverContext) -> None:
+        super().__init__(name, options, context, restamp=False, hold_ns=_HOLD_NS)
+        self.sink = Sink(self)
+        self.adapter = make(name, options, self.sink, resolve)
+        shown = options.model_copy(update={"framing": "binaryfile"}) if options.soupbintcp else options
+        self.intake: Intake = make_intake(
+            name, shown, context.table, context.number,
+            stream=self.adapter.carries == "stream", timed=self.adapter.timed, progress=context.progress,
+        )  # fmt: skip
+        self.order_ids = self.intake.order_ids
+        self._backoff = Backoff(options.reconnect_min_ms / 1e3, options.reconnect_max_ms / 1e3)
+        self._events: EventArray = np.zeros(0, EVENT)
+        self._first = 0
+        self._expected = self._session = 0
+        self._stale = False
+        """The journal has had something of this source, or we have; the books are not known to be right any more."""
+        self._had_data = self._is_connected = self._scheduled = self._blocked = False
+        self._numbers = dict.fromkeys(("connected", "reconnects", "connect_failures", "overflowed"), 0)
+        self._more_gaps = self._more_missing = self._waits = 0
+        self._broken: BrokenProtocol | None = None
+        self._space: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._work: asyncio.Task[None] | None = None
+        self._warned: tuple[str, float] = ("", -_SAME_WARNING_S)
+        self._told = False
+        """A warning is open: it is said too when the source is back."""
+        route_now(self.router, np.zeros(1, EVENT), 0, 0)  # compiled now, and not when the first event waits
+
+    # -- what a node asks of a receiver
+
+    def ask_stop(self) -> None:
+        super().ask_stop()
+        loop, work = self._loop, self._work
+        if loop is not None and work is not None:
+            with contextlib.suppress(RuntimeError):  # it has just ended
+                loop.call_soon_threadsafe(work.cancel)
+
+    def resume(self, codes: Mapping[int, int], last_sequence: int) -> None:
+        if self.intake.spec is not None:
+            bind_codes(self.intake.feed, self.context.table, codes)
+        if last_sequence and self.adapter.resumes:
+            self._expected = last_sequence + 1
+        self._stale = bool(last_sequence or codes) and not self.adapter.resumes
+        if last_sequence:
+            go_on(self.router.clock)
+
+    @property
+    def expected(self) -> int:
+        if not self.adapter.resumes:
+            return 0
+        return (self.intake.next_sequence if self._had_begun else 0) or self._expected
+
+    @property
+    def session(self) -> int:
+        return self._session
+
+    def go_on_from(self, sequence: int) -> None:
+        if self.begun_at == 0 and self.adapter.resumes:
+            self._expected = min(self._expected, sequence) if self._expected else sequence
+
+    def take_over(self, before: Receiver) -> bool:
+        if not isinstance(before, AdapterReceiver) or not (self.adapter.resumes and before.adapter.resumes):
+            return False
+        if self.intake.spec is None or before.intake.spec is None or self.intake.spec.name != before.intake.spec.name:
+            return False
+        bind_codes(self.intake.feed, self.context.table, codes_of(self.context.table, self.context.number))
+        self._expected, self._session = before.expected, before.session
+        if self._expected:
+            go_on(self.router.clock)
+        return True
+
+    def counters(self) -> dict[str, int]:
+        found = {**self.routed(), **self.intake.counters(), **self._numbers}
+        found["ring_full"] += self._waits
+        found["gaps"] = found.get("gaps", 0) + self._more_gaps
+        found["missing"] = found.get("missing", 0) + self._more_missing
+        return found
+
+    # -- the thread
+
+    def run(self) -> None:
+        loop = uvloop.new_event_loop()
+        try:
+            loop.run_until_complete(self._main())
+        finally:
+            with contextlib.suppress(Exception):
+                loop.run_until_complete(_end_tasks(loop))
+                loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+    async def _main(self) -> None:
+        self._space = asyncio.Event()
+        self._work = asyncio.create_task(self._supervise())
+        self._loop = asyncio.get_running_loop()
+        ticks = asyncio.create_task(self._ticks())
+        try:
+            await asyncio.wait({self._work, ticks}, return_when=asyncio.FIRST_COMPLETED)
+            for task in (ticks, self._work):
+                if task.done() and not task.cancelled() and task.exception() is not None:
+                    raise task.exception()  # type: ignore[misc]
+        finally:
+            await _cancelled(ticks)
+            await _cancelled(self._work)
+            self._numbers["connected"] = 0
+            self._pump()  # what is decoded and has room
+
+    async def _ticks(self) -> None:
+        """Now and then: the stop flag, timers of a silent source, packets that have waited too long."""
+        while self.stop[0] == 0:
+            await asyncio.sleep(_TICK_S)
+            if self._blocked:
+                for ring in self.context.rings:
+                    ring.release_dead_readers()
+            elif self._first == len(self._events) and self._room() > 0:
+                due = self.intake.silent(time.time_ns())
+                if len(due):
+                    self._events, self._first = due, 0
+                    self._pump()
+                route_silence_now(self.router)
+
+    async def _supervise(self) -> None:
+        if self._stale:
+            await self.unknown_gap()
+        while self.stop[0] == 0:
+            begun_s = time.monotonic()
+            try:
+                problem = await self._connection()
+            except SourceEnded:
+                await self.flush()
+                self.finished = True
+                return
+            await self._lost(problem, time.monotonic() - begun_s)
+            await asyncio.sleep(self._wait_s(problem))
+
+    async def _connection(self) -> ConnectionProblem:
+        """One connection, from its beginning to its end; says why it ended."""
+        self._is_connected, self._broken = False, None
+        try:
+            await self.adapter.run()
+        except (ConnectionProblem, SourceEnded) as error:
+            if isinstance(error, SourceEnded):
+                raise
+            return error
+        except (OSError, asyncio.IncompleteReadError) as error:
+            return ConnectionLost(self.adapter.endpoint, f"the connection is lost ({error or type(error).__name__})")
+        except Exception as error:  # an adapter's own mistake ends its connection, not the node
+            _log.exception("an adapter has failed", source=self.name)
+            return ConnectionLost(self.adapter.endpoint, f"the adapter has failed ({type(error).__name__}: {error})")
+        return ConnectionLost(self.adapter.endpoint, "the connection has ended")
+
+    def connected(self) -> None:
+        """The adapter says, or its data do, that the connection stands."""
+        if not self._is_connected:
+            self._is_connected = True
+            self._numbers["connected"] = 1
+            if self._told:
+                _log.info("a source is back", source=self.name, endpoint=self.adapter.endpoint)
+                self._told = False
+
+    async def _lost(self, problem: ConnectionProblem, lasted_s: float) -> None:
+        """After a connection: events that are whole go on, books go stale unless nothing can be missing."""
+        was_connected, self._is_connected = self._is_connected, False
+        self._numbers["connected"] = 0
+        self._numbers["reconnects" if was_connected else "connect_failures"] += 1
+        if was_connected:
+            self._backoff.lasted(lasted_s)
+        self._warn(problem)
+        await self.flush()
+        self.intake.lost()
+        if self._had_data and not self.adapter.resumes:
+            await self.unknown_gap()
+        self._had_data = False
+
+    def _warn(self, problem: ConnectionProblem) -> None:
+        text, at = self._warned
+        if str(problem) != text or time.monotonic() - at > _SAME_WARNING_S:
+            _log.warning("a source is not connected", source=self.name, reason=str(problem), failures=self._backoff.attempt)
+            self._warned, self._told = (str(problem), time.monotonic()), True
+
+    def _wait_s(self, problem: ConnectionProblem) -> float:
+        wait_s = self._backoff.next_s(permanent=problem.permanent)
+        asked_s = problem.retry_after_s if isinstance(problem, Refused) else None
+        return wait_s if asked_s is None else max(asked_s, self._backoff.least_s)
+
+    # -- data
+
+    async def take(self, data: Data, recv_ns: int, sequence: int) -> None:
+        """Put data into the intake, by the configured overflow."""
+        if not self._is_connected:
+            self.connected()
+        if self._broken is not None:
+            raise self._broken
+        self._had_data = True
+        if self.begun_at == 0:
+            self.begun_at = sequence or self._expected
+        rest: Data = data
+        while True:
+            if self.intake.has_room(len(rest)) or not await self._overflows(len(rest)):
+                taken = self.intake.put(rest, recv_ns, sequence)
+                if taken == len(rest):
+                    break
+                rest = memoryview(rest)[taken:]
+                self._pump_checked()
+            elif self.options.overflow == "gap":
+                return
+        if self.intake.waiting_bytes > _INLINE_BYTES:
+            self._pump_checked()
+        else:
+            self.schedule()
+
+    async def _overflows(self, size: int) -> bool:
+        """There is no room: wait until there is, or drop; whether the data still find none."""
+        self._pump_checked()
+        if self.intake.has_room(size):
+            return False
+        if self.options.overflow == "drop_oldest":
+            self._numbers["overflowed"] += self.intake.drop_oldest(size)
+            return False
+        if self.options.overflow == "gap":
+            self._numbers["overflowed"] += 1
+            self.intake.drop_newest()
+            return True
+        await self._wait_for_space()
+        return not self.intake.has_room(size)
+
+    async def _wait_for_space(self) -> None:
+        assert self._space is not None
+        self._space.clear()
+        self._blocked = True
+        self._retry()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_TICK_S):
+                await self._space.wait()
+        if self._broken is not None:
+            raise self._broken
+
+    def schedule(self) -> None:
+        """Decode and route at the event loop's next turn: what has come by then goes as one batch."""
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self._scheduled_pump)
+
+    def _scheduled_pump(self) -> None:
+        self._scheduled = False
+        try:
+            self._pump()
+        except BrokenProtocol as error:
+            self._broken = error
+
+    def _pump_checked(self) -> None:
+        try:
+            self._pump()
+        except BrokenProtocol as error:
+            self._broken = error
+            raise
+
+    def _room(self) -> int:
+        """Events that every ring has room for, each with a timer before it and a code behind it."""
+        return int(min(ring.capacity - ring.lag for ring in self.context.rings) // 3)
+
+    def _pump(self) -> bool:
+        """Decode and route what waits, as far as there is room; true if nothing waits any more."""
+        assert self._space is not None
+        while True:
+            if self._first == len(self._events):
+                self._events, self._first = self.intake.next(), 0
+                if not len(self._events):
+                    self._blocked = False
+                    self._space.set()
+                    return True
+            count = min(self._room(), len(self._events) - self._first, ROUTE_EVENTS)
+            if count <= 0:
+                self._waits += not self._blocked
+                self._blocked = True
+                self._retry()
+                return False
+            if not route_now(self.router, self._events, self._first, self._first + count):
+                return False  # stopped
+            self._first += count
+            if self._blocked:
+                self._space.set()
+
+    def _retry(self) -> None:
+        if not self._scheduled and self.stop[0] == 0:
+            self._scheduled = True
+            asyncio.get_running_loop().call_later(_RETRY_S, self._scheduled_pump)
+
+    async def flush(self) -> None:
+        """Wait until everything that came has been routed, or we are to stop."""
+        with contextlib.suppress(BrokenProtocol):
+            while self.stop[0] == 0 and not self._pump():
+                await asyncio.sleep(_RETRY_S)
+
+    async def _emit(self, event: EventArray) -> None:
+        """Route an event of the whole source, behind everything that came before it."""
+        await self.flush()
+        self._events, self._first = event, 0
+        await self.flush()
+
+    # -- sequences
+
+    _had_begun = False
+
+    async def begin(self, sequence: int, session: str) -> None:
+        """What :meth:`Sink.begin` does."""
+        await self.flush()
+        now_ns, number = time.time_ns(), session_number(session)
+        expected = self.expected
+        if expected and ((self._session and number != self._session) or sequence < expected):
+            await self._emit(whole_source(Kind.CLEAR, now_ns, id=number))
+            expected = 1
+        self._session = number
+        if expected and sequence > expected:
+            self._more_gaps += 1
+            self._more_missing += sequence - expected
+            await self._emit(whole_source(Kind.GAP, now_ns, first=expected, last=sequence - 1))
+        self._had_begun = True
+        self.intake.expect(sequence)
+        self._expected = sequence
+        if self.begun_at == 0:
+            self.begun_at = expected or sequence
+        self.connected()
+
+    async def unknown_gap(self) -> None:
+        """Every book of the source is stale."""
+        await self.flush()
+        self.intake.lost()
+        self._more_gaps += 1
+        await self._emit(whole_source(Kind.GAP, time.time_ns()))
+
+
+def session_number(session: str) -> int:
+    """A session's name, as MoldUDP64 and SoupBinTCP have it, as the number by which CLEAR events call it; 0: none."""
+    if not session:
+        return 0
+    name = session.encode("ascii", "replace").ljust(10)[:10]
+    return (int.from_bytes(name[:8], "big") ^ (int.from_bytes(name[8:], "big") << 17)) & _MASK
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    """End a task, whatever it does; one that does not end in time is left to the loop's end."""
+    task.cancel()
+    await asyncio.wait({task}, timeout=_END_S)
+
+
+async def _end_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    tasks = {task for task in asyncio.all_tasks(loop) if task is not asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=_END_S)
+
+
+# ---------------------------------------------------------------- finding one
+
+
+def _custom(name: str, use: str, folder: Path) -> AdapterMaker:
+    """The adapter that a custom source names."""
+    if ".py:" in use:
+        file, _, wanted = use.rpartition(":")
+        root, path = folder.resolve(), (folder / file).resolve()
+        if not path.is_relative_to(root) or not path.is_file():
+            raise SourceError(name, f"use = {use!r}: there is no file {file} below {root}; only files there are loaded")
+        try:
+            found = getattr(load_source(path, use), wanted, None)
+        except CalculationError as error:
+            raise SourceError(name, f"use = {use!r}: {error}") from error
+    else:
+        points = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+        if use not in points:
+            near = difflib.get_close_matches(use, points, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"installed: {', '.join(sorted(points)) or 'none'}"
+            raise SourceError(name, f"use = {use!r} is no adapter of an installed package ({hint}); your own: file.py:Class")
+        try:
+            found = points[use].load()
+        except Exception as error:  # the package ran: whatever it raised is the user's to see
+            raise SourceError(name, f"use = {use!r} cannot be imported ({type(error).__name__}: {error}): reinstall its package") from error
+    if not (inspect.isclass(found) and issubclass(found, Adapter)):
+        raise SourceError(name, f"use = {use!r} is no subclass of tickmesh.node.adapters.Adapter")
+    return found
+
+
+def open_adapter(name: str, config: Config, context: ReceiverContext) -> AdapterReceiver:
+    """The receiver of a source that is received by asyncio; nothing is connected before it starts.
+
+    Raises:
+        SourceError: the adapter or the format cannot be used; the message says what to do.
+        SecretMissing: a secret that the configuration names is not there.
+        SpecError, MappingError: the protocol or the field mapping is wrong.
+    """
+    from tickmesh.node.connected_sources import ADAPTERS  # they are made of what is above
+
+    options = config.data_sources[name]
+    make = _custom(name, options.use or "", config.code_folder) if options.type == "custom" else ADAPTERS[options.type](options)
+    return AdapterReceiver(name, options, make, config.resolve, context)

@@ -1,0 +1,100 @@
+"""Coinbase Exchange's websocket feed: level2 (snapshot and changes), matches, tickers.
+
+The level2 channel has no sequence numbers: the venue promises that a connection loses nothing, so that a book is stale only from a lost
+connection to the next snapshot. A match names the maker's side; ours is the taker's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tickmesh.node.event import ASK, BID, PRICE_DECIMALS
+from tickmesh.node.event_batch import EventBatch
+from tickmesh.node.fields import BadRecord, iso8601_ns
+from tickmesh.node.fixed_point import fixed_point
+from tickmesh.node.json_feed import LEVELS_MAX, Level, Listing, Malformed, Update, VenueFeed, levels_of, number_of, texts_of
+
+_SIDES = {"buy": BID, "sell": ASK}
+
+
+class CoinbaseFeed(VenueFeed):
+    """Messages of ``wss://ws-feed.exchange.coinbase.com``; a ticker becomes a quote where it has sizes."""
+
+    venue = "coinbase"
+    _IGNORED = frozenset({"last_match", "heartbeat", "status", "received", "open", "done", "change", "activate"})
+
+    def _message(self, message: Any, recv_ns: int, out: EventBatch) -> None:
+        if not isinstance(message, dict):
+            raise Malformed("not_an_object")
+        kind = message["type"]
+        if kind == "l2update":
+            self._count_message(kind)
+            self._changes(message, recv_ns, out)
+        elif kind == "snapshot":
+            self._count_message(kind)
+            self._whole(message, recv_ns, out)
+        elif kind == "match":
+            self._count_message(kind)
+            self._match(message, recv_ns, out)
+        elif kind == "ticker":
+            self._count_message(kind)
+            self._ticker(message, recv_ns, out)
+        elif kind in ("subscriptions", "error"):
+            self._count_message(f"answer:{kind}")
+        elif kind in self._IGNORED:
+            self._count_message(kind)
+        else:
+            raise Malformed("unknown_event")
+
+    def _whole(self, message: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
+        bids, asks = message["bids"], message["asks"]
+        listing = self._listing(message["product_id"], recv_ns, out, texts_of(bids, asks, 0), texts_of(bids, asks, 1))
+        time = _time(message["time"]) if "time" in message else recv_ns
+        self._emit_snapshot(listing, Update(0, 0, -1, time, recv_ns, levels_of(bids, asks, listing.qty_exponent)), out)
+
+    def _changes(self, message: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
+        changes, time = message["changes"], _time(message["time"])
+        if not isinstance(changes, list) or len(changes) > LEVELS_MAX:
+            raise Malformed("too_many_levels")
+        listing = self._listing(message["product_id"], recv_ns, out, [c[1] for c in changes], [c[2] for c in changes])
+        levels = [_level(listing, change) for change in changes]
+        if listing.last_id is None:
+            self.counters["updates_dropped"] += 1
+            self.snapshots_wanted.add(listing.symbol)
+            return
+        self._apply(listing, Update(0, 0, -1, time, recv_ns, levels), out)
+
+    def _match(self, message: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
+        price, qty, maker = message["price"], message["size"], message["side"]
+        if maker not in _SIDES:
+            raise Malformed("bad_side")
+        time, number = _time(message["time"]), number_of(message["trade_id"])
+        listing = self._listing(message["product_id"], recv_ns, out, [price], [qty])
+        self._emit_trade(listing, time, recv_ns, maker == "sell", price, qty, number, out)
+
+    def _ticker(self, message: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
+        if "best_bid_size" not in message or "best_ask_size" not in message:
+            return
+        bid, ask = (message["best_bid"], message["best_bid_size"]), (message["best_ask"], message["best_ask_size"])
+        time, sequence = _time(message["time"]), number_of(message["sequence"])
+        given = [side for side in (bid, ask) if side[0]]
+        listing = self._listing(message["product_id"], recv_ns, out, [s[0] for s in given], [s[1] for s in given])
+        self._emit_quote(listing, time, recv_ns, bid, ask, sequence, out)
+
+
+def _level(listing: Listing, change: Any) -> Level:
+    if type(change) is not list or change[0] not in _SIDES:
+        raise Malformed("bad_side")
+    price, qty = fixed_point(change[1], PRICE_DECIMALS), fixed_point(change[2], listing.qty_exponent)
+    if price <= 0 or qty < 0:
+        raise Malformed("number_negative")
+    return Level(_SIDES[change[0]], price, qty, 0)
+
+
+def _time(text: Any) -> int:
+    if not isinstance(text, str):
+        raise Malformed("bad_time")
+    try:
+        return iso8601_ns(text)
+    except BadRecord as error:
+        raise Malformed(error.reason) from None

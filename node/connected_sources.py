@@ -1,0 +1,470 @@
+"""The adapters that are built in: websocket, HTTP, SoupBinTCP and plain TCP, NATS, and a file that grows."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from tickmesh.control.config import Source
+from tickmesh.node.adapters import Adapter, AdapterMaker, Sink
+from tickmesh.node.json_feed import BinanceFeed
+from tickmesh.node.reader import SourceError
+from tickmesh.node.venues import TALKS, Talk, unsubscribable
+from tickmesh.transports import nats, nats_reader, soupbintcp
+from tickmesh.transports.connection import (
+    BrokenProtocol,
+    ConnectionLost,
+    ConnectionProblem,
+    ConnectionSilent,
+    LoginRefused,
+    NotTrusted,
+    Refused,
+)
+from tickmesh.transports.recording import compression_of
+from tickmesh.transports.tail import Tail
+from tickmesh.transports.web import EventStream, HttpClient, WebOptions, Websocket, open_websocket
+
+_WANTED_LOOK_S = 0.05
+_WANTED_AGAIN_S = 5.0
+"""A snapshot that was asked for may take so long before it is asked for again."""
+_READ_BYTES = 1 << 18
+_LOOK_S, _PENDING_MAX = 0.25, 65_536
+_SYMBOL = "{symbol}"
+
+
+def _seconds(milliseconds: float | None, usual_s: float) -> float:
+    return usual_s if milliseconds is None else milliseconds / 1e3
+
+
+def web_options(adapter: Adapter) -> WebOptions:
+    """How an adapter's requests are made: limits, headers, login, TLS.
+
+    Raises:
+        SecretMissing: a secret that the configuration names is not there.
+    """
+    options, headers = adapter.options, dict(adapter.options.headers)
+    token, password = adapter.secret("token"), adapter.secret("password")
+    if token is not None:
+        headers["Authorization"] = f"Bearer {token}"
+    elif options.user is not None:
+        pair = base64.b64encode(f"{options.user}:{password or ''}".encode()).decode()
+        headers["Authorization"] = f"Basic {pair}"
+    return WebOptions(
+        connect_s=options.connect_timeout_ms / 1e3,
+        silence_s=_seconds(options.silence_ms, 60.0),
+        heartbeat_s=_seconds(options.heartbeat_ms, 15.0),
+        message_bytes_max=options.message_max_kb << 10,
+        headers=headers,
+        tls=adapter.tls() if urlsplit(options.endpoint or "").scheme in ("wss", "https") else None,
+    )
+
+
+# ---------------------------------------------------------------- websocket
+
+
+class WebsocketSource(Adapter):
+    """A websocket client: subscribes, answers pings, and asks again for books that wait for a snapshot."""
+
+    def __init__(self, name: str, options: Source, sink: Sink, resolve: Callable[[str], Path] = Path) -> None:
+        super().__init__(name, options, sink, resolve)
+        self._talk: Talk | None = TALKS.get(options.data_format or "")
+        self._web = web_options(self)
+        self._subscribe = list(options.subscribe)
+        subscribed_by_address = "@" in (options.endpoint or "")
+        if not self._subscribe and self._talk is not None and not subscribed_by_address:
+            if not options.symbols or unsubscribable(options.symbols):
+                wrong = ", ".join(unsubscribable(options.symbols)) or "none are given"
+                raise SourceError(name, f"symbols must be names, to subscribe to them ({wrong}); or give the messages in subscribe")
+            self._subscribe = self._talk.subscribe(options.channels, options.symbols)
+
+    async def run(self) -> None:
+        assert self.options.endpoint is not None
+        async with open_websocket(self.options.endpoint, self._web) as socket:
+            for text in self._subscribe:
+                await socket.send(text)
+            self.sink.connected()
+            beside = [asyncio.create_task(self._pings(socket)), asyncio.create_task(self._snapshots(socket))]
+            try:
+                await self._receive(socket)
+            finally:
+                for task in beside:
+                    task.cancel()
+                await asyncio.gather(*beside, return_exceptions=True)  # what they could not send, receiving has noticed too
+
+    async def _receive(self, socket: Websocket) -> None:
+        pong, sink = self._talk.pong if self._talk else b"", self.sink
+        while True:
+            data = await socket.receive()
+            if data != pong:
+                await sink(data)
+
+    async def _pings(self, socket: Websocket) -> None:
+        """The venue's own, where it has one."""
+        while self._talk is not None and self._talk.ping:
+            await asyncio.sleep(self._web.heartbeat_s or 15.0)
+            await socket.send(self._talk.ping)
+
+    # -- snapshots
+
+    async def _snapshots(self, socket: Websocket) -> None:
+        """Books that wait for a snapshot get one: by request, or by subscribing again."""
+        feed, asked = self.sink.venue, dict[str, float]()
+        if feed is None or self._talk is None:
+            return
+        async with HttpClient(replace(self._web, headers={})) as http:  # another host: it gets no token
+            while True:
+                await asyncio.sleep(_WANTED_LOOK_S)
+                for symbol in sorted(feed.snapshots_wanted):
+                    if time.monotonic() - asked.get(symbol, -_WANTED_AGAIN_S) < _WANTED_AGAIN_S:
+                        continue
+                    asked[symbol] = time.monotonic()
+                    if await self._snapshot(http, socket, symbol):
+                        del asked[symbol]  # it came: should the next gap follow at once, ask at once
+                    await asyncio.sleep(self.options.snapshot_interval_ms / 1e3)
+
+    async def _snapshot(self, http: HttpClient, socket: Websocket, symbol: str) -> bool:
+        feed, talk = self.sink.venue, self._talk
+        assert talk is not None
+        self.sink.count("snapshots_asked")
+        if not isinstance(feed, BinanceFeed):
+            for text in talk.unsubscribe(["book"], [symbol]) + talk.subscribe(["book"], [symbol]):
+                await socket.send(text)
+            return False
+        url = (self.options.snapshot_endpoint or talk.snapshot).replace(_SYMBOL, symbol)
+        try:
+            async with http.get(url) as answer:
+                body = await answer.body()
+        except Refused as error:
+            await asyncio.sleep(error.retry_after_s or self.options.reconnect_max_ms / 1e3)  # and the others wait too
+            return False
+        except ConnectionProblem:
+            self.sink.count("snapshots_failed")
+            return False
+        await self.sink.snapshot(symbol, body)
+        return True
+
+
+# ---------------------------------------------------------------- HTTP
+
+
+class HttpSource(Adapter):
+    """GET, again and again, or once for a body that does not end: lines, or server-sent events."""
+
+    def __init__(self, name: str, options: Source, sink: Sink, resolve: Callable[[str], Path] = Path) -> None:
+        super().__init__(name, options, sink, resolve)
+        self._web = web_options(self)
+        self.carries = "stream" if options.reading == "lines" else "messages"
+        self._seen: dict[str, str] = {}
+        """The conditions of the next poll."""
+        self._events = EventStream(self._web.message_bytes_max)
+
+    async def run(self) -> None:
+        async with HttpClient(self._web) as http:
+            if self.options.reading == "poll":
+                await self._poll(http)
+            else:
+                await self._read(http)
+
+    async def _poll(self, http: HttpClient) -> None:
+        assert self.options.endpoint is not None
+        interval_s = self.options.poll_interval_ms / 1e3
+        due = asyncio.get_running_loop().time()
+        while True:
+            async with http.get(self.options.endpoint, self._seen) as answer:
+                self.sink.connected()
+                if answer.status == 304:
+                    self.sink.count("unchanged")
+                else:
+                    body = await answer.body()
+                    self._seen = _conditions(answer.headers)
+                    await self.sink(body)
+            due = max(due + interval_s, asyncio.get_running_loop().time())
+            await asyncio.sleep(due - asyncio.get_running_loop().time())
+
+    async def _read(self, http: HttpClient) -> None:
+        assert self.options.endpoint is not None
+        sse, events = self.options.reading == "sse", self._events
+        asked = {"Accept": "text/event-stream", "Cache-Control": "no-cache"} if sse else {}
+        if events.last_id:
+            asked["Last-Event-ID"] = events.last_id
+        async with http.get(self.options.endpoint, asked) as answer:
+            self.sink.connected()
+            events.begin()
+            async for piece in answer.pieces():
+                if not sse:
+                    await self.sink(piece)
+                    continue
+                try:
+                    found = events.feed(piece)
+                except ValueError as error:
+                    raise BrokenProtocol(self.endpoint, str(error), "raise message_max_kb if the server can be trusted") from None
+                for data in found:
+                    await self.sink(data)
+        raise (
+            Refused(self.endpoint, "the body has ended", retry_after_s=events.retry_s)
+            if sse and events.retry_s is not None
+            else ConnectionLost(self.endpoint, "the body has ended")
+        )
+
+
+def _conditions(headers: Mapping[str, str]) -> dict[str, str]:
+    """What makes the next poll cheap: the server answers 304 if nothing has changed (RFC 9110, 13.1)."""
+    if "ETag" in headers:
+        return {"If-None-Match": headers["ETag"]}
+    return {"If-Modified-Since": headers["Last-Modified"]} if "Last-Modified" in headers else {}
+
+
+# ---------------------------------------------------------------- TCP
+
+
+class SoupBinTcpSource(Adapter):
+    """A SoupBinTCP client: goes on after a lost connection where it was, and in the venue's next session from its beginning."""
+
+    carries = "stream"
+    resumes = True
+
+    def __init__(self, name: str, options: Source, sink: Sink, resolve: Callable[[str], Path] = Path) -> None:
+        super().__init__(name, options, sink, resolve)
+        parts = urlsplit(options.endpoint or "")
+        tls = self.tls() if parts.scheme == "tls" else None
+        host, port, password = parts.hostname or "", parts.port or 0, self.secret("password") or ""
+        self._login = soupbintcp.Login(host, port, options.user or "", password, options.session, tls)
+        try:
+            soupbintcp.login_packet(self._login.user, password, options.session, 1)
+        except ValueError as error:
+            raise SourceError(name, str(error)) from None
+        heartbeat_s, silence_s = _seconds(options.heartbeat_ms, 1.0), _seconds(options.silence_ms, 15.0)
+        self._limits = soupbintcp.Limits(options.connect_timeout_ms / 1e3, heartbeat_s, silence_s)
+        self._session = options.session
+        """The session to ask for."""
+        self._known = ""
+        """The one that we were in."""
+
+    async def run(self) -> None:
+        for _ in range(2):
+            client = soupbintcp.Client(self._login, self._limits)
+            try:
+                if await self._logged_in(client):
+                    await self._receive(client)
+            finally:
+                self.sink.count("empty_messages", client.empty)
+                await client.close()
+
+    async def _logged_in(self, client: soupbintcp.Client) -> bool:
+        """Log in where we were; false: a new session has begun without us, whose beginning is to be asked for."""
+        expected, begin_first = self.sink.next_sequence, self.options.begin == "first"
+        try:
+            await client.open(self._session, expected or int(begin_first))
+        except soupbintcp.SessionRefused:
+            self._session = self.options.session  # the one that we were in is over
+            raise
+        same, at = client.session == self._known, client.sequence
+        self._session = self._known = client.session
+        if same and 1 < at < expected:  # a server that is behind the one that we were at
+            client.skip(expected - at)
+            self.sink.count("skipped", expected - at)
+            at = expected
+        began_anew = expected and (at < expected or (not same and at != 1 and self._was_in_a_session))
+        self._was_in_a_session = True
+        if began_anew and at != 1 and begin_first:
+            await self.sink.begin(1, client.session)
+            return False
+        await self.sink.begin(at, client.session)
+        return True
+
+    _was_in_a_session = False
+
+    async def _receive(self, client: soupbintcp.Client) -> None:
+        try:
+            while True:
+                data = await client.read()
+                if len(data):
+                    await self.sink(data)
+        except ConnectionLost:
+            if client.ended:
+                self._session = self.options.session  # the venue's next one
+            raise
+
+
+class TcpSource(Adapter):
+    """A plain stream over TCP: length-prefixed messages of a spec'd protocol, or lines."""
+
+    carries = "stream"
+
+    async def run(self) -> None:
+        parts, options = urlsplit(self.options.endpoint or ""), self.options
+        silence_s = None if options.silence_ms is None else options.silence_ms / 1e3
+        reader, writer = await _connect(self, parts.hostname or "", parts.port or 0, tls=parts.scheme == "tls")
+        try:
+            self.sink.connected()
+            while True:
+                try:
+                    async with asyncio.timeout(silence_s):
+                        data = await reader.read(_READ_BYTES)
+                except TimeoutError:
+                    raise ConnectionSilent(self.endpoint, f"nothing has come for {silence_s:g} s") from None
+                if not data:
+                    raise ConnectionLost(self.endpoint, "the server has closed the connection")
+                await self.sink(data)
+        finally:
+            writer.close()
+
+
+async def _connect(adapter: Adapter, host: str, port: int, *, tls: bool) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    limit_s = adapter.options.connect_timeout_ms / 1e3
+    try:
+        async with asyncio.timeout(limit_s):
+            return await asyncio.open_connection(host, port, ssl=adapter.tls() if tls else None, limit=_READ_BYTES)
+    except ssl.SSLError as error:
+        raise NotTrusted(adapter.endpoint, f"no trusted TLS ({error.reason or error})") from error
+    except TimeoutError:
+        raise ConnectionLost(adapter.endpoint, f"no connection within {limit_s:g} s") from None
+
+
+# ---------------------------------------------------------------- NATS
+
+
+class NatsSource(Adapter):
+    """A subject, or a JetStream stream, which can be gone on with at any of its sequences."""
+
+    def __init__(self, name: str, options: Source, sink: Sink, resolve: Callable[[str], Path] = Path) -> None:
+        super().__init__(name, options, sink, resolve)
+        self.resumes = options.stream is not None
+        files = (options.credentials_file, options.tls_ca_file, options.tls_certificate_file, options.tls_key_file)
+        credentials, ca, certificate, key = (resolve(file) if file else None for file in files)
+        self._login = nats.Login(
+            token=self.secret("token"), user=options.user, password=self.secret("password"), credentials=credentials, ca=ca,
+            certificate=certificate, key=key,
+        )  # fmt: skip
+
+    async def run(self) -> None:
+        assert self.options.endpoint is not None
+        wait_s = self.options.connect_timeout_ms / 1e3
+        try:
+            link = await nats.connect(self.options.endpoint, login=self._login, wait_s=wait_s)
+        except nats.NatsRefused as error:
+            raise LoginRefused(error.url, f"the login is refused ({error.reason})") from error
+        except nats.NatsInsecure as error:
+            raise NotTrusted(error.url, f"no trusted TLS ({error.reason})") from error
+        except nats.LinkError as error:
+            raise ConnectionLost(self.endpoint, str(error)) from error
+        try:
+            await (self._stream(link) if self.options.stream else self._subject(link))
+        finally:
+            await link.close()
+
+    async def _stream(self, link: nats.NatsLink) -> None:
+        stream, subject = self.options.stream, self.options.subject
+        assert stream is not None
+        try:
+            first, last = await nats_reader.stream_bounds(link, stream)
+        except nats.StreamMissing as error:
+            raise Refused(self.endpoint, f"there is no stream {stream}", "check its name") from error
+        except nats.LinkError as error:
+            raise ConnectionLost(self.endpoint, str(error)) from error
+        expected = self.sink.next_sequence
+        begin = expected or (last + 1 if self.options.begin == "next" else first)
+        if begin > last + 1:
+            begin = first  # the stream was made anew
+        await self.sink.begin(max(begin, first))
+        reader, next_one = nats_reader.StreamReader(link, stream, max(begin, first), subject=subject), max(begin, first)
+        try:
+            while True:
+                message = await reader.next()
+                if message.sequence < next_one or (subject is None and message.sequence > next_one):
+                    await self.sink.begin(message.sequence)  # made anew, or what we had not read yet has gone
+                next_one = message.sequence + 1
+                await self.sink(message.data, 0, message.sequence)
+        except nats.LinkError as error:
+            raise ConnectionLost(self.endpoint, str(error)) from error
+        finally:
+            await reader.close()
+
+    async def _subject(self, link: nats.NatsLink) -> None:
+        """Messages of a plain subscription; what comes while the connection is away is lost, so a lost connection ends this one."""
+        news, heard = asyncio.Event(), [time.monotonic(), 0.0]
+        silence_s = _seconds(self.options.silence_ms, float("inf"))
+
+        async def take(message: Any) -> None:
+            heard[0] = time.monotonic()
+            await self.sink(message.data)
+
+        link.on_disconnect(news.set)
+        limit = self.options.buffer_kb << 10
+        await link.client.subscribe(self.options.subject, cb=take, pending_msgs_limit=_PENDING_MAX, pending_bytes_limit=limit)
+        self.sink.connected()
+        while not news.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(_LOOK_S, silence_s)):
+                    await news.wait()
+            if link.slow_consumers > heard[1]:  # the client has dropped what did not fit its own bounds
+                heard[1] = link.slow_consumers
+                await self.sink.gap()
+            if time.monotonic() - heard[0] > silence_s:
+                raise ConnectionSilent(self.endpoint, f"nothing has come for {silence_s:g} s")
+        raise ConnectionLost(self.endpoint, link.last_error or "the connection is lost")
+
+
+# ---------------------------------------------------------------- a file that grows
+
+
+class FollowedFile(Adapter):
+    """A file that somebody appends to; of several, the last. One that is shortened has lost something; one that is replaced has not."""
+
+    carries = "stream"
+    timed = True
+
+    def __init__(self, name: str, options: Source, sink: Sink, resolve: Callable[[str], Path] = Path) -> None:
+        super().__init__(name, options, sink, resolve)
+        self._paths = [resolve(path) for path in options.path]
+        self.endpoint = str(self._paths[-1])
+        for path in self._paths:
+            if path.is_file() and compression_of(path) != "plain" and path.stat().st_size:
+                raise SourceError(name, f"{path} is compressed, and cannot be followed as it grows: unpack it, or leave follow out")
+        self._before = self._paths[:-1]
+
+    async def run(self) -> None:
+        while self._before:
+            await self._whole(self._before.pop(0))
+        tail = Tail(self._paths[-1])
+        try:
+            while True:
+                piece = await tail.next()
+                self.sink.counts["rotations"], self.sink.counts["truncations"] = tail.rotations, tail.truncations
+                if piece.fresh:
+                    await self.sink.begin_anew(lost=piece.lost)
+                else:
+                    await self.sink(piece.data)
+        finally:
+            tail.close()
+
+    async def _whole(self, path: Path) -> None:
+        with path.open("rb") as file:
+            while data := file.read(_READ_BYTES):
+                await self.sink(data)
+        await self.sink.begin_anew(lost=False)
+
+
+# ---------------------------------------------------------------- by type
+
+
+def _tcp(options: Source) -> AdapterMaker:
+    return SoupBinTcpSource if options.soupbintcp else TcpSource
+
+
+ADAPTERS: dict[str, Callable[[Source], AdapterMaker]] = {
+    "websocket": lambda _: WebsocketSource,
+    "http": lambda _: HttpSource,
+    "tcp": _tcp,
+    "nats": lambda _: NatsSource,
+    "file": lambda _: FollowedFile,
+}
+"""The adapter of each type of source."""

@@ -1,0 +1,121 @@
+"""Venues that are built in: which decoder reads their JSON, how to subscribe, how to get a book's snapshot again, and how to say ping.
+
+A subscription is what ``channels`` (book, trade, quote) and ``symbols`` of the source ask for, in the venue's words.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tickmesh.control.config import Source
+from tickmesh.node.coinbase_feed import CoinbaseFeed
+from tickmesh.node.instruments import InstrumentTable
+from tickmesh.node.json_feed import BinanceFeed, BybitFeed, MappedFeed, OkxFeed, VenueFeed
+from tickmesh.node.kraken_feed import KrakenFuturesFeed
+
+VENUE_FEEDS: dict[str, type[VenueFeed]] = {
+    feed.venue: feed for feed in (BinanceFeed, BybitFeed, CoinbaseFeed, KrakenFuturesFeed, MappedFeed, OkxFeed)
+}
+"""Decoders by the name that `data_format` gives them."""
+BINANCE_SNAPSHOT = "https://api.binance.com/api/v3/depth?symbol={symbol}&limit=1000"
+
+
+def venue_feed(
+    options: Source, table: InstrumentTable, source: int = 0, shard: Callable[[str], int | None] | None = None
+) -> VenueFeed:  # fmt: skip
+    """The decoder of a source whose `data_format` is a venue's name or "json".
+
+    Raises:
+        KeyError: no venue has this name.
+        MappingError: the field mapping of a "json" source cannot work.
+    """
+    return VENUE_FEEDS[options.data_format or ""](options, table, source, shard)
+
+
+# ---------------------------------------------------------------- subscribing
+
+Channels = Sequence[str]
+Symbols = Sequence[str]
+
+
+@dataclass(frozen=True)
+class Talk:
+    """What a venue's websocket wants to hear.
+
+    Attributes:
+        subscribe, unsubscribe: the messages for channels and symbols.
+        ping: a text to send as often as `heartbeat_ms` says, where the websocket's own ping is not enough.
+        pong: its answer, where that is not JSON.
+        snapshot: address of a book's snapshot, where it does not come with the subscription.
+    """
+
+    subscribe: Callable[[Channels, Symbols], list[str]]
+    unsubscribe: Callable[[Channels, Symbols], list[str]]
+    ping: str = ""
+    pong: bytes = b""
+    snapshot: str = ""
+
+
+def _text(message: dict[str, Any]) -> str:
+    return json.dumps(message, separators=(",", ":"))
+
+
+def _binance(method: str) -> Callable[[Channels, Symbols], list[str]]:
+    streams = {"book": "depth@100ms", "trade": "trade", "quote": "bookTicker"}
+
+    def messages(channels: Channels, symbols: Symbols) -> list[str]:
+        wanted = [f"{symbol.lower()}@{streams[channel]}" for symbol in symbols for channel in channels]
+        pieces = [wanted[i : i + 200] for i in range(0, len(wanted), 200)]  # a message may hold so many
+        return [_text({"method": method, "params": piece, "id": number + 1}) for number, piece in enumerate(pieces)]
+
+    return messages
+
+
+def _okx(op: str) -> Callable[[Channels, Symbols], list[str]]:
+    names = {"book": "books", "trade": "trades", "quote": "tickers"}
+
+    def messages(channels: Channels, symbols: Symbols) -> list[str]:
+        args = [{"channel": names[channel], "instId": symbol} for symbol in symbols for channel in channels]
+        return [_text({"op": op, "args": args[i : i + 100]}) for i in range(0, len(args), 100)]
+
+    return messages
+
+
+def _bybit(op: str) -> Callable[[Channels, Symbols], list[str]]:
+    names = {"book": "orderbook.50.", "trade": "publicTrade.", "quote": "tickers."}
+
+    def messages(channels: Channels, symbols: Symbols) -> list[str]:
+        args = [names[channel] + symbol for symbol in symbols for channel in channels]
+        return [_text({"op": op, "args": args[i : i + 10]}) for i in range(0, len(args), 10)]
+
+    return messages
+
+
+def _coinbase(kind: str) -> Callable[[Channels, Symbols], list[str]]:
+    names = {"book": "level2_batch", "trade": "matches", "quote": "ticker"}
+    return lambda channels, symbols: [
+        _text({"type": kind, "product_ids": list(symbols), "channels": [names[channel] for channel in channels]})
+    ]
+
+
+def _kraken_futures(event: str) -> Callable[[Channels, Symbols], list[str]]:
+    names = {"book": "book", "trade": "trade", "quote": "ticker"}
+    return lambda channels, symbols: [_text({"event": event, "feed": names[channel], "product_ids": list(symbols)}) for channel in channels]
+
+
+TALKS: dict[str, Talk] = {
+    "binance": Talk(_binance("SUBSCRIBE"), _binance("UNSUBSCRIBE"), snapshot=BINANCE_SNAPSHOT),
+    "okx": Talk(_okx("subscribe"), _okx("unsubscribe"), ping="ping", pong=b"pong"),
+    "bybit": Talk(_bybit("subscribe"), _bybit("unsubscribe"), ping='{"op":"ping"}'),
+    "coinbase": Talk(_coinbase("subscribe"), _coinbase("unsubscribe")),
+    "kraken_futures": Talk(_kraken_futures("subscribe"), _kraken_futures("unsubscribe")),
+}
+"""Venues that a websocket source can subscribe at by itself."""
+
+
+def unsubscribable(symbols: Symbols) -> list[str]:
+    """Those of `symbols` that are globs, and no names to subscribe to."""
+    return [symbol for symbol in symbols if "*" in symbol or "?" in symbol]

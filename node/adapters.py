@@ -202,6 +202,7 @@ class AdapterReceiver(Receiver):
         self._numbers = dict.fromkeys(("connected", "reconnects", "connect_failures", "overflowed"), 0)
         self._more_gaps = self._more_missing = self._waits = 0
         self._broken: BrokenProtocol | None = None
+        self._crashed: Exception | None = None
         self._space: asyncio.Event | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._work: asyncio.Task[None] | None = None
@@ -286,7 +287,9 @@ class AdapterReceiver(Receiver):
             await _cancelled(ticks)
             await _cancelled(self._work)
             self._numbers["connected"] = 0
-            self._pump()  # what is decoded and has room
+        if self._crashed is not None:
+            raise self._crashed
+        self._pump()  # what is decoded and has room
 
     async def _ticks(self) -> None:
         """Now and then: the stop flag, timers of a silent source, packets that have waited too long."""
@@ -328,6 +331,8 @@ class AdapterReceiver(Receiver):
         except (OSError, asyncio.IncompleteReadError) as error:
             return ConnectionLost(self.adapter.endpoint, f"the connection is lost ({error or type(error).__name__})")
         except Exception as error:  # an adapter's own mistake ends its connection, not the node
+            if self._crashed is not None:
+                raise
             _log.exception("an adapter has failed", source=self.name)
             return ConnectionLost(self.adapter.endpoint, f"the adapter has failed ({type(error).__name__}: {error})")
         return ConnectionLost(self.adapter.endpoint, "the connection has ended")
@@ -430,12 +435,19 @@ class AdapterReceiver(Receiver):
             self._pump()
         except BrokenProtocol as error:
             self._broken = error
+        except Exception as error:  # a mistake of ours ends the source, and is told
+            self._crashed = error
+            if self._work is not None:
+                self._work.cancel()
 
     def _pump_checked(self) -> None:
         try:
             self._pump()
         except BrokenProtocol as error:
             self._broken = error
+            raise
+        except Exception as error:
+            self._crashed = error
             raise
 
     def _room(self) -> int:

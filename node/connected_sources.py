@@ -103,7 +103,7 @@ class WebsocketSource(Adapter):
         pong, sink = self._talk.pong if self._talk else b"", self.sink
         while True:
             data = await socket.receive()
-            if data != pong:
+            if data != pong or not pong:
                 await sink(data)
 
     async def _pings(self, socket: Websocket) -> None:

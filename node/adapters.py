@@ -42,7 +42,7 @@ _HOLD_NS = 250_000_000
 _TICK_S, _RETRY_S = 0.05, 0.001
 _INLINE_BYTES = 1 << 16
 """Bytes that may wait for the event loop's next turn before they are decoded at once."""
-_END_S = 2.0
+_END_S = 1.0
 _SAME_WARNING_S = 60.0
 _MASK = (1 << 64) - 1
 _log = structlog.get_logger("source")

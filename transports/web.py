@@ -176,13 +176,17 @@ class Answer:
         """The whole body.
 
         Raises:
-            ConnectionLost, ConnectionSilent, BrokenProtocol: it is not whole, or larger than allowed.
+            ConnectionLost, ConnectionSilent, BrokenProtocol: it is not whole in time, or larger than allowed.
         """
-        found = bytearray()
-        async for part in self.pieces():
-            found += part
-            if len(found) > self._options.message_bytes_max:
-                raise BrokenProtocol(self.url, f"more than {self._options.message_bytes_max} bytes in one message", "raise message_max_kb")
+        found, limit = bytearray(), self._options.message_bytes_max
+        try:
+            async with asyncio.timeout(self._options.silence_s or None):
+                async for part in self.pieces():
+                    found += part
+                    if len(found) > limit:
+                        raise BrokenProtocol(self.url, f"more than {limit} bytes in one message", "raise message_max_kb")
+        except TimeoutError:
+            raise ConnectionSilent(self.url, f"the body is not whole after {self._options.silence_s:g} s") from None
         return bytes(found)
 
 

@@ -108,9 +108,15 @@ TINY = """
 name = "tiny"
 byte_order = "big"
 type_field = { offset = 0, type = "char" }
-[messages.ping]
-type = "P"
-length = 1
+[instrument]
+symbol = "symbol"
+[messages.trade]
+type = "T"
+length = 13
+fields.symbol = { offset = 1, type = "alpha:4" }
+fields.price = { offset = 5, type = "u32", decimals = 4 }
+fields.size = { offset = 9, type = "u32" }
+event = { kind = "trade", price = "price", qty = "size" }
 """
 LONG = """
 [framing]

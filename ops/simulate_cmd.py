@@ -1,4 +1,4 @@
-"""``tickmesh simulate``: a simulated market into a file, a pcap, or onto multicast.
+"""``tickmesh simulate``: a simulated market into a file, a pcap, onto multicast, or served over SoupBinTCP.
 
 :func:`simulate` is the typer command; :func:`run_simulation` is what it does, for other programs. Every output of one call is made from the
 same configuration by a fresh simulator, so a file, a pcap and a multicast run of one seed carry the same messages.
@@ -7,6 +7,7 @@ same configuration by a fresh simulator, so a file, a pcap and a multicast run o
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -21,10 +22,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tickmesh.ops.simulated_lines import FaultConfig, LineConfig, SimulatedLines, send_lines, write_lines
 from tickmesh.ops.simulator import OPEN_NS, Simulator, SimulatorConfig, SimulatorConfigError, write_itch
+from tickmesh.ops.soupbintcp_server import ServerOptions, SoupBinTcpServer, feed_log
 from tickmesh.transports.multicast import MulticastError
 from tickmesh.transports.pacing import PaceError
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
+PASSWORD = "TICKMESH_SIMULATE_PASSWORD"
+"""Environment variable with the password that SoupBinTCP clients must give."""
+_SERVE_LOOK_S = 0.2
 DEFAULT_A, DEFAULT_B = "udp://239.1.1.1:26400", "udp://239.1.1.2:26400"
 
 
@@ -40,6 +45,7 @@ class Outputs:
     ttl: int = 1
     speed: str = "realtime"
     lines: LineConfig = field(default_factory=LineConfig)
+    soupbintcp: ServerOptions | None = None
 
 
 def run_simulation(
@@ -48,15 +54,21 @@ def run_simulation(
     *,
     stop: threading.Event | None = None,
     progress: Callable[[int], None] | None = None,
+    listening: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Make every output; returns the summary that ``--json`` prints.
+    """Make every output; returns the summary that ``--json`` prints. A SoupBinTCP server comes last, and serves until it is stopped.
+
+    Args:
+        stop: ends multicast and the server early.
+        progress: told the number of messages so far.
+        listening: told the server's address.
 
     Raises:
         SimulatorConfigError: nothing to write to, or a setting is wrong.
         MulticastError, PaceError, OSError: an output cannot be used.
     """
-    if not (outputs.file or outputs.pcap or outputs.multicast):
-        raise SimulatorConfigError("output", None, "at least one of --file, --pcap and --multicast")
+    if not (outputs.file or outputs.pcap or outputs.multicast or outputs.soupbintcp):
+        raise SimulatorConfigError("output", None, "at least one of --file, --pcap, --multicast and --soupbintcp")
     summary: dict[str, Any] = {"seed": config.seed, "rate": config.rate}
     if outputs.file:
         written = write_itch(outputs.file, config, progress)
@@ -74,7 +86,33 @@ def run_simulation(
             )
         summary |= _summary(lines.simulator, lines.sha256)
         summary["multicast"] = {"endpoints": list(outputs.multicast), "datagrams": lines.datagrams_sent} | _lines(lines)
+    if outputs.soupbintcp is not None:
+        summary |= _serve(config, outputs.soupbintcp, outputs.speed, stop or threading.Event(), progress, listening)
     return summary
+
+
+def _serve(
+    config: SimulatorConfig,
+    options: ServerOptions,
+    speed: str,
+    stop: threading.Event,
+    progress: Callable[[int], None] | None,
+    listening: Callable[[str], None] | None,
+) -> dict[str, Any]:
+    """Serve the day over SoupBinTCP, also after its end, until `stop` or Ctrl-C."""
+    simulator = Simulator(config)
+    with SoupBinTcpServer(options) as server:
+        if listening:
+            listening(f"tcp://{options.host}:{server.port}")
+        with suppress(KeyboardInterrupt):
+            for messages in feed_log(simulator, server.log, speed, stop):
+                if progress:
+                    progress(messages)
+            server.end()
+            while not stop.wait(_SERVE_LOOK_S):
+                pass
+        served = {"endpoint": f"tcp://{options.host}:{server.port}", "logins": server.logins, "refused": server.refused}
+        return _summary(simulator, server.log.sha256) | {"soupbintcp": served | {"disconnects": server.disconnects}}
 
 
 def _summary(simulator: Simulator, sha256: str) -> dict[str, Any]:
@@ -107,11 +145,15 @@ def simulate(
     multicast_b: Annotated[str | None, typer.Option(help=f"Send line B too, such as {DEFAULT_B}.")] = None,
     interface: Annotated[str, typer.Option(help="Interface that multicast leaves by.")] = "lo",
     ttl: Annotated[int, typer.Option(help="Multicast hops allowed.")] = 1,
+    soupbintcp: Annotated[int | None, typer.Option(help="Serve it over SoupBinTCP at this port; 0: any free one.")] = None,
+    listen: Annotated[str, typer.Option(help="Address that the server listens at.")] = "127.0.0.1",
+    user: Annotated[str | None, typer.Option(help=f"User that a login must name, with the password in {PASSWORD}; none: any.")] = None,
+    disconnects: Annotated[int, typer.Option(help="Break each connection off after so many messages in the mean; 0: never.")] = 0,
     loss_a: Annotated[float, typer.Option(help="Share of datagrams lost on line A, 0 to 0.9.")] = 0.0,
     loss_b: Annotated[float, typer.Option(help="Share of datagrams lost on line B.")] = 0.0,
     duplicate: Annotated[float, typer.Option(help="Share of datagrams sent twice, on each line.")] = 0.0,
     reorder: Annotated[float, typer.Option(help="Share of datagrams that come late, on each line.")] = 0.0,
-    session: Annotated[str, typer.Option(help="MoldUDP64 session name, up to 10 characters.")] = "TICKMESH",
+    session: Annotated[str, typer.Option(help="Session name, up to 10 characters.")] = "TICKMESH",
     mtu: Annotated[int, typer.Option(help="Largest IP packet in bytes.")] = 1500,
     speed: Annotated[str, typer.Option(help="realtime, a factor of it, or max (multicast only).")] = "realtime",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
@@ -128,9 +170,12 @@ def simulate(
         two_lines = bool(multicast_b) or (pcap is not None and not multicast)
         faults = tuple(FaultConfig(loss=loss, duplicate=duplicate, reorder=reorder) for loss in (loss_a, loss_b)[: 1 + two_lines])
         lines = LineConfig(session=session, mtu_bytes=mtu, faults=faults)
-        outputs = Outputs(file=file, pcap=pcap, multicast=endpoints, interface=interface, ttl=ttl, speed=speed, lines=lines)
+        served = _server_options(soupbintcp, listen, session, user, disconnects, seed)
+        outputs = Outputs(
+            file=file, pcap=pcap, multicast=endpoints, interface=interface, ttl=ttl, speed=speed, lines=lines, soupbintcp=served
+        )
         with _shown(config, quiet=as_json) as progress:
-            summary = run_simulation(config, outputs, progress=progress)
+            summary = run_simulation(config, outputs, progress=progress, listening=lambda at: typer.echo(f"serving at {at}", err=True))
     except (SimulatorConfigError, PaceError) as error:
         _fail(str(error), EXIT_USAGE)
     except ValueError as error:
@@ -138,9 +183,24 @@ def simulate(
     except MulticastError as error:
         _fail(f"simulate: {error}", EXIT_FAILED)
     except OSError as error:
+        if error.filename is None:
+            _fail(f"simulate: cannot listen at {listen}:{soupbintcp} ({error.strerror}); choose another port or address", EXIT_FAILED)
         _fail(f"simulate: cannot write {error.filename}: {error.strerror}; choose another path or make it writable", EXIT_FAILED)
     else:
         typer.echo(json.dumps(summary, indent=2) if as_json else summary_text(summary))
+
+
+def _server_options(port: int | None, host: str, session: str, user: str | None, disconnects: int, seed: int) -> ServerOptions | None:
+    if port is None:
+        return None
+    if not 0 <= port <= 65_535:
+        raise SimulatorConfigError("soupbintcp", port, "a port from 0 to 65535")
+    if disconnects < 0:
+        raise SimulatorConfigError("disconnects", disconnects, "0 or more messages")
+    password = os.environ.get(PASSWORD)
+    if user is not None and not password:
+        raise SimulatorConfigError("user", user, f"its password too, in the environment variable {PASSWORD}")
+    return ServerOptions(host=host, port=port, session=session, user=user, password=password, disconnect_every=disconnects, seed=seed)
 
 
 def _fail(message: str, code: int) -> None:
@@ -169,7 +229,7 @@ def summary_text(summary: dict[str, Any]) -> str:
         f"by type  {types}",
         f"sha256   {summary['sha256']}",
     ]
-    for name in ("file", "pcap", "multicast"):
+    for name in ("file", "pcap", "multicast", "soupbintcp"):
         if name in summary:
             rows.append(f"{name:<8} " + ", ".join(f"{k} {v}" for k, v in summary[name].items() if k != "lines"))
             rows += [f"  line {'ABCDEFGH'[k]}: " + ", ".join(f"{word} {n:,}" for word, n in line.items())

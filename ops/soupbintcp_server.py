@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import random
 import ssl
 import threading
@@ -61,6 +62,7 @@ class SessionLog:
     def __init__(self) -> None:
         self._image: Bytes = np.zeros(1 << 20, np.uint8)
         self._offsets = np.zeros(1 << 16, np.int64)
+        self._digest = hashlib.sha256()
         self._state = (0, 0)
         """Messages and bytes: read and replaced as one."""
 
@@ -74,6 +76,11 @@ class SessionLog:
         """How many bytes."""
         return self._state[1]
 
+    @property
+    def sha256(self) -> str:
+        """Of the messages behind their lengths, as a file of them has it."""
+        return self._digest.hexdigest()
+
     def append(self, image: Bytes, end: int) -> int:
         """Add the length-prefixed messages of ``image[:end]``; returns how many."""
         messages, size = self._state
@@ -82,6 +89,7 @@ class SessionLog:
             grown[:size] = self._image[:size]
             self._image = grown
         self._image[size : size + end] = image[:end]
+        self._digest.update(image[:end].data)
         room = end // 2 + 1
         if messages + room > len(self._offsets):
             more = np.zeros(2 * len(self._offsets) + room, np.int64)

@@ -93,7 +93,9 @@ def opened(config: Config, capacity: int = 1 << 17) -> Received:
 
 
 @contextmanager
-def receiving(body: str, folder: Path | None = None, *, capacity: int = 1 << 17, before: Callable[[Received], None] | None = None) -> Iterator[Received]:
+def receiving(
+    body: str, folder: Path | None = None, *, capacity: int = 1 << 17, before: Callable[[Received], None] | None = None
+) -> Iterator[Received]:
     """The receiver of a source, running; in the end it must stop."""
     received = opened(source_config(body, folder), capacity)
     if before:

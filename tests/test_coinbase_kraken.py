@@ -38,7 +38,7 @@ Best = tuple[int, int]
 
 
 def followed(data_format: str, path: str, told: Any) -> tuple[VenueFeed, list[list[Best]], list[tuple[int, Best, bool]]]:
-    """Feed a recording: the feed, each instrument's best prices over time, and what the venue said: of which, and whether it was so then."""
+    """Feed a recording: the feed, each instrument's best prices over time, and what the venue said of which, and whether it was so."""
     feed, batch, books = make(data_format), EventBatch(1 << 18), [DictBook() for _ in range(64)]
     states: list[list[Best]] = [[] for _ in books]
     said: list[tuple[int, Best, bool]] = []

@@ -139,11 +139,13 @@ def streamed(pieces: Callable[[web.Request], list[bytes]], kind: str) -> Handler
 def test_lines_in_chunks_cut_anywhere() -> None:
     text = "".join(trade(number) + "\r\n" for number in range(50)).encode() + b"\n\n" + trade(50).encode()[:20]
     pieces = [text[at : at + 7] for at in range(0, len(text), 7)]
-    with WebServer({"/x": streamed(lambda _: pieces, "application/x-ndjson")}) as server:
-        with receiving(body(server, 'reading = "lines"\nreconnect_min_ms = 60000\nreconnect_max_ms = 60000').replace(FAST, "")) as received:
-            received.wait_for(reconnects=1)
-            events = received.wait(52)
-            assert received.counter("malformed") == 1  # the line that was cut off
+    with (
+        WebServer({"/x": streamed(lambda _: pieces, "application/x-ndjson")}) as server,
+        receiving(body(server, 'reading = "lines"\nreconnect_min_ms = 60000\nreconnect_max_ms = 60000').replace(FAST, "")) as received,
+    ):
+        received.wait_for(reconnects=1)
+        events = received.wait(52)
+        assert received.counter("malformed") == 1  # the line that was cut off
     assert events["kind"].tolist() == [Kind.REFERENCE, *[Kind.TRADE] * 50, Kind.GAP]
     assert events["id"][1:51].tolist() == list(range(50))
 
@@ -197,15 +199,19 @@ def test_events_are_the_same_however_they_are_cut(lines: list[tuple[bytes, bytes
 
 def test_an_endless_event_or_line_is_given_up() -> None:
     pieces = [b"data: " + b"x" * 1000 + b"\n"] * 200
-    with WebServer({"/x": streamed(lambda _: pieces, "text/event-stream")}) as server:
-        with receiving(body(server, 'reading = "sse"\nmessage_max_kb = 16')) as received:
-            received.wait_for(reconnects=2)
-            assert "message_max_kb" in received.receiver._warned[0]
+    with (
+        WebServer({"/x": streamed(lambda _: pieces, "text/event-stream")}) as server,
+        receiving(body(server, 'reading = "sse"\nmessage_max_kb = 16')) as received,
+    ):
+        received.wait_for(reconnects=2)
+        assert "message_max_kb" in received.receiver._warned[0]
     long = [b"x" * 1000] * 200 + [b"\n", trade(1).encode() + b"\n"]
-    with WebServer({"/x": streamed(lambda _: long, "text/plain")}) as server:
-        with receiving(body(server, 'reading = "lines"\nmessage_max_kb = 16')) as received:
-            events = received.wait(2)
-            assert received.receiver.intake.feed.malformed["too_long"] >= 1
+    with (
+        WebServer({"/x": streamed(lambda _: long, "text/plain")}) as server,
+        receiving(body(server, 'reading = "lines"\nmessage_max_kb = 16')) as received,
+    ):
+        events = received.wait(2)
+        assert received.receiver.intake.feed.malformed["too_long"] >= 1
     assert events["kind"].tolist()[:2] == [Kind.REFERENCE, Kind.TRADE]
 
 
@@ -229,11 +235,13 @@ def test_a_zip_bomb_is_given_up_at_its_limit(reading: str) -> None:
     async def answer(request: web.Request) -> web.Response:
         return web.Response(body=bomb, headers={"Content-Encoding": "gzip"})
 
-    with WebServer({"/x": answer}) as server:
-        with receiving(body(server, f'reading = "{reading}"\nmessage_max_kb = 64\nbuffer_kb = 64')) as received:
-            received.wait_for(reconnects=2)
-            assert "message_max_kb" in received.receiver._warned[0]
-            assert received.counter("bytes") <= 2 * (64 << 10) + (128 << 10)
+    with (
+        WebServer({"/x": answer}) as server,
+        receiving(body(server, f'reading = "{reading}"\nmessage_max_kb = 64\nbuffer_kb = 64')) as received,
+    ):
+        received.wait_for(reconnects=2)
+        assert "message_max_kb" in received.receiver._warned[0]
+        assert received.counter("bytes") <= 2 * (64 << 10) + (128 << 10)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Plain TCP, NATS, files that grow, and adapters of one's own: each through its receiver, and two of them in a node."""
 
+# ruff: noqa: F811 (fixtures)
+
 from __future__ import annotations
 
 import asyncio
@@ -133,20 +135,22 @@ def test_a_message_that_is_longer_than_allowed(tmp_path: Path) -> None:
     (tmp_path / "long.toml").write_text(LONG)
     endless = (1 << 31).to_bytes(4, "big") + bytes(200_000)
     (tmp_path / "tiny.toml").write_text(TINY)
-    format = f'data_format = "{tmp_path}/tiny.toml"\nframing = "{tmp_path}/long.toml"'
+    protocol = f'data_format = "{tmp_path}/tiny.toml"\nframing = "{tmp_path}/long.toml"'
     more = "message_max_kb = 64\nbuffer_kb = 64\n"
-    with RawServer(sends(endless)) as server, receiving(tcp(server.port, format, more), tmp_path) as received:
+    with RawServer(sends(endless)) as server, receiving(tcp(server.port, protocol, more), tmp_path) as received:
         received.wait_for(reconnects=2)
         assert "message_max_kb" in received.receiver._warned[0]
         assert len(received.receiver.intake._buffer) <= (64 << 10) + 64  # type: ignore[attr-defined]
 
 
 def test_a_shard_without_room_holds_the_sender_up(image: Any, from_file: EventArray) -> None:
-    with RawServer(sends(image.tobytes())) as server:
-        with receiving(tcp(server.port, more="buffer_kb = 16\nmessage_max_kb = 16"), capacity=512) as received:
-            received.wait_for(ring_full=1)
-            assert received.receiver.intake.waiting_bytes <= 16 << 10
-            found = received.wait(len(from_file))
+    with (
+        RawServer(sends(image.tobytes())) as server,
+        receiving(tcp(server.port, more="buffer_kb = 16\nmessage_max_kb = 16"), capacity=512) as received,
+    ):
+        received.wait_for(ring_full=1)
+        assert received.receiver.intake.waiting_bytes <= 16 << 10
+        found = received.wait(len(from_file))
     assert_same_events(found, from_file)
 
 
@@ -177,14 +181,14 @@ def from_nats(url: str, more: str, format: str = TRADES) -> str:
     return f'type = "nats"\nendpoint = "{url}"\n{format}{FAST}{more}\n'
 
 
-def test_a_subject(nats_server: NatsServer) -> None:  # noqa: F811
+def test_a_subject(nats_server: NatsServer) -> None:
     with receiving(from_nats(nats_server.url, 'subject = "prices.>"')) as received:
         received.wait_for(connected=1)
         asyncio.run(_publish(nats_server.url, "prices.a", [trade(n) for n in range(100)]))
         assert ids(received.wait(101)) == list(range(100))
 
 
-def test_a_subject_over_a_restarted_server(own_nats_server: NatsServer) -> None:  # noqa: F811
+def test_a_subject_over_a_restarted_server(own_nats_server: NatsServer) -> None:
     with receiving(from_nats(own_nats_server.url, 'subject = "prices"')) as received:
         received.wait_for(connected=1)
         asyncio.run(_publish(own_nats_server.url, "prices", [trade(1)]))
@@ -198,7 +202,7 @@ def test_a_subject_over_a_restarted_server(own_nats_server: NatsServer) -> None:
     assert events["kind"].tolist() == [Kind.REFERENCE, Kind.TRADE, Kind.GAP, Kind.TRADE]
 
 
-def test_a_stream_is_gone_on_with_at_any_sequence(own_nats_server: NatsServer) -> None:  # noqa: F811
+def test_a_stream_is_gone_on_with_at_any_sequence(own_nats_server: NatsServer) -> None:
     url = own_nats_server.url
     asyncio.run(_publish(url, "p", [trade(n) for n in range(50)], "PRICES"))
     with receiving(from_nats(url, 'stream = "PRICES"')) as received:
@@ -221,7 +225,7 @@ def test_a_stream_is_gone_on_with_at_any_sequence(own_nats_server: NatsServer) -
         assert ids(received.wait(2)) == [60]
 
 
-def test_what_a_stream_does_not_keep_is_a_gap(nats_server: NatsServer) -> None:  # noqa: F811
+def test_what_a_stream_does_not_keep_is_a_gap(nats_server: NatsServer) -> None:
     url = nats_server.url
     asyncio.run(_publish(url, "kept", [trade(n) for n in range(10)], "KEPT"))
     asyncio.run(_jetstream(url, lambda js: js.purge_stream("KEPT", seq=8)))
@@ -233,7 +237,7 @@ def test_what_a_stream_does_not_keep_is_a_gap(nats_server: NatsServer) -> None: 
     assert events["seq"][1:].tolist() == [8, 8, 9, 10]
 
 
-def test_a_stream_that_was_made_anew(nats_server: NatsServer) -> None:  # noqa: F811
+def test_a_stream_that_was_made_anew(nats_server: NatsServer) -> None:
     url = nats_server.url
     asyncio.run(_publish(url, "anew", [trade(n) for n in range(5)], "ANEW"))
     with receiving(from_nats(url, 'stream = "ANEW"'), before=lambda r: r.receiver.resume({}, 90)) as received:
@@ -242,7 +246,7 @@ def test_a_stream_that_was_made_anew(nats_server: NatsServer) -> None:  # noqa: 
     assert ids(events) == list(range(5))
 
 
-def test_binary_messages_of_a_stream(nats_server: NatsServer, image: Any, from_file: EventArray) -> None:  # noqa: F811
+def test_binary_messages_of_a_stream(nats_server: NatsServer, image: Any, from_file: EventArray) -> None:
     """Several protocol messages in each of the broker's: they have its sequence."""
     data, pieces, at = image.tobytes(), [], 0
     for _ in range(40):
@@ -262,17 +266,21 @@ def test_binary_messages_of_a_stream(nats_server: NatsServer, image: Any, from_f
 
 
 def test_a_stream_that_is_not_there_and_a_login_that_is_refused(
-    nats_server: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    nats_server: NatsServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with receiving(from_nats(nats_server.url, 'stream = "NOWHERE"')) as received:
         received.wait_for(connect_failures=1)
         assert "there is no stream NOWHERE" in received.receiver._warned[0]
     monkeypatch.setenv("FEED_TOKEN", "wrong-one")
-    with ConfiguredServer(tmp_path, 'authorization { token: "right" }\n') as guarded:
-        with receiving(from_nats(guarded.url, 'subject = "x"\ntoken_env = "FEED_TOKEN"')) as received:
-            received.wait_for(connect_failures=1)
-            assert "refused" in received.receiver._warned[0]
-            assert "wrong-one" not in received.receiver._warned[0]
+    with (
+        ConfiguredServer(tmp_path, 'authorization { token: "right" }\n') as guarded,
+        receiving(from_nats(guarded.url, 'subject = "x"\ntoken_env = "FEED_TOKEN"')) as received,
+    ):
+        received.wait_for(connect_failures=1)
+        assert "refused" in received.receiver._warned[0]
+        assert "wrong-one" not in received.receiver._warned[0]
 
 
 # ---------------------------------------------------------------- files that grow
@@ -335,7 +343,11 @@ def test_files_that_cannot_be_followed(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="compressed"):
         opened(source_config(followed(packed)))
     with pytest.raises(SourceError, match="name its columns"):
-        opened(source_config(followed(tmp_path / "x.csv", 'data_format = "csv"\nevent = "trade"\nfields = { symbol = "s", price = "p", qty = "q" }')))
+        opened(
+            source_config(
+                followed(tmp_path / "x.csv", 'data_format = "csv"\nevent = "trade"\nfields = { symbol = "s", price = "p", qty = "q" }')
+            )
+        )
     with pytest.raises(SourceError, match="whole files"):
         opened(source_config(followed(tmp_path / "x", 'data_format = "lobster"')))
 
@@ -488,7 +500,9 @@ def test_secrets(tmp_path: Path) -> None:
 
 
 def test_a_venue_over_a_websocket_makes_the_books_of_its_recording(
-    nats_server: NatsServer, cluster: str, tmp_path: Path  # noqa: F811
+    nats_server: NatsServer,
+    cluster: str,
+    tmp_path: Path,
 ) -> None:
     messages = payloads(recording(OKX))
 
@@ -510,12 +524,19 @@ def test_a_venue_over_a_websocket_makes_the_books_of_its_recording(
 
 
 def test_a_node_restarts_with_a_source_that_cannot_go_on(
-    nats_server: NatsServer, cluster: str, tmp_path: Path  # noqa: F811
+    nats_server: NatsServer,
+    cluster: str,
+    tmp_path: Path,
 ) -> None:
     """What came in between is not known: the books are stale until their snapshots, which come with the connection."""
 
     async def talk(socket: Any) -> None:
-        level = {"topic": "orderbook.50.AAA", "type": "snapshot", "ts": 1, "data": {"s": "AAA", "b": [["1", "1"]], "a": [["2", "1"]], "u": 10}}
+        level = {
+            "topic": "orderbook.50.AAA",
+            "type": "snapshot",
+            "ts": 1,
+            "data": {"s": "AAA", "b": [["1", "1"]], "a": [["2", "1"]], "u": 10},
+        }
         await socket.send_str(json.dumps(level))
         await stay(socket)
 
@@ -535,5 +556,5 @@ def test_a_configuration_with_a_source_of_ones_own_takes_its_file_along(own: Pat
 
     config = source_config(custom("own.py:Countdown"), own)
     assert code_files(config) == {"own.py": ("data_sources", "feed", "use")}
-    with pytest.raises(ConfigError, match="use.*is missing"):
+    with pytest.raises(ConfigError, match=r"use.*is missing"):
         parse_config('[data_sources.feed]\ntype = "custom"\ndata_format = "json"\n')

@@ -1,5 +1,7 @@
 """SoupBinTCP: the compiled way between packets and messages, and the client against our own server, with everything that can go wrong."""
 
+# ruff: noqa: F811 (fixtures)
+
 from __future__ import annotations
 
 import asyncio
@@ -11,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nats_fixtures import nats_server  # noqa: F401
 from nodes import SYMBOLS, assert_true, assert_whole, books, cluster, node_config, outputs_made, running, stream, until  # noqa: F401
 from sources import FAST, RawServer, Received, assert_same_events, file_events, opened, receiving, source_config
+from typer.testing import CliRunner
 
 from tickmesh.control.config import ConfigError
 from tickmesh.node.adapters import session_number
@@ -23,6 +27,7 @@ from tickmesh.node.event import EventArray, Kind
 from tickmesh.node.process import Node
 from tickmesh.node.reader import SourceError
 from tickmesh.ops.servers import NatsServer
+from tickmesh.ops.simulate_cmd import Outputs, run_simulation, simulate
 from tickmesh.ops.simulator import Simulator, SimulatorConfig, generate
 from tickmesh.ops.soupbintcp_server import ServerOptions, SoupBinTcpServer, feed_log, fill_log
 from tickmesh.transports.connection import SecretMissing
@@ -87,7 +92,9 @@ def slow_unframe(data: bytes, skip: int = 0) -> tuple[bytes, int, int, int]:
 
 
 packets = st.lists(
-    st.tuples(st.sampled_from([b"S", b"S", b"S", b"S", b"H", b"+", b"U", b"Z", b"A", b"?"]), st.binary(max_size=40)).map(lambda p: packet(*p)),
+    st.tuples(st.sampled_from([b"S", b"S", b"S", b"S", b"H", b"+", b"U", b"Z", b"A", b"?"]), st.binary(max_size=40)).map(
+        lambda p: packet(*p)
+    ),
     max_size=20,
 )
 
@@ -121,12 +128,14 @@ def test_enframing_and_unframing_give_the_messages_back(messages: list[bytes], r
 
 
 def test_the_session_is_the_file(image: Any, from_file: EventArray) -> None:
-    with SoupBinTcpServer(ServerOptions(user="me", password="secret"), fill_log(image)) as server:
-        with receiving(body(server.port, 'user = "me"\npassword_env = "SOUP_PASSWORD"')) as received:
-            found = received.wait(len(from_file))
-            assert (received.counter("messages"), received.counter("malformed"), received.counter("gaps")) == (MESSAGES, 0, 0)
-            assert received.receiver.expected == MESSAGES + 1
-            assert (received.receiver.begun_at, received.receiver.session) == (1, session_number("TICKMESH"))
+    with (
+        SoupBinTcpServer(ServerOptions(user="me", password="secret"), fill_log(image)) as server,
+        receiving(body(server.port, 'user = "me"\npassword_env = "SOUP_PASSWORD"')) as received,
+    ):
+        found = received.wait(len(from_file))
+        assert (received.counter("messages"), received.counter("malformed"), received.counter("gaps")) == (MESSAGES, 0, 0)
+        assert received.receiver.expected == MESSAGES + 1
+        assert (received.receiver.begun_at, received.receiver.session) == (1, session_number("TICKMESH"))
     assert_same_events(found, from_file)
     assert np.all(found["ts_recv"] > 0)
 
@@ -138,22 +147,26 @@ def password(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_forced_disconnects_lose_and_double_nothing(image: Any, from_file: EventArray, seed: int) -> None:
-    with SoupBinTcpServer(ServerOptions(disconnect_every=150, seed=seed), fill_log(image)) as server:
-        with receiving(body(server.port)) as received:
-            found = received.wait(len(from_file))
-            assert server.disconnects > MESSAGES // 400, f"seed {seed}"
-            assert received.counter("reconnects") == server.disconnects
-            assert (received.counter("gaps"), received.counter("malformed")) == (0, 0)
+    with (
+        SoupBinTcpServer(ServerOptions(disconnect_every=150, seed=seed), fill_log(image)) as server,
+        receiving(body(server.port)) as received,
+    ):
+        found = received.wait(len(from_file))
+        assert server.disconnects > MESSAGES // 400, f"seed {seed}"
+        assert received.counter("reconnects") == server.disconnects
+        assert (received.counter("gaps"), received.counter("malformed")) == (0, 0)
     assert_same_events(found, from_file)
 
 
 def test_it_goes_on_after_a_restart_where_the_journal_ends(image: Any, from_file: EventArray) -> None:
     cut = 2000
-    with SoupBinTcpServer(ServerOptions(), fill_log(image)) as server:
-        with receiving(body(server.port), before=lambda r: r.receiver.resume({}, cut)) as received:
-            until(lambda: received.receiver.expected == MESSAGES + 1, "the end")
-            events = received.made()
-            assert (received.receiver.begun_at, received.counter("gaps")) == (cut + 1, 0)
+    with (
+        SoupBinTcpServer(ServerOptions(), fill_log(image)) as server,
+        receiving(body(server.port), before=lambda r: r.receiver.resume({}, cut)) as received,
+    ):
+        until(lambda: received.receiver.expected == MESSAGES + 1, "the end")
+        events = received.made()
+        assert (received.receiver.begun_at, received.counter("gaps")) == (cut + 1, 0)
     later = from_file[from_file["seq"] > cut]
     found = events[events["kind"] != Kind.REFERENCE]
     assert found["seq"].tolist() == later["seq"][later["kind"] != Kind.REFERENCE].tolist()
@@ -186,10 +199,9 @@ def test_a_server_that_begins_later_leaves_a_gap(image: Any) -> None:
         writer.write(packet(b"A", b"S1".rjust(10) + b"100".rjust(20)) + packet(b"S", b"S" + bytes(11)))
         await reader.read()
 
-    with RawServer(begins_at_100) as server:
-        with receiving(body(server.port), before=lambda r: r.receiver.resume({}, 49)) as received:
-            events = received.wait(2)
-            assert (received.counter("gaps"), received.counter("missing")) == (1, 50)
+    with RawServer(begins_at_100) as server, receiving(body(server.port), before=lambda r: r.receiver.resume({}, 49)) as received:
+        events = received.wait(2)
+        assert (received.counter("gaps"), received.counter("missing")) == (1, 50)
     assert events["kind"].tolist() == [Kind.GAP, Kind.SYSTEM]
     assert (events[0]["id"], events[0]["aux"], events[0]["qty"], events[1]["seq"]) == (50, 99, 50, 100)
 
@@ -352,17 +364,19 @@ def test_unsequenced_empty_and_debug_packets_in_between() -> None:
 
 
 def test_a_server_that_hangs_is_given_up(image: Any, from_file: EventArray) -> None:
-    with SoupBinTcpServer(ServerOptions(heartbeat_s=0.02), fill_log(image[: len(image) // 2])) as server:
-        with receiving(body(server.port, "silence_ms = 150\nheartbeat_ms = 20")) as received:
-            received.wait_for(messages=1000)
-            threading.Event().wait(0.3)  # heartbeats alone keep it
-            assert received.counter("reconnects") == 0
-            server.silent = True
-            received.wait_for(reconnects=2)
-            server.silent = False
-            rest = image[server.log.bytes :]
-            server.log.append(rest, len(rest))
-            found = received.wait(len(from_file))
+    with (
+        SoupBinTcpServer(ServerOptions(heartbeat_s=0.02), fill_log(image[: len(image) // 2])) as server,
+        receiving(body(server.port, "silence_ms = 150\nheartbeat_ms = 20")) as received,
+    ):
+        received.wait_for(messages=1000)
+        threading.Event().wait(0.3)  # heartbeats alone keep it
+        assert received.counter("reconnects") == 0
+        server.silent = True
+        received.wait_for(reconnects=2)
+        server.silent = False
+        rest = image[server.log.bytes :]
+        server.log.append(rest, len(rest))
+        found = received.wait(len(from_file))
     assert_same_events(found, from_file)
 
 
@@ -407,7 +421,10 @@ def until_true(node: Node, simulator: Simulator) -> None:
 
 
 def test_a_node_has_the_books_of_the_market(
-    nats_server: NatsServer, cluster: str, tmp_path: Path, fed: tuple[SoupBinTcpServer, Simulator]  # noqa: F811
+    nats_server: NatsServer,
+    cluster: str,
+    tmp_path: Path,
+    fed: tuple[SoupBinTcpServer, Simulator],
 ) -> None:
     server, simulator = fed
     with running(node_config(cluster, tmp_path, source_named(server.port)), nats_server.url) as node:
@@ -430,7 +447,11 @@ def source_named(port: int) -> str:
 
 
 def test_a_restarted_node_goes_on_from_its_journal(
-    nats_server: NatsServer, cluster: str, tmp_path: Path, image: Any, day: SimulatorConfig  # noqa: F811
+    nats_server: NatsServer,
+    cluster: str,
+    tmp_path: Path,
+    image: Any,
+    day: SimulatorConfig,
 ) -> None:
     """Stopped in the middle of the session: what is missing is asked for, and the books are the market's."""
     half = int(fill_log(image).offset(MESSAGES // 2))
@@ -450,7 +471,10 @@ def test_a_restarted_node_goes_on_from_its_journal(
 
 
 def test_a_source_is_added_changed_and_removed_live(
-    nats_server: NatsServer, cluster: str, tmp_path: Path, image: Any  # noqa: F811
+    nats_server: NatsServer,
+    cluster: str,
+    tmp_path: Path,
+    image: Any,
 ) -> None:
     with SoupBinTcpServer(ServerOptions(), fill_log(image)) as one, SoupBinTcpServer(ServerOptions(), fill_log(image)) as two:
 
@@ -469,3 +493,41 @@ def test_a_source_is_added_changed_and_removed_live(
             node.apply(text(two.port), 3)
             until(lambda: len(node.receivers) == 1, "one again")
             node.check()
+
+
+def test_the_simulator_serves_its_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tickmesh simulate --soupbintcp`: a client gets every message of the summary."""
+    monkeypatch.setenv("TICKMESH_SIMULATE_PASSWORD", "secret")
+    stop, found, addresses = threading.Event(), dict[str, Any](), list[str]()
+    outputs = Outputs(soupbintcp=ServerOptions(user="me", password="secret", disconnect_every=300), speed="max")
+    config = SimulatorConfig(seed=8, symbols=3, messages=2000)
+    thread = threading.Thread(target=lambda: found.update(run_simulation(config, outputs, stop=stop, listening=addresses.append)))
+    thread.start()
+    try:
+        until(lambda: addresses, "the server")
+        port = int(addresses[0].rpartition(":")[2])
+        with receiving(body(port, 'user = "me"\npassword_env = "SOUP_PASSWORD"')) as received:
+            until(lambda: received.receiver.expected == 2001, "the day")
+    finally:
+        stop.set()
+        thread.join()
+    assert (found["messages"], found["complete"], found["soupbintcp"]["refused"]) == (2000, True, 0)
+    assert found["soupbintcp"]["disconnects"] >= 2
+    assert len(found["sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--soupbintcp", "70000"], "a port from 0 to 65535"),
+        (["--soupbintcp", "0", "--user", "me"], "TICKMESH_SIMULATE_PASSWORD"),
+        (["--soupbintcp", "0", "--disconnects", "-1"], "0 or more messages"),
+        (["--soupbintcp", "0", "--listen", "192.0.2.1"], "cannot listen at 192.0.2.1"),
+    ],
+)
+def test_options_of_the_simulators_server(arguments: list[str], words: str) -> None:
+    app = typer.Typer()
+    app.command()(simulate)
+    result = CliRunner().invoke(app, ["--symbols", "3", "--messages", "2000", *arguments])
+    assert result.exit_code in (1, 2)
+    assert words in result.stderr

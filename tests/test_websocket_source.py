@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -35,10 +36,8 @@ def websocket(talk: Talk, *, compress: bool = True) -> Callable[[web.Request], A
     async def handle(request: web.Request) -> web.WebSocketResponse:
         socket = web.WebSocketResponse(compress=compress, max_msg_size=0)
         await socket.prepare(request)
-        try:
+        with contextlib.suppress(ConnectionError):  # the client has gone
             await talk(socket)
-        except ConnectionError:
-            pass  # the client has gone
         return socket
 
     return handle
@@ -61,12 +60,11 @@ def payloads(path: Path) -> list[bytes]:
     return [payload for _, payload in read_lines(path)]
 
 
-
-
 @pytest.mark.parametrize(
     ("data_format", "path", "symbols", "subscription"),
     [
-        ("okx", OKX, ["BTC-USDT"], {"op": "subscribe", "args": [{"channel": "books", "instId": "BTC-USDT"}, {"channel": "trades", "instId": "BTC-USDT"}]}),
+        ("okx", OKX, ["BTC-USDT"],
+         {"op": "subscribe", "args": [{"channel": "books", "instId": "BTC-USDT"}, {"channel": "trades", "instId": "BTC-USDT"}]}),
         ("bybit", BYBIT, ["XRPUSDT"], {"op": "subscribe", "args": ["orderbook.50.XRPUSDT", "publicTrade.XRPUSDT"]}),
         ("coinbase", COINBASE, ["SKL-GBP", "BAND-BTC"],
          {"type": "subscribe", "product_ids": ["SKL-GBP", "BAND-BTC"], "channels": ["level2_batch", "matches"]}),
@@ -189,7 +187,9 @@ def test_after_a_lost_connection_it_subscribes_again_and_says_that_something_is_
 
 def test_a_books_gap_makes_it_subscribe_again() -> None:
     def message(kind: str, number: int) -> str:
-        return json.dumps({"topic": "orderbook.50.AAA", "type": kind, "ts": 1, "data": {"s": "AAA", "b": [["1", "1"]], "a": [], "u": number}})
+        return json.dumps(
+            {"topic": "orderbook.50.AAA", "type": kind, "ts": 1, "data": {"s": "AAA", "b": [["1", "1"]], "a": [], "u": number}}
+        )
 
     heard: list[Any] = []
 
@@ -381,7 +381,9 @@ async def binary_noise(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
     await reader.read()
 
 
-@pytest.mark.parametrize("server", [endless_headers, one_endless_header, slow_headers, no_websocket, binary_noise], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "server", [endless_headers, one_endless_header, slow_headers, no_websocket, binary_noise], ids=lambda f: f.__name__
+)
 def test_a_server_that_is_none(server: Any) -> None:
     """Every connection is given up within its limit, and counted; nothing piles up."""
     with RawServer(server) as running:
@@ -416,10 +418,10 @@ def test_tls_and_whom_it_trusts(tmp_path: Path) -> None:
             with receiving(trades(server, more), tmp_path) as received:
                 received.wait_for(connect_failures=1)
                 assert "tls_ca_file" in received.receiver._warned[0]
-    with WebServer({"/ws": websocket(talk)}, context("elsewhere")) as server:
-        with receiving(trades(server, 'tls_ca_file = "ours.pem"'), tmp_path) as received:
-            received.wait_for(connect_failures=1)
-            assert "TLS" in received.receiver._warned[0]
+    elsewhere = WebServer({"/ws": websocket(talk)}, context("elsewhere"))
+    with elsewhere as server, receiving(trades(server, 'tls_ca_file = "ours.pem"'), tmp_path) as received:
+        received.wait_for(connect_failures=1)
+        assert "TLS" in received.receiver._warned[0]
 
 
 def test_a_token_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,7 @@ class AdapterReceiver(Receiver):
         self.order_ids = self.intake.order_ids
         self._backoff = Backoff(options.reconnect_min_ms / 1e3, options.reconnect_max_ms / 1e3)
         self._events: EventArray = np.zeros(0, EVENT)
-        self._first = 0
+        self._first = self._free = 0
         self._expected = self._session = 0
         self._stale = False
         """The journal has had something of this source, or we have; the books are not known to be right any more."""
@@ -451,8 +451,10 @@ class AdapterReceiver(Receiver):
             raise
 
     def _room(self) -> int:
-        """Events that every ring has room for, each with a timer before it and a code behind it."""
-        return int(min(ring.capacity - ring.lag for ring in self.context.rings) // 3)
+        """Events that every ring has room for, each with a timer before it and a code behind it; looks again only if it knows of none."""
+        if self._free <= 0:
+            self._free = int(min(ring.capacity - ring.lag for ring in self.context.rings) // 3)
+        return self._free
 
     def _pump(self) -> bool:
         """Decode and route what waits, as far as there is room; true if nothing waits any more."""
@@ -473,6 +475,7 @@ class AdapterReceiver(Receiver):
             if not route_now(self.router, self._events, self._first, self._first + count):
                 return False  # stopped
             self._first += count
+            self._free -= count
             if self._blocked:
                 self._space.set()
 

@@ -12,7 +12,7 @@ from tickmesh.node.event import ASK, BID, PRICE_DECIMALS
 from tickmesh.node.event_batch import EventBatch
 from tickmesh.node.fields import BadRecord, iso8601_ns
 from tickmesh.node.fixed_point import fixed_point
-from tickmesh.node.json_feed import LEVELS_MAX, Level, Listing, Malformed, Update, VenueFeed, levels_of, number_of, texts_of
+from tickmesh.node.json_feed import LEVELS_MAX, Level, Listing, Malformed, Update, VenueFeed, levels_of, number_of
 
 _SIDES = {"buy": BID, "sell": ASK}
 
@@ -48,7 +48,7 @@ class CoinbaseFeed(VenueFeed):
 
     def _whole(self, message: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
         bids, asks = message["bids"], message["asks"]
-        listing = self._listing(message["product_id"], recv_ns, out, texts_of(bids, asks, 0), texts_of(bids, asks, 1))
+        listing = self._book_listing(message["product_id"], recv_ns, out, bids, asks)
         time = _time(message["time"]) if "time" in message else recv_ns
         self._emit_snapshot(listing, Update(0, 0, -1, time, recv_ns, levels_of(bids, asks, listing.qty_exponent)), out)
 

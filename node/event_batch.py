@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from tickmesh.node.event import EVENT, EventArray, Kind
 _EVENT = struct.Struct("<QqqIBBHqqQq")
 _REFERENCE = struct.Struct("<QqqIBBHq24s")
 _SIZE = EVENT.itemsize
+_LEVEL = int(Kind.LEVEL)
 assert _EVENT.size == _REFERENCE.size == _SIZE
 
 
@@ -63,6 +65,24 @@ class EventBatch:
             raise BatchFull(len(self.events))
         _EVENT.pack_into(self._bytes, self.count * _SIZE, seq, ts_event, ts_recv, instrument, kind, side, flags, price, qty, id, aux)
         self.count += 1
+
+    def append_levels(
+        self, instrument: int, ts_event: int, ts_recv: int, levels: Sequence[tuple[int, int, int, int]], flags: int, more: int, seq: int
+    ) -> None:
+        """Add LEVEL events, of ``(side, price, qty, orders)`` each; all but the last have the flag `more` too.
+
+        Raises:
+            BatchFull: there is no room for all of them.
+        """
+        if len(levels) > self.room:
+            raise BatchFull(len(self.events))
+        pack_into, memory, offset, left = _EVENT.pack_into, self._bytes, self.count * _SIZE, len(levels)
+        marked = flags | more
+        for side, price, qty, orders in levels:
+            left -= 1
+            pack_into(memory, offset, seq, ts_event, ts_recv, instrument, _LEVEL, side, marked if left else flags, price, qty, 0, orders)
+            offset += _SIZE
+        self.count += len(levels)
 
     def append_reference(self, instrument: int, ts_recv: int, symbol: bytes, tick_size: int, qty_exponent: int) -> None:
         """Add the REFERENCE event of an instrument.

@@ -225,6 +225,11 @@ class VenueFeed:
         found = self._listings.get(symbol) if isinstance(symbol, str) else None
         return found or self._new_listing(symbol, recv_ns, out, prices, quantities)
 
+    def _book_listing(self, symbol: Any, recv_ns: int, out: EventBatch, bids: Any, asks: Any) -> Listing:
+        """:meth:`_listing` of a message with a book's levels, which are looked at only if the symbol is new."""
+        found = self._listings.get(symbol) if isinstance(symbol, str) else None
+        return found or self._new_listing(symbol, recv_ns, out, texts_of(bids, asks, 0), texts_of(bids, asks, 1))
+
     def _new_listing(self, symbol: Any, recv_ns: int, out: EventBatch, prices: list[str], quantities: list[str]) -> Listing:
         if not isinstance(symbol, str) or not 0 < len(symbol) <= 24 or not symbol.isascii() or not symbol.isprintable():
             raise Malformed("bad_symbol")
@@ -267,12 +272,7 @@ class VenueFeed:
     # ---- books
 
     def _emit_levels(self, listing: Listing, update: Update, out: EventBatch, flags: int) -> None:
-        last = len(update.levels) - 1
-        for i, (side, price, qty, orders) in enumerate(update.levels):
-            out.append(
-                Kind.LEVEL, listing.instrument, update.ts_event, update.ts_recv, side, price, qty, 0, orders,
-                flags if i == last else flags | _MORE, update.last,
-            )  # fmt: skip
+        out.append_levels(listing.instrument, update.ts_event, update.ts_recv, update.levels, flags, _MORE, update.last)
 
     def _emit_snapshot(self, listing: Listing, snapshot: Update, out: EventBatch) -> None:
         flags = _SNAPSHOT | (_MORE if snapshot.levels else 0)
@@ -457,7 +457,7 @@ class BinanceFeed(VenueFeed):
         previous = number_of(message["pu"]) if "pu" in message else -1
         if first > last:
             raise Malformed("bad_id")
-        listing = self._listing(message["s"], recv_ns, out, texts_of(bids, asks, 0), texts_of(bids, asks, 1))
+        listing = self._book_listing(message["s"], recv_ns, out, bids, asks)
         update = Update(first, last, previous, time, recv_ns, levels_of(bids, asks, listing.qty_exponent))
         if listing.last_id is None:
             self._hold(listing, update)
@@ -494,7 +494,7 @@ class BinanceFeed(VenueFeed):
     def _snapshot(self, symbol: str, message: Any, recv_ns: int, out: EventBatch) -> None:
         bids, asks, at = message["bids"], message["asks"], number_of(message["lastUpdateId"])
         time = time_of(message["E"]) if "E" in message else recv_ns
-        listing = self._listing(symbol, recv_ns, out, texts_of(bids, asks, 0), texts_of(bids, asks, 1))
+        listing = self._book_listing(symbol, recv_ns, out, bids, asks)
         snapshot = Update(at, at, -1, time, recv_ns, levels_of(bids, asks, listing.qty_exponent))
         held = [update for update in listing.held if update.last > at]
         behind = listing.last_id is not None and at < listing.last_id
@@ -611,7 +611,7 @@ class OkxFeed(VenueFeed):
         checksum = entry.get("checksum")
         if action not in ("snapshot", "update"):
             raise Malformed("bad_action")
-        listing = self._listing(symbol, recv_ns, out, texts_of(bids, asks, 0), texts_of(bids, asks, 1))
+        listing = self._book_listing(symbol, recv_ns, out, bids, asks)
         levels = levels_of(bids, asks, listing.qty_exponent, 3)
         number = number_of(sequence) if sequence is not None else 0
         update = Update(number, number, previous if type(previous) is int else -1, time, recv_ns, levels)
@@ -694,7 +694,7 @@ class BybitFeed(VenueFeed):
         bids, asks, number = data["b"], data["a"], number_of(data["u"])
         if kind not in ("snapshot", "delta"):
             raise Malformed("bad_action")
-        listing = self._listing(data["s"], recv_ns, out, texts_of(bids, asks, 0), texts_of(bids, asks, 1))
+        listing = self._book_listing(data["s"], recv_ns, out, bids, asks)
         update = Update(number, number, -1, time, recv_ns, levels_of(bids, asks, listing.qty_exponent))
         if kind == "snapshot" or number == 1:  # u = 1: the venue's service has restarted, the message is a whole book
             self._emit_snapshot(listing, update, out)

@@ -138,6 +138,11 @@ BENCHES = (
         "replication", "a journal to a standby over TCP, against a plain copy of the same bytes", "tickmesh.ops.bench_replication",
         "bench_replication", _given_rows, {"events": 300_000, "trips": 300, "repeats": 1},
     ),
+    Bench(
+        "sources", "SoupBinTCP and websockets to events, against asyncio by hand", "tickmesh.ops.bench_sources",
+        "bench_sources", _given_rows,
+        {"messages": 200_000, "json_messages": 10_000, "repeats": 1},
+    ),
 )  # fmt: skip
 
 

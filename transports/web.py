@@ -298,6 +298,18 @@ class Websocket:
 
     def __init__(self, url: str, socket: aiohttp.ClientWebSocketResponse[bool], options: WebOptions) -> None:
         self.url, self._socket, self._options = url, socket, options
+        self._heard_s, self._silent, self._clock = 0.0, False, asyncio.get_running_loop().time
+
+    async def watch(self) -> None:
+        """Close the connection once nothing has come for too long. A look now and then costs less than a timer for each message."""
+        silence_s = self._options.silence_s
+        self._heard_s = self._clock()
+        while silence_s:
+            await asyncio.sleep(silence_s / 4)
+            if self._clock() - self._heard_s >= silence_s:
+                self._silent = True
+                await self._socket.close()
+                return
 
     async def send(self, text: str) -> None:
         """Send a text message.
@@ -316,15 +328,15 @@ class Websocket:
         Raises:
             ConnectionLost, ConnectionSilent, BrokenProtocol: there is none any more.
         """
-        try:
-            message = await self._socket.receive(self._options.silence_s or None)
-        except TimeoutError:
-            raise ConnectionSilent(self.url, f"nothing has come for {self._options.silence_s:g} s") from None
+        message = await self._socket.receive()
+        self._heard_s = self._clock()
         if message.type is aiohttp.WSMsgType.TEXT or message.type is aiohttp.WSMsgType.BINARY:
             data: bytes = message.data
             return data
         if message.type is aiohttp.WSMsgType.ERROR:
             raise self._broken(message.data)
+        if self._silent:
+            raise ConnectionSilent(self.url, f"nothing has come for {self._options.silence_s:g} s")
         code = self._socket.close_code
         raise ConnectionLost(self.url, f"the server has closed the connection (code {code if code is not None else 'none'})")
 
@@ -360,9 +372,12 @@ async def open_websocket(url: str, options: WebOptions) -> AsyncIterator[Websock
                 )
         except (aiohttp.ClientError, aiohttp.http_exceptions.HttpProcessingError, OSError) as error:
             raise _problem(url, error) from error
+        made = Websocket(url, socket, options)
+        watching = asyncio.create_task(made.watch())
         try:
-            yield Websocket(url, socket, options)
+            yield made
         finally:
+            watching.cancel()
             await socket.close()
     finally:
         await session.close()

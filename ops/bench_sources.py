@@ -78,11 +78,10 @@ def _report(medians: dict[str, float], texts: Sequence[bytes]) -> dict[str, Any]
         ("JSON parsed, numbers as text", "parse_msgspec", "parse_orjson", "orjson, which makes floats"),
     ]
     made = [
-        {"name": name, "unit": unit, "ours": medians[ours], "theirs": medians[theirs], "peer": peer, "ratio": medians[ours] / medians[theirs],
-         "target": None}
-        for name, ours, theirs, peer in rows
-        if theirs in medians
-    ]  # fmt: skip
+        {"name": name, "unit": unit, "ours": ours, "theirs": theirs, "peer": peer, "ratio": ours / theirs, "target": None}
+        for name, ours, theirs, peer in ((name, medians[ours], medians.get(theirs), peer) for name, ours, theirs, peer in rows)
+        if theirs is not None
+    ]
     skipped = {} if "parse_orjson" in medians else {"orjson": "the package orjson is not installed: pip install orjson"}
     return {"rows": made, "messages_per_core_s": medians, "bytes_per_json_message": sum(map(len, texts)) / len(texts), "skipped": skipped}
 

@@ -129,7 +129,8 @@ def type_text(annotation: Any) -> str:
     if origin in (types.UnionType, typing.Union):
         return " or ".join(type_text(item) for item in arguments if item is not type(None))
     if origin is list:
-        return f"list of {type_text(arguments[0])}s"
+        inner = type_text(arguments[0])
+        return f"list of {inner}" if "|" in inner else f"list of {inner}s"
     if origin is dict:
         return "table"
     names = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "max, realtime or number"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -558,3 +559,34 @@ def test_a_configuration_with_a_source_of_ones_own_takes_its_file_along(own: Pat
     assert code_files(config) == {"own.py": ("data_sources", "feed", "use")}
     with pytest.raises(ConfigError, match=r"use.*is missing"):
         parse_config('[data_sources.feed]\ntype = "custom"\ndata_format = "json"\n')
+
+
+# ---------------------------------------------------------------- the page that shows it
+
+
+def test_the_adapter_of_the_documentation(tmp_path: Path) -> None:
+    """The how-to's file and configuration, as they stand there, against a server that speaks the vendor's protocol."""
+    page = (Path(__file__).parents[1] / "docs/howto/add-a-source.md").read_text()
+    found = dict(re.findall(r"^```(python|toml)\n(.*?)^```", page[page.index("## A source of your own") :], re.MULTILINE | re.DOTALL)[:2])
+    (tmp_path / "vendor.py").write_text(found["python"])
+    keys: list[bytes] = []
+
+    async def vendor(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        keys.append(await reader.readline())
+        writer.write(b"OK\n" if keys[-1] == b"KEY public\n" else b"NO\n")
+        writer.write(b"AAA|1.5|100\nBBB|2.25|")
+        await writer.drain()
+        writer.write(b"7\nnonsense\n")
+        await reader.read()
+
+    with RawServer(vendor) as server:
+        text = found["toml"].replace("[data_sources.vendor]", "").replace("7000", str(server.port))
+        with receiving(text, tmp_path) as received:
+            events = received.wait(4)
+            received.wait_for(malformed=1)
+        with receiving(text.replace('"public"', '"other"'), tmp_path) as received:
+            received.wait_for(connect_failures=1)
+            assert "the vendor does not know this key" in received.receiver._warned[0]
+    assert events["kind"].tolist() == [Kind.REFERENCE, Kind.TRADE, Kind.REFERENCE, Kind.TRADE]
+    assert events["price"][[1, 3]].tolist() == [1_500_000_000, 2_250_000_000]
+    assert keys == [b"KEY public\n", b"KEY other\n"]

@@ -670,8 +670,9 @@ class Source(Table):
         return bad
 
     def _check_overflow(self) -> list[Refusal]:
-        if self.overflow != "block" and (self.continues or self.type in ("tcp", "file")):
-            what = "a stream of bytes cannot lose some of its middle" if self.type in ("tcp", "file") else "it can go on where it stopped"
+        stream = self.type in ("tcp", "file") or (self.type == "http" and self.reading == "lines")
+        if self.overflow != "block" and (self.continues or stream):
+            what = "a stream of bytes cannot lose some of its middle" if stream else "it can go on where it stopped"
             return [Refusal("overflow", f"must be block here: {what}", "remove it")]
         return []
 

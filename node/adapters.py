@@ -26,14 +26,23 @@ import uvloop
 from tickmesh.control.config import Config, Source
 from tickmesh.node.calculation import CalculationError, load_source
 from tickmesh.node.event import EVENT, EventArray, Kind
-from tickmesh.node.intake import Data, Intake, codes_of, make_intake, whole_source
+from tickmesh.node.intake import Data, Intake, PacketIntake, codes_of, make_intake, whole_source
 from tickmesh.node.json_feed import VenueFeed
 from tickmesh.node.reader import SourceError
 from tickmesh.node.receivers import Receiver, ReceiverContext, bind_codes
 from tickmesh.node.router import ROUTE_EVENTS, route_now
 from tickmesh.node.silence import route_silence_now
 from tickmesh.node.timers import go_on
-from tickmesh.transports.connection import Backoff, BrokenProtocol, ConnectionLost, ConnectionProblem, Refused, client_tls, read_secret
+from tickmesh.transports.connection import (
+    Backoff,
+    BrokenProtocol,
+    ConnectionLost,
+    ConnectionProblem,
+    Refused,
+    SecretMissing,
+    client_tls,
+    read_secret,
+)
 
 ENTRY_POINTS = "tickmesh.sources"
 """Group of entry points by which other packages offer adapters."""
@@ -191,6 +200,7 @@ class AdapterReceiver(Receiver):
             name, shown, context.table, context.number,
             stream=self.adapter.carries == "stream", timed=self.adapter.timed, progress=context.progress,
         )  # fmt: skip
+        self._check(self.intake)
         self.order_ids = self.intake.order_ids
         self._backoff = Backoff(options.reconnect_min_ms / 1e3, options.reconnect_max_ms / 1e3)
         self._events: EventArray = np.zeros(0, EVENT)
@@ -211,6 +221,13 @@ class AdapterReceiver(Receiver):
         """A warning is open: it is said too when the source is back."""
         route_now(self.router, np.zeros(1, EVENT), 0, 0)  # compiled now, and not when the first event waits
 
+    def _check(self, intake: Intake) -> None:
+        """What only the adapter and the protocol together can say."""
+        if self.adapter.carries == "stream" and self.options.overflow != "block":
+            raise SourceError(self.name, "a stream of bytes cannot lose some of its middle: leave overflow at block")
+        if self.adapter.resumes and isinstance(intake, PacketIntake):
+            raise SourceError(self.name, "datagrams have sequences of their own: take them from a subject, not from a stream")
+
     # -- what a node asks of a receiver
 
     def ask_stop(self) -> None:
@@ -225,7 +242,9 @@ class AdapterReceiver(Receiver):
             bind_codes(self.intake.feed, self.context.table, codes)
         if last_sequence and self.adapter.resumes:
             self._expected = last_sequence + 1
-        self._stale = bool(last_sequence or codes) and not self.adapter.resumes
+        known = self.context.table.arrays.records[: len(self.context.table)]
+        journalled = bool(np.any((known["source"] == self.context.number) & (known["announced"] != 0)))
+        self._stale = journalled and not self.adapter.resumes
         if last_sequence:
             go_on(self.router.clock)
 
@@ -328,6 +347,8 @@ class AdapterReceiver(Receiver):
             if isinstance(error, SourceEnded):
                 raise
             return error
+        except SecretMissing as error:  # it was there when the node started
+            return Refused(self.adapter.endpoint, str(error))
         except (OSError, asyncio.IncompleteReadError) as error:
             return ConnectionLost(self.adapter.endpoint, f"the connection is lost ({error or type(error).__name__})")
         except Exception as error:  # an adapter's own mistake ends its connection, not the node
@@ -349,11 +370,11 @@ class AdapterReceiver(Receiver):
     async def _lost(self, problem: ConnectionProblem, lasted_s: float) -> None:
         """After a connection: events that are whole go on, books go stale unless nothing can be missing."""
         was_connected, self._is_connected = self._is_connected, False
-        self._numbers["connected"] = 0
-        self._numbers["reconnects" if was_connected else "connect_failures"] += 1
         if was_connected:
             self._backoff.lasted(lasted_s)
         self._warn(problem)
+        self._numbers["connected"] = 0
+        self._numbers["reconnects" if was_connected else "connect_failures"] += 1
         await self.flush()
         self.intake.lost()
         if self._had_data and not self.adapter.resumes:

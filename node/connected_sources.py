@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import structlog
+
 from tickmesh.control.config import Source
 from tickmesh.node.adapters import Adapter, AdapterMaker, Sink
 from tickmesh.node.json_feed import BinanceFeed
@@ -37,6 +39,8 @@ _WANTED_AGAIN_S = 5.0
 """A snapshot that was asked for may take so long before it is asked for again."""
 _READ_BYTES = 1 << 18
 _LOOK_S, _PENDING_MAX = 0.25, 65_536
+_ANSWERS, _ANSWER_BYTES_MAX = 64, 1024
+_log = structlog.get_logger("source")
 _SYMBOL = "{symbol}"
 
 
@@ -100,11 +104,20 @@ class WebsocketSource(Adapter):
                 await asyncio.gather(*beside, return_exceptions=True)  # what they could not send, receiving has noticed too
 
     async def _receive(self, socket: Websocket) -> None:
-        pong, sink = self._talk.pong if self._talk else b"", self.sink
+        pong, sink, first = self._talk.pong if self._talk else b"", self.sink, 0
         while True:
             data = await socket.receive()
+            if first < _ANSWERS:
+                first += 1
+                self._look_at(data)
             if data != pong or not pong:
                 await sink(data)
+
+    def _look_at(self, data: bytes) -> None:
+        """Among the first messages may be a venue's word that it does not like the subscription."""
+        if len(data) < _ANSWER_BYTES_MAX and (b'"error"' in data or b'"success":false' in data.replace(b" ", b"")):
+            self.sink.count("errors")
+            _log.warning("the venue answers with an error", source=self.name, answer=data.decode("utf-8", "replace"))
 
     async def _pings(self, socket: Websocket) -> None:
         """The venue's own, where it has one."""
@@ -298,6 +311,11 @@ class TcpSource(Adapter):
     """A plain stream over TCP: length-prefixed messages of a spec'd protocol, or lines."""
 
     carries = "stream"
+
+    def __init__(self, name: str, options: Source, sink: Sink, resolve: Callable[[str], Path] = Path) -> None:
+        super().__init__(name, options, sink, resolve)
+        if urlsplit(options.endpoint or "").scheme == "tls":
+            self.tls()  # what is missing is said now
 
     async def run(self) -> None:
         parts, options = urlsplit(self.options.endpoint or ""), self.options

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from tickmesh.control.config import Source
-from tickmesh.node.arbiter import EXPECTED
 from tickmesh.node.csv_feed import CsvFeed
 from tickmesh.node.decoder import arbitration, end_of_stream, filtered, load_decoder, make_feed, malformed, message_counts
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_SIDE, EventArray, Kind
@@ -414,10 +413,6 @@ class PacketIntake(_SpecIntake):
 
     def drop_newest(self) -> None:
         return
-
-    @property
-    def next_sequence(self) -> int:
-        return int(self.feed.arbiter.state[EXPECTED])
 
     def counters(self) -> dict[str, int]:
         lines = arbitration(self.feed)

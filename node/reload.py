@@ -335,7 +335,8 @@ class _Change:
 
     def _prepare_source(self, name: str) -> None:
         old = self.old.data_sources.get(name)
-        if old is not None and old.model_dump() == self.config.data_sources[name].model_dump():
+        new = self.config.data_sources[name]
+        if old is not None and old.model_dump() == new.model_dump() and self._same_adapter(new.use):
             return
         rings = self.node.inputs.get(name) or self.node.make_inputs()
         number = self.document.sources[name]
@@ -345,6 +346,11 @@ class _Change:
             receiver = self.node.make_receiver(self.config, name, rings, number)
         self.sources.filters += filters or [(number, (), ())]
         self.sources.made[name], self.sources.rings[name] = receiver, rings
+
+    def _same_adapter(self, use: str | None) -> bool:
+        """Whether a custom source's own file, if it has one, is as it was."""
+        file = (use or "").rpartition(":")[0]
+        return self.node.document.code.get(file) == self.document.code.get(file)
 
     def _choose_numbering(self) -> None:
         """Orders of several sources are numbered per instrument, since two may use the same numbers."""

@@ -158,7 +158,7 @@ def simulate(
     speed: Annotated[str, typer.Option(help="realtime, a factor of it, or max (multicast only).")] = "realtime",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Simulate a market: seeded order flow against a price-time matching engine, as ITCH 5.0 in a file, a pcap, on multicast or over SoupBinTCP.
+    """Simulate a market: seeded order flow against a price-time matching engine, as ITCH 5.0 in a file, a pcap, on multicast or SoupBinTCP.
 
     Exit codes: 0 done (also after Ctrl-C), 1 an output cannot be used, 2 an option is wrong.
     """

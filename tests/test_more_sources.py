@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,19 @@ import nats
 import numpy as np
 import pytest
 from nats_fixtures import ConfiguredServer, nats_server, own_nats_server  # noqa: F401
-from nodes import SYMBOLS, books, cluster, finish, node_config, running, until  # noqa: F401
+from nodes import SYMBOLS, books, cluster, finish, node_config, node_text, running, until  # noqa: F401
 from replays import OKX, recording
 from sources import FAST, RawServer, WebServer, assert_same_events, file_events, opened, receiving, source_config
 from test_websocket_source import payloads, stay, websocket
 
 from tickmesh.control.config import ConfigError, parse_config
-from tickmesh.node.event import EventArray, Kind
+from tickmesh.node.event import EventArray, Flag, Kind
+from tickmesh.node.process import Node
 from tickmesh.node.reader import SourceError
+from tickmesh.node.reload import ChangeRefused
 from tickmesh.ops.servers import NatsServer
-from tickmesh.ops.simulator import SimulatorConfig, generate
+from tickmesh.ops.simulated_lines import LineConfig, SimulatedLines
+from tickmesh.ops.simulator import Simulator, SimulatorConfig, generate
 from tickmesh.transports.connection import Backoff, SecretMissing, client_tls, read_secret
 
 TRADES = 'data_format = "json"\nevent = "trade"\nfields = { symbol = "s", price = "p", qty = "q", id = "i" }\n'
@@ -264,6 +268,22 @@ def test_binary_messages_of_a_stream(nats_server: NatsServer, image: Any, from_f
     assert found["seq"].tolist() == [(seq + 6) // 7 for seq in expected["seq"].tolist()]
     found["seq"] = expected["seq"]
     assert_same_events(found, expected)
+
+
+def test_datagrams_over_a_subject(nats_server: NatsServer) -> None:
+    """MoldUDP64 in a broker's messages: arbitrated by its own sequence; what is left out is a gap."""
+    lines = SimulatedLines(Simulator(SimulatorConfig(seed=3, symbols=3, messages=2000)), LineConfig())
+    sent = [bytes(batch.payload(k)) for batch in lines.batches() for k in batch.lines[0]]
+    missing = len(sent) // 2
+    first, count = (int.from_bytes(sent[missing][a:b], "big") for a, b in ((10, 18), (18, 20)))
+    with receiving(from_nats(nats_server.url, 'subject = "mold"', 'data_format = "itch50"\nframing = "moldudp64"\n')) as received:
+        received.wait_for(connected=1)
+        asyncio.run(_publish(nats_server.url, "mold", [*sent[:missing], *sent[missing + 1 :], *sent[:10]]))
+        received.wait_for(packets=len(sent) + 9, gaps=1, duplicates=10)
+        (gap,) = received.kinds(Kind.GAP)
+        assert (gap["id"], gap["aux"]) == (first, first + count - 1)
+    with pytest.raises(SourceError, match="datagrams have sequences of their own"):
+        opened(source_config(from_nats(nats_server.url, 'stream = "MOLD"', 'data_format = "itch50"\nframing = "moldudp64"\n')))
 
 
 def test_a_stream_that_is_not_there_and_a_login_that_is_refused(
@@ -524,32 +544,66 @@ def test_a_venue_over_a_websocket_makes_the_books_of_its_recording(
             until(lambda: books(node) == expected, "its books")
 
 
-def test_a_node_restarts_with_a_source_that_cannot_go_on(
-    nats_server: NatsServer,
-    cluster: str,
-    tmp_path: Path,
-) -> None:
+def test_a_node_restarts_with_a_source_that_cannot_go_on(nats_server: NatsServer, cluster: str, tmp_path: Path) -> None:
     """What came in between is not known: the books are stale until their snapshots, which come with the connection."""
+    snapshot = json.dumps({"type": "snapshot", "product_id": "AAA", "bids": [["1", "1"]], "asks": [["2", "1"]]})
+    may_send = threading.Event()
 
     async def talk(socket: Any) -> None:
-        level = {
-            "topic": "orderbook.50.AAA",
-            "type": "snapshot",
-            "ts": 1,
-            "data": {"s": "AAA", "b": [["1", "1"]], "a": [["2", "1"]], "u": 10},
-        }
-        await socket.send_str(json.dumps(level))
+        while not may_send.is_set():
+            await asyncio.sleep(0.005)
+        await socket.send_str(snapshot)
         await stay(socket)
 
     with WebServer({"/ws": websocket(talk)}) as server:
-        text = f'[data_sources.feed]\ntype = "websocket"\nendpoint = "{server.ws}/ws"\ndata_format = "bybit"\nsymbols = ["AAA"]\n'
+        text = f'[data_sources.feed]\ntype = "websocket"\nendpoint = "{server.ws}/ws"\ndata_format = "coinbase"\nsymbols = ["AAA"]\n'
         config = node_config(cluster, tmp_path, text)
-        for start in range(2):
-            with running(config, nats_server.url) as node:
-                until(lambda: node.receivers[0].routed()["events"] >= 3 and node.drained(), "its snapshot")
-                counts = node.shards[0].shard.arrays.counts
-                assert int(counts[Kind.GAP]) == start
-                assert books(node)["AAA"]["bids"]
+        may_send.set()
+        with running(config, nats_server.url) as node:
+            until(lambda: books(node).get("AAA", {}).get("asks"), "its snapshot")
+            assert not is_stale(node)
+        may_send.clear()
+        with running(config, nats_server.url) as node:
+            until(lambda: is_stale(node), "a stale book")
+            assert books(node)["AAA"]["bids"]
+            may_send.set()
+            until(lambda: not is_stale(node), "its snapshot")
+
+
+def is_stale(node: Node) -> bool:
+    """Whether the book of the node's first instrument is."""
+    return bool(node.shards[0].shard.arrays.books.sides["flags"][0] & Flag.STALE)
+
+
+def test_changes_of_a_websocket_and_of_an_adapters_code_in_a_running_node(
+    nats_server: NatsServer, cluster: str, tmp_path: Path, own: Path
+) -> None:
+    """A change begins the source anew; other code of the same adapter is a change too, and a secret that is missing none at all."""
+
+    def config(more: str) -> Any:
+        return parse_config(
+            node_text(cluster, tmp_path, f"[data_sources.feed]\n{custom('own.py:Countdown', more)}"), file=own / "mesh.toml"
+        )
+
+    with running(config("options = { count = 3 }"), nats_server.url) as node:
+        until(lambda: node.receivers[0].finished, "three trades")
+        node.apply(config("options = { count = 5 }"), 1)
+        until(lambda: node.receivers[0].finished and node.receivers[0].counters()["messages"] == 5, "five trades")
+        (own / "own.py").write_text(OWN.replace('self.options.options["count"]', "7"))
+        node.apply(config("options = { count = 5 }"), 2)
+        until(lambda: node.receivers[0].finished and node.receivers[0].counters()["messages"] == 7, "seven trades")
+        with pytest.raises(ChangeRefused, match="NOT_THERE is not set"):
+            node.apply(parse_config(node_text(cluster, tmp_path, GUARDED)), 3)
+        with pytest.raises(ChangeRefused, match=r"absent\.py cannot be read"):
+            node.apply(_absent(cluster, tmp_path, own), 4)
+        node.check()
+
+
+GUARDED = '[data_sources.feed]\ntype = "websocket"\nendpoint = "ws://127.0.0.1:1/"\ntoken_env = "NOT_THERE"\n' + TRADES
+
+
+def _absent(cluster: str, folder: Path, own: Path) -> Any:
+    return parse_config(node_text(cluster, folder, f"[data_sources.feed]\n{custom('absent.py:X')}"), file=own / "mesh.toml")
 
 
 def test_a_configuration_with_a_source_of_ones_own_takes_its_file_along(own: Path) -> None:

@@ -323,6 +323,7 @@ class AdapterReceiver(Receiver):
                     self._events, self._first = due, 0
                     self._pump()
                 route_silence_now(self.router)
+                self._free -= 1  # it may have made a timer
 
     async def _supervise(self) -> None:
         if self._stale:

@@ -33,6 +33,8 @@ from tickmesh.transports.toolbox import zeros_aligned
 Data = bytes | bytearray | memoryview
 OUT_EVENTS = 256
 _NOTHING: EventArray = np.zeros(0, EVENT)
+_MESSAGE_BYTES = 128
+"""What a message that waits takes besides its bytes: a million empty ones are not free."""
 _PACKETS = 64
 _PACKET_BYTES_MAX = 65_535
 
@@ -55,7 +57,7 @@ class Intake(ABC):
 
     Attributes:
         capacity_bytes: most bytes that wait.
-        waiting_bytes: how many do.
+        waiting_bytes: how many do, with what each message takes besides.
         bytes: all that came.
         duplicates: messages that had come before.
         order_ids: how the venue numbers orders.
@@ -72,7 +74,7 @@ class Intake(ABC):
 
     def has_room(self, size: int) -> bool:
         """Whether so many bytes more may be put; an empty intake takes a message of any size."""
-        return self.waiting_bytes == 0 or self.waiting_bytes + size <= self.capacity_bytes
+        return self.waiting_bytes == 0 or self.waiting_bytes + size + 2 * _MESSAGE_BYTES <= self.capacity_bytes  # a gap may go with it
 
     @abstractmethod
     def put(self, data: Data, recv_ns: int, sequence: int) -> int:
@@ -137,13 +139,13 @@ class MessageIntake(Intake):
 
     def put(self, data: Data, recv_ns: int, sequence: int) -> int:
         self._queue.append((data, recv_ns, sequence))
-        self.waiting_bytes += len(data)
+        self.waiting_bytes += len(data) + _MESSAGE_BYTES
         self.bytes += len(data)
         return len(data)
 
     def put_snapshot(self, symbol: str, data: bytes, recv_ns: int) -> None:
         self._queue.append((data, recv_ns, symbol))
-        self.waiting_bytes += len(data)
+        self.waiting_bytes += len(data) + _MESSAGE_BYTES
         self.bytes += len(data)
 
     def next(self) -> EventArray:
@@ -151,7 +153,7 @@ class MessageIntake(Intake):
         batch.clear()
         while queue and batch.count < OUT_EVENTS:
             data, recv_ns, sequence = queue.popleft()
-            self.waiting_bytes -= len(data)
+            self.waiting_bytes -= len(data) + _MESSAGE_BYTES
             self._decode(data if isinstance(data, bytes) else bytes(data), recv_ns, sequence)
         return batch.view()
 
@@ -179,14 +181,16 @@ class MessageIntake(Intake):
         dropped = 0
         while self._queue and not self.has_room(size):
             data, _, sequence = self._queue.popleft()
-            self.waiting_bytes -= len(data)
+            self.waiting_bytes -= len(data) + _MESSAGE_BYTES
             dropped += sequence != -1
         self._queue.appendleft(_GAP_HERE)
+        self.waiting_bytes += _MESSAGE_BYTES
         return dropped
 
     def drop_newest(self) -> None:
         if not self._queue or self._queue[-1] is not _GAP_HERE:
             self._queue.append(_GAP_HERE)
+            self.waiting_bytes += _MESSAGE_BYTES
 
     def lost(self) -> None:
         assert self.venue is not None
@@ -374,7 +378,7 @@ class PacketIntake(_SpecIntake):
         if len(data) > _PACKET_BYTES_MAX:
             data = data[:_PACKET_BYTES_MAX]
         self._queue.append((bytes(data), recv_ns))
-        self.waiting_bytes += len(data)
+        self.waiting_bytes += len(data) + _MESSAGE_BYTES
         self.bytes += len(data)
         return len(data)
 
@@ -391,7 +395,7 @@ class PacketIntake(_SpecIntake):
         at = self._first = self._count = 0
         while self._queue and self._count < _PACKETS and at + len(self._queue[0][0]) <= len(self._buffer) - SLACK:
             data, recv_ns = self._queue.popleft()
-            self.waiting_bytes -= len(data)
+            self.waiting_bytes -= len(data) + _MESSAGE_BYTES
             self._buffer[at : at + len(data)] = np.frombuffer(data, np.uint8)
             packet = self._packets[self._count]
             packet["offset"], packet["length"], packet["line"], packet["ts_recv"] = at, len(data), 0, recv_ns
@@ -407,7 +411,7 @@ class PacketIntake(_SpecIntake):
     def drop_oldest(self, size: int) -> int:
         dropped = 0
         while self._queue and not self.has_room(size):
-            self.waiting_bytes -= len(self._queue.popleft()[0])
+            self.waiting_bytes -= len(self._queue.popleft()[0]) + _MESSAGE_BYTES
             dropped += 1
         return dropped  # the arbiter sees what is missing
 

@@ -80,7 +80,8 @@ STILL = {
     "shard": {"refused", "blocked", "alerts", "crossed", "config_version", "output_lag", "journal_dropped", "from_shards", "not_waited"},
     "delivery": {"retries", "reconnects", "skipped", "lag"},
 }
-"""Counters that may stay at 0 while a simulated market, which has no packets, connects to nobody and makes no mistakes, goes to a server that is well."""
+"""Counters that may stay at 0 while a simulated market, which has no packets or connections and makes no mistakes, goes to a server that
+is well."""
 
 
 def test_every_counter_that_should_move_moves(nats_server: NatsServer, cluster: str, tmp_path: Path) -> None:  # noqa: F811

@@ -30,8 +30,8 @@ from tickmesh.node.intake import Data, Intake, PacketIntake, codes_of, make_inta
 from tickmesh.node.json_feed import VenueFeed
 from tickmesh.node.reader import SourceError
 from tickmesh.node.receivers import Receiver, ReceiverContext, bind_codes
-from tickmesh.node.router import ROUTE_EVENTS, route_now
-from tickmesh.node.silence import route_silence_now
+from tickmesh.node.router import ROUTE_EVENTS
+from tickmesh.node.routing_loop import routing_loop
 from tickmesh.node.timers import go_on
 from tickmesh.transports.connection import (
     Backoff,
@@ -219,7 +219,7 @@ class AdapterReceiver(Receiver):
         self._warned: tuple[str, float] = ("", -_SAME_WARNING_S)
         self._told = False
         """A warning is open: it is said too when the source is back."""
-        route_now(self.router, np.zeros(1, EVENT), 0, 0)  # compiled now, and not when the first event waits
+        self._routing = routing_loop(len(context.rings), context.progress)
 
     def _check(self, intake: Intake) -> None:
         """What only the adapter and the protocol together can say."""
@@ -322,7 +322,7 @@ class AdapterReceiver(Receiver):
                 if len(due):
                     self._events, self._first = due, 0
                     self._pump()
-                route_silence_now(self.router)
+                self._routing.route_silence_now(self.router)
                 self._free -= 1  # it may have made a timer
 
     async def _supervise(self) -> None:
@@ -494,7 +494,7 @@ class AdapterReceiver(Receiver):
                 self._blocked = True
                 self._retry()
                 return False
-            if not route_now(self.router, self._events, self._first, self._first + count):
+            if not self._routing.route_now(self.router, self._events, self._first, self._first + count):
                 return False  # stopped
             self._first += count
             self._free -= count

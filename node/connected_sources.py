@@ -21,6 +21,7 @@ from tickmesh.node.json_feed import BinanceFeed
 from tickmesh.node.reader import SourceError
 from tickmesh.node.venues import TALKS, Talk, unsubscribable
 from tickmesh.transports import nats, nats_reader, soupbintcp
+from tickmesh.transports.codecache import load_compiled
 from tickmesh.transports.connection import (
     BrokenProtocol,
     ConnectionLost,
@@ -256,6 +257,7 @@ class SoupBinTcpSource(Adapter):
             raise SourceError(name, str(error)) from None
         heartbeat_s, silence_s = _seconds(options.heartbeat_ms, 1.0), _seconds(options.silence_ms, 15.0)
         self._limits = soupbintcp.Limits(options.connect_timeout_ms / 1e3, heartbeat_s, silence_s)
+        load_compiled("tickmesh.transports.soupbintcp_packets", "SoupBinTCP packets")
         self._session = options.session
         """The session to ask for."""
         self._known = ""

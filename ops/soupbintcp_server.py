@@ -31,9 +31,9 @@ from tickmesh.transports.soupbintcp import (
     LOGOUT,
     PACKET_BYTES_MAX,
     REJECTED,
-    enframe,
     packet,
 )
+from tickmesh.transports.soupbintcp_packets import enframe
 from tickmesh.transports.toolbox import be16, loop
 
 Bytes = npt.NDArray[np.uint8]

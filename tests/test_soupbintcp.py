@@ -31,16 +31,8 @@ from tickmesh.ops.simulate_cmd import Outputs, run_simulation, simulate
 from tickmesh.ops.simulator import Simulator, SimulatorConfig, generate
 from tickmesh.ops.soupbintcp_server import ServerOptions, SoupBinTcpServer, feed_log, fill_log
 from tickmesh.transports.connection import SecretMissing
-from tickmesh.transports.soupbintcp import (
-    IGNORED_COUNT,
-    SEQUENCED_COUNT,
-    SKIP,
-    SPLIT_AT,
-    enframe,
-    login_packet,
-    packet,
-    unframe,
-)
+from tickmesh.transports.soupbintcp import login_packet, packet
+from tickmesh.transports.soupbintcp_packets import IGNORED_COUNT, SEQUENCED_COUNT, SKIP, SPLIT_AT, enframe, make_state, unframe
 
 MESSAGES = 6000
 
@@ -103,7 +95,7 @@ packets = st.lists(
 @given(packets, st.binary(max_size=30), st.integers(0, 5))
 def test_unframing_is_its_slow_twin(parts: list[bytes], noise: bytes, skip: int) -> None:
     data = b"".join(parts) + noise
-    buffer, state = np.frombuffer(data + bytes(64), np.uint8).copy(), np.zeros(5, np.int64)
+    buffer, state = np.frombuffer(data + bytes(64), np.uint8).copy(), make_state()
     state[SKIP] = skip
     written = int(unframe(buffer, 0, len(data), state))
     out, at, sequenced, ignored = slow_unframe(data, skip)
@@ -115,7 +107,7 @@ def test_unframing_is_its_slow_twin(parts: list[bytes], noise: bytes, skip: int)
 @given(st.lists(st.binary(min_size=1, max_size=200), max_size=30), st.integers(4, 2000))
 def test_enframing_and_unframing_give_the_messages_back(messages: list[bytes], room: int) -> None:
     image = b"".join(len(m).to_bytes(2, "big") + m for m in messages)
-    source, out, state = np.frombuffer(image + bytes(64), np.uint8), np.zeros(room, np.uint8), np.zeros(5, np.int64)
+    source, out, state = np.frombuffer(image + bytes(64), np.uint8), np.zeros(room, np.uint8), make_state()
     count, written = enframe(source, 0, len(image), out)
     assert out[:written].tobytes() == b"".join(packet(b"S", m) for m in messages[:count])
     assert count == len(messages) or written + 3 + len(messages[count]) > room

@@ -31,6 +31,10 @@ FAST = "reconnect_min_ms = 5\nreconnect_max_ms = 20\n"
 """Waits between connections, for tests."""
 
 
+_ROUTERS = (Kind.TIMER, Kind.CODE)
+"""Kinds of event that the router adds."""
+
+
 def source_text(body: str) -> str:
     return f"[data_sources.feed]\n{body}\n"
 
@@ -48,14 +52,24 @@ class Received:
     ring: Ring
     reader: Any
     _events: list[EventArray] = field(default_factory=list)
+    _made: int = 0
 
     @property
     def events(self) -> EventArray:
         """All events so far, in order."""
+        self._take()
+        return np.concatenate([np.zeros(0, EVENT), *self._events])
+
+    def _take(self) -> None:
         while len(found := self.reader.read(1 << 14)):
             self._events.append(found.view(EVENT).copy())
+            self._made += int(np.count_nonzero(~np.isin(self._events[-1]["kind"], _ROUTERS)))
         assert self.receiver.error is None, self.receiver.error
-        return np.concatenate([np.zeros(0, EVENT), *self._events])
+
+    def count(self) -> int:
+        """How many events of the source there are so far."""
+        self._take()
+        return self._made
 
     def kinds(self, *kinds: Kind) -> EventArray:
         """Those of some kinds."""
@@ -64,13 +78,13 @@ class Received:
 
     def wait(self, count: int, limit_s: float = 30.0) -> EventArray:
         """Wait for so many events of the source; returns them."""
-        until(lambda: len(self.made()) >= count, f"{count} events", limit_s)
+        until(lambda: self.count() >= count, f"{count} events", limit_s)
         return self.made()
 
     def made(self) -> EventArray:
         """All but what the router adds: timers, and instruments' codes."""
         events = self.events
-        return events[~np.isin(events["kind"], (Kind.TIMER, Kind.CODE))]
+        return events[~np.isin(events["kind"], _ROUTERS)]
 
     def counter(self, name: str) -> int:
         assert self.receiver.error is None, self.receiver.error

@@ -741,8 +741,9 @@ def _check_url(name: str, url: str, schemes: tuple[str, ...], *, port: bool = Fa
         return [Refusal(name, "has an impossible address or port", f"e.g. {example}")]
     if parts.username or parts.password or any(word in parts.query.lower() for word in _SECRET_WORDS):
         return [Refusal(name, "holds a secret", "use user and password_env, or token_env")]
+    port_text = ":PORT" if port else ""
     if parts.scheme not in schemes or not parts.hostname or (port and number is None):
-        return [Refusal(name, f"must be {' or '.join(f'{s}://HOST' for s in schemes)}{':PORT' if port else ''}", f"e.g. {example}")]
+        return [Refusal(name, f"must be {' or '.join(f'{s}://HOST{port_text}' for s in schemes)}", f"e.g. {example}")]
     return [Refusal(name, "has an impossible port")] if number == 0 else []
 
 

@@ -3,8 +3,8 @@
 ::
 
     with open_xdp([Wanted("239.1.1.1", 26400, None, 0)], "eth0") as path:
-        path.begin()          # from now on
-        ...                   # in a compiled loop, for each queue q: receive_batch(path.kernels[q], path.buffers[q], path.packets[q], 0, now)
+        path.begin()          # from now on; in a compiled loop, for each queue q:
+        ...                   # receive_batch(path.kernels[q], path.buffers[q], path.packets[q], q, now)
 
 A short XDP program (:func:`filter_program`) looks every frame up in a map of wanted (address, port) pairs: what is wanted goes to the
 socket of its queue, all else to the stack as ever. **What is taken so is seen by nobody else on the host.** PACKET records point into
@@ -270,14 +270,15 @@ class _QueueSocket:
         self.buffer: Bytes = np.frombuffer(memory, np.uint8, frames * chunk_bytes + SLACK)
         area = struct.pack("<QQIIII", self.buffer.ctypes.data, frames * chunk_bytes, chunk_bytes, 0, 0, 0)
         self.sock.setsockopt(_SOL_XDP, _UMEM_REG, area)
-        for option, size in ((_FILL_RING, frames), (_COMPLETION_RING, _COMPLETIONS), (_RX_RING, frames)):
+        # fewer descriptors than frames: what has no room is counted as such, and the loop holds some frames meanwhile
+        for option, size in ((_FILL_RING, frames), (_COMPLETION_RING, _COMPLETIONS), (_RX_RING, frames // 2)):
             self.sock.setsockopt(_SOL_XDP, option, size)
 
     def _map_rings(self, frames: int, chunk_bytes: int, stamped: bool) -> None:
         offsets = struct.unpack("<16Q", self.sock.getsockopt(_SOL_XDP, _MMAP_OFFSETS, 128))
         rx, fill = offsets[0:4], offsets[8:12]  # each: producer, consumer, descriptors, flags
-        rx_map, fill_map = self._map(rx[2] + frames * 16, _PGOFF_RX), self._map(fill[2] + frames * 8, _PGOFF_FILL)
-        self.rx_words, self.rx = np.frombuffer(rx_map, np.uint32), np.frombuffer(rx_map, _DESCRIPTOR, frames, rx[2])
+        rx_map, fill_map = self._map(rx[2] + frames * 8, _PGOFF_RX), self._map(fill[2] + frames * 8, _PGOFF_FILL)
+        self.rx_words, self.rx = np.frombuffer(rx_map, np.uint32), np.frombuffer(rx_map, _DESCRIPTOR, frames // 2, rx[2])
         self.fill_words, self.fill = np.frombuffer(fill_map, np.uint32), np.frombuffer(fill_map, np.uint64, frames, fill[2])
         self.fill[:] = np.arange(frames, dtype=np.uint64) * np.uint64(chunk_bytes)
         self.fill_words[fill[0] // 4] = frames
@@ -446,10 +447,11 @@ class XdpPath:
         kernels, buffers, packets: for :func:`receive_batch`, one per queue.
         mode: ``driver`` or ``generic``.
         zero_copy: whether the card writes into our memory.
+        begun: whether it takes the groups.
     """
 
     def __init__(self, place: tuple[int, int], shared: _Interface, wanted: Sequence[Wanted], batch: int) -> None:
-        self._key, self._shared, self._wanted, self._begun = place, shared, list(wanted), False
+        self._key, self._shared, self._wanted, self.begun = place, shared, list(wanted), False
         self.mode, self.zero_copy = shared.mode, all(one.zero_copy for one in shared.sockets)
         self._counts = np.zeros(1, FRAME_COUNTS)
         groups = make_groups(wanted)
@@ -461,9 +463,9 @@ class XdpPath:
 
     def begin(self) -> None:
         """Take the groups from now on; before, the stack has them. Raises BpfError."""
-        if not self._begun:
+        if not self.begun:
             self._shared.want(self._wanted)
-        self._begun = True
+        self.begun = True
 
     def descriptors(self) -> list[int]:
         """For epoll: readable while something waits."""
@@ -506,9 +508,9 @@ class XdpPath:
     def close(self) -> None:
         """Leave the groups to the stack; the last user of an interface takes the program off. No compiled loop may be using it."""
         with _opened_lock:
-            if self._begun:
+            if self.begun:
                 self._shared.want_no_more(self._wanted)
-            self._begun = False
+            self.begun = False
             self.kernels = self.buffers = ()
             self._shared.users -= 1
             if self._shared.users == 0:
@@ -555,6 +557,7 @@ def open_xdp(
         raise ValueError(f"a size is out of range: {sizes}")
     if not wanted:
         raise ValueError("no group is wanted")
+    _receive(*warm_line())  # compiled or loaded now, not when packets wait
     with _opened_lock:
         place = _place(interface)
         shared = _opened.get(place)

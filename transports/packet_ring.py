@@ -34,6 +34,8 @@ _HEADER_BYTES = 80
 _USER, _CHECKSUM_NOT_READY, _TAG_VALID, _CHECKSUM_VALID = 1, 8, 16, 128
 _LENGTH_AT, _CAPTURED_AT, _NET_AT, _SECONDS_AT, _NANOS_AT = 4, 8, 14, 16, 20
 """Offsets in ``struct tpacket2_hdr``."""
+_KIND_AT, _OTHER_HOST = 32 + 10, 3
+"""Where ``sll_pkttype`` of the ``sockaddr_ll`` behind it lies, and its PACKET_OTHERHOST."""
 
 # ---------------------------------------------------------------- receiving, compiled
 
@@ -55,8 +57,8 @@ def _give_back(ring: Any) -> Any:
 def _read_slot(ring: Any, buffer: Any, at: Any, status: Any, packet: Any) -> Any:
     """Read the datagram of one slot; 1 if it is one to take."""
     counts, ip = ring.counts[0], at + np.int64(le16(buffer, at + _NET_AT))
-    if status & np.uint32(_TAG_VALID) != 0:
-        counts.tagged += 1
+    if status & np.uint32(_TAG_VALID) != 0 or buffer[np.uint64(at + _KIND_AT)] == _OTHER_HOST:
+        counts.tagged += 1  # the kernel takes the tag of a VLAN that it has no interface for off, and says "of another host"
         return 0
     if ring.state[0].stamped != 0:
         packet.ts_recv = np.int64(le32(buffer, at + _SECONDS_AT)) * 1_000_000_000 + np.int64(le32(buffer, at + _NANOS_AT))
@@ -220,6 +222,7 @@ def open_packet_ring(
     slot_bytes = 1 << (datagram_bytes + _HEADER_BYTES + SLACK - 1).bit_length()
     if not wanted or slot_bytes > _BLOCK_BYTES or not 0 < batch <= 1024:
         raise ValueError(f"{len(wanted)} groups (at least 1), datagram_bytes={datagram_bytes} (to 65392), batch={batch} (1..1024)")
+    _receive(*warm_line())  # compiled or loaded now, not when packets wait
     blocks = max(1, ring_bytes // _BLOCK_BYTES)
     slots = blocks * _BLOCK_BYTES // slot_bytes
     try:

@@ -148,8 +148,7 @@ class _Sockets:
 
     def counters(self) -> FrameCounters:
         each = [one.counters() for one in self._receivers]
-        found = FrameCounters(sum(c.datagrams for c in each), sum(c.bytes for c in each), sum(c.truncated for c in each), 0, 0, 0, 0)
-        return found
+        return FrameCounters(sum(c.datagrams for c in each), sum(c.bytes for c in each), sum(c.truncated for c in each), 0, 0, 0, 0)
 
     def statistics(self) -> dict[str, int]:
         return {"rx_dropped": 0, "rx_ring_full": sum(one.dropped_by_kernel() for one in self._receivers), "rx_fill_ring_empty": 0}

@@ -22,6 +22,7 @@ from veth import (
     receiving,
     same_but_times,
     send,
+    send_payloads,
     simulated,
 )
 
@@ -275,13 +276,6 @@ def test_a_receiver_follows_another_on_the_same_interface_without_losing_what_wa
             after.close()
     first.close()
     second.close()
-
-
-def send_payloads(pair: VethPair, payloads: list[bytes]) -> None:
-    with pair.inside("left"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-        sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(pair.left_address))
-        for payload in payloads:
-            sender.sendto(payload, (GROUP, PORT))
 
 
 # ---------------------------------------------------------------- nothing stays

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -15,13 +15,14 @@ from nodes import until
 
 from tickmesh.control.config import parse_config
 from tickmesh.node import book
-from tickmesh.node.arbiter import ENDS
+from tickmesh.node.arbiter import ENDS, EXPECTED, HELD_COUNT, KNOWN_NEXT
 from tickmesh.node.event import EVENT, EventArray, Kind
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.receivers import MulticastReceiver, ReceiverContext
 from tickmesh.ops.namespaces import INTERFACE, VethPair, lacking
 from tickmesh.ops.simulated_lines import FaultConfig, LineConfig, SimulatedLines, send_lines
 from tickmesh.ops.simulator import Simulator, SimulatorConfig
+from tickmesh.transports.multicast import parse_endpoint
 from tickmesh.transports.ring import Ring
 from tickmesh.transports.toolbox import IDLE_MODES
 
@@ -59,17 +60,22 @@ class Received:
             self._parts.append(part.view(EVENT).copy())
         return np.concatenate(self._parts) if self._parts else np.zeros(0, EVENT)
 
-    def ended(self, packets: int = 1) -> None:
-        """Wait until the feed's end has come."""
-        until(lambda: self.receiver.feed.arbiter.state[ENDS] >= packets or self.receiver.error, "the end of the session", 20)
+    def ended(self) -> None:
+        """Wait until the feed's end has come, and nothing is missing any more or waited for."""
+        state = self.receiver.feed.arbiter.state
+
+        def done() -> bool:
+            return bool(state[ENDS] > 0 and state[HELD_COUNT] == 0 and state[EXPECTED] >= state[KNOWN_NEXT])
+
+        until(lambda: done() or self.receiver.error, "the end of the session", 20)
         assert self.receiver.error is None, self.receiver.error
 
 
 def source_text(bypass: str, **keys: object) -> str:
-    keys = {"endpoint": ENDPOINTS[0], "interface": INTERFACE, "framing": "moldudp64", "bypass": bypass} | keys
+    keys = {"endpoint": ENDPOINTS[0], "interface": INTERFACE, "data_format": "itch50", "framing": "moldudp64", "bypass": bypass} | keys
     rest = "".join(f"{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}\n" for key, value in keys.items())
     return (
-        f'[cluster]\nname = "t"\n[data_sources.lines]\ntype = "multicast"\ndata_format = "itch50"\n{rest}'
+        f'[cluster]\nname = "t"\n[data_sources.lines]\ntype = "multicast"\n{rest}'
     )
 
 
@@ -100,10 +106,13 @@ def send(pair: VethPair, lines: SimulatedLines, speed: str = "realtime", keep: C
         send_lines(lines, ENDPOINTS[: len(lines.config.faults)], interface=INTERFACE, speed=speed, keep=keep)
 
 
-def sent_beside(pair: VethPair, lines: SimulatedLines, speed: str = "realtime") -> threading.Thread:
-    thread = threading.Thread(target=send, args=(pair, lines, speed))
-    thread.start()
-    return thread
+def send_payloads(pair: VethPair, payloads: list[bytes]) -> None:
+    """Send datagrams to line A from the near end."""
+    to = parse_endpoint(ENDPOINTS[0])
+    with pair.inside("left"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(pair.left_address))
+        for payload in payloads:
+            sender.sendto(payload, (to.address, to.port))
 
 
 def same_but_times(one: EventArray, other: EventArray) -> bool:

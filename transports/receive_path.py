@@ -38,6 +38,7 @@ AFXDP, PACKET_RING, SOCKETS = "afxdp", "packet", "sockets"
 MODULES = {AFXDP: afxdp, PACKET_RING: packet_ring, SOCKETS: multicast}
 """Where ``receive_batch`` and ``warm_line`` of each way are, best first."""
 WAY_NUMBERS = {SOCKETS: 0, PACKET_RING: 1, AFXDP: 2}
+WAY_NAMES = ("sockets", "packet ring", "AF_XDP")
 _CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13, "CAP_IPC_LOCK": 14, "CAP_SYS_ADMIN": 21, "CAP_BPF": 39}
 _LOOPBACK, _SIOCGIFFLAGS, _SIOCGIFMTU = 0x8, 0x8913, 0x8921
 

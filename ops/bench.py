@@ -138,6 +138,10 @@ BENCHES = (
         "replication", "a journal to a standby over TCP, against a plain copy of the same bytes", "tickmesh.ops.bench_replication",
         "bench_replication", _given_rows, {"events": 300_000, "trips": 300, "repeats": 1},
     ),
+    Bench(
+        "receive", "AF_XDP and packet rings on a virtual link, against recvmmsg in the same loop", "tickmesh.ops.bench_receive",
+        "bench_receive", _given_rows, {"datagrams": 5_000, "repeats": 2},
+    ),
 )  # fmt: skip
 
 

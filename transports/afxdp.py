@@ -28,7 +28,7 @@ import threading
 import time
 from collections import Counter, namedtuple
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numba import types
@@ -47,12 +47,13 @@ _USE_NEED_WAKEUP, _NEEDS_WAKEUP = 8, 1
 _SKB_MODE, _DRIVER_MODE = 2, 4
 _XDP_PASS = 2
 _SO_PREFER_BUSY_POLL, _SO_BUSY_POLL = 69, 46
+Mode = Literal["best", "driver", "generic"]
 HEADROOM_BYTES = 256
 """Of a UMEM chunk, in front of the frame (XDP_PACKET_HEADROOM)."""
 CHUNK_BYTES_MAX = 4096
 _COMPLETIONS = 64
 QUEUES_MAX = 16
-_SIOCETHTOOL, _GET_CHANNELS = 0x8946, 0x3C
+_SIOCETHTOOL, _GET_DRIVER, _GET_CHANNELS = 0x8946, 0x3, 0x3C
 _BIND_TRIES, _BIND_WAIT_S = 200, 0.005
 """A socket that was just closed holds its queue for some 20 ms more."""
 _ETHERNET_BYTES, _STAMP_BYTES, _STAMP_AGE_MAX_NS = 14, 8, 60_000_000_000
@@ -325,8 +326,8 @@ class _QueueSocket:
 class _Interface:
     """Program, maps, link and sockets of an interface."""
 
-    def __init__(self, name: str, owner: str, frames: int, chunk_bytes: int, stamped: bool, busy_poll_us: int) -> None:
-        self.name, self.owner, self.stamped, self.users = name, owner, stamped, 0
+    def __init__(self, name: str, owner: str, frames: int, chunk_bytes: int, stamped: bool, busy_poll_us: int, mode: Mode) -> None:
+        self.name, self.owner, self.stamped, self.users, self._wished = name, owner, stamped, 0, mode
         self.sockets: list[_QueueSocket] = []
         self._groups: Counter[bytes] = Counter()
         self._opened: list[Map | Program | Link] = []
@@ -351,14 +352,16 @@ class _Interface:
             self._by_queue.put(struct.pack("<I", queue), struct.pack("<I", self.sockets[-1].sock.fileno()))
 
     def _attach(self, program: Program) -> Link:
-        """In the driver if it can do that, else in front of the stack."""
+        """In the driver if it can do that, else in front of the stack; on a virtual link too, where the driver copies once more."""
         number = socket.if_nametoindex(self.name)
-        try:
-            self.mode, link = "driver", program.attach(number, _DRIVER_MODE)
-        except BpfError as error:
-            if error.errno in (errno.EBUSY, errno.EPERM):
-                raise
-            self.mode, link = "generic", program.attach(number, _SKB_MODE)
+        if self._wished == "driver" or (self._wished == "best" and driver_of(self.name) != "veth"):
+            try:
+                self.mode, link = "driver", program.attach(number, _DRIVER_MODE)
+                return link
+            except BpfError as error:
+                if self._wished == "driver" or error.errno in (errno.EBUSY, errno.EPERM):
+                    raise
+        self.mode, link = "generic", program.attach(number, _SKB_MODE)
         return link
 
     def restamp(self, stamped: bool) -> None:
@@ -412,14 +415,29 @@ def make_maps(queues: int, opened: list[Any]) -> tuple[Map, Map, Counts]:
 
 def queue_count(interface: str) -> int:
     """Receive queues of an interface, as ``ethtool -l`` shows them; 1 where the driver does not say."""
-    channels = (ctypes.c_uint32 * 9)(_GET_CHANNELS)
-    request = struct.pack("16sQ16x", interface.encode()[:15], ctypes.addressof(channels))
+    channels = _ethtool(interface, _GET_CHANNELS, 36)
+    if channels is None:
+        return 1
+    words = struct.unpack("9I", channels)
+    return words[5] + words[8] or 1  # those of their own, and those that send too
+
+
+def driver_of(interface: str) -> str:
+    """Name of an interface's driver, as ``ethtool -i`` shows it; empty where there is none."""
+    about = _ethtool(interface, _GET_DRIVER, 196)
+    return about[4:36].rstrip(b"\0").decode(errors="replace") if about else ""
+
+
+def _ethtool(interface: str, command: int, size: int) -> bytes | None:
+    """What a driver answers to ethtool(8), None if it does not."""
+    answer = ctypes.create_string_buffer(struct.pack("I", command), size)
+    request = struct.pack("16sQ16x", interface.encode()[:15], ctypes.addressof(answer))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             fcntl.ioctl(probe, _SIOCETHTOOL, request)
         except OSError:
-            return 1
-    return channels[5] + channels[8] or 1  # those of their own, and those that send too
+            return None
+    return answer.raw
 
 
 def chunk_bytes_for(mtu_bytes: int) -> int:
@@ -534,6 +552,7 @@ def open_xdp(
     batch: int = 64,
     stamped: bool = False,
     busy_poll_us: int = 0,
+    mode: Mode = "best",
 ) -> XdpPath:
     """Open all receive queues of an interface for the datagrams of some groups. Joining them is the caller's.
 
@@ -546,6 +565,7 @@ def open_xdp(
         batch: datagrams taken at once.
         stamped: `ts_recv` is when the XDP program saw the frame.
         busy_poll_us: have the driver polled from our side for so long (SO_BUSY_POLL); 0: not.
+        mode: where the program runs: in the driver, in front of the stack, or in the driver if it can.
 
     Raises:
         XdpError, BpfError: the host does not allow or cannot do it.
@@ -562,7 +582,7 @@ def open_xdp(
         place = _place(interface)
         shared = _opened.get(place)
         if shared is None:
-            shared = _opened[place] = _Interface(interface, owner, frames, chunk_bytes, stamped, busy_poll_us)
+            shared = _opened[place] = _Interface(interface, owner, frames, chunk_bytes, stamped, busy_poll_us, mode)
         elif shared.owner != owner:
             raise InterfaceHeld(interface, shared.owner)
         else:

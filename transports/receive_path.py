@@ -28,7 +28,7 @@ from pathlib import Path as FilePath
 from typing import Any, Protocol
 
 from tickmesh.transports import afxdp, bpf, multicast, packet_ring
-from tickmesh.transports.afxdp import InterfaceHeld, XdpError, chunk_bytes_for, open_xdp, queue_count
+from tickmesh.transports.afxdp import InterfaceHeld, Mode, XdpError, chunk_bytes_for, driver_of, open_xdp, queue_count
 from tickmesh.transports.bpf import BpfError
 from tickmesh.transports.multicast import MulticastError, Receiver, interface_of, join_group, open_receiver, parse_endpoint
 from tickmesh.transports.packet_ring import PacketRingError, open_packet_ring
@@ -191,6 +191,7 @@ class Wish:
         buffer_bytes: how much may wait while the loop is busy.
         kernel_stamps: `ts_recv` is when the kernel had a datagram, not when the loop took it.
         busy_poll_us: SO_BUSY_POLL; 0: not.
+        mode: of AF_XDP, see :func:`tickmesh.transports.afxdp.open_xdp`.
     """
 
     endpoints: tuple[str, ...]
@@ -199,6 +200,7 @@ class Wish:
     buffer_bytes: int = 4 << 20
     kernel_stamps: bool = False
     busy_poll_us: int = 0
+    mode: Mode = "best"
 
     def places(self, way: str) -> int:
         """How many places the loop has to poll."""
@@ -357,6 +359,7 @@ def _open_xdp(wish: Wish, interface: str) -> Face:
         chunk_bytes=chunk_bytes_for(mtu_of(interface)) or afxdp.CHUNK_BYTES_MAX,
         stamped=wish.kernel_stamps,
         busy_poll_us=wish.busy_poll_us,
+        mode=wish.mode,
     )
 
 
@@ -385,6 +388,7 @@ def _judged(way: str, error: BpfError | XdpError | PacketRingError) -> Refusal:
 
 
 def _warnings(wish: Wish, way: str, face: Face) -> list[str]:
-    if way == AFXDP and getattr(face, "mode", "") == "generic":
+    interface = wish.interface_name()
+    if way == AFXDP and getattr(face, "mode", "") == "generic" and interface and driver_of(interface) != "veth":
         return [f"{wish.endpoints[0]}: the driver has no XDP of its own, the kernel's generic one is used: a packet costs somewhat more"]
     return []

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from tickmesh.ops.servers import ServerBinaryMissing, nats_server_binary
-from tickmesh.transports.receive_path import Lack, lacking, ways_of
+from tickmesh.transports.receive_path import LACK_ABOUT, Lack, lacking, ways_of
 
 Status = Literal["ok", "warn", "fail"]
 _MIB = 1 << 20
@@ -217,15 +217,18 @@ def check_receive_paths() -> Check:
     names = [name for _, name in socket.if_nameindex()]
     if not names:
         return Check("receive paths", "warn", "no interface", "bring one up: ip link set dev eth0 up")
-    found, advice = [], []
+    found, lacks = [], dict[str, tuple[dict[str, None], dict[str, None]]]()
     for name in names:
         refusals = [refusal for way in ways_of("auto") if (refusal := lacking(way, name))]
-        best = next(way for way in ways_of("auto") if all(refusal.way != way for refusal in refusals))
-        found.append(f"{name}: {best}")
-        advice += [f"{name}: {refusal}" for refusal in refusals if refusal.lack != Lack.LOOPBACK]
-    if not advice:
+        found.append(f"{name}: {next(way for way in ways_of('auto') if all(refusal.way != way for refusal in refusals))}")
+        for refusal in refusals:
+            if refusal.lack != Lack.LOOPBACK:
+                ways, places = lacks.setdefault(LACK_ABOUT[refusal.lack], ({}, {}))
+                ways[refusal.way] = places[name] = None
+    if not lacks:
         return Check("receive paths", "ok", ", ".join(found))
-    return Check("receive paths", "warn", ", ".join(found), "; ".join(advice))
+    advice = "; ".join(f"{' and '.join(ways)} on {', '.join(places)}: {reason}" for reason, (ways, places) in lacks.items())
+    return Check("receive paths", "warn", ", ".join(found), advice)
 
 
 def check_rdma() -> Check:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import socket
 import struct
+import subprocess
+import sys
+import threading
 import time
 
 import numpy as np
@@ -29,6 +34,7 @@ from veth import (
 from tickmesh.node.event import EVENT
 from tickmesh.ops.namespaces import INTERFACE, VethPair
 from tickmesh.transports.multicast import MulticastError
+from tickmesh.transports.privileges import drop_capabilities
 from tickmesh.transports.receive_path import BypassRefused, Lack
 from tickmesh.transports.ring import Ring
 
@@ -276,6 +282,44 @@ def test_a_receiver_follows_another_on_the_same_interface_without_losing_what_wa
             after.close()
     first.close()
     second.close()
+
+
+def test_without_privileges_auto_takes_sockets_and_says_what_is_missing() -> None:
+    ring, found = Ring.create(None, 1 << 10, EVENT), []
+
+    def unprivileged() -> None:
+        drop_capabilities()
+        found.append(make("auto", ring))
+        try:
+            make("packet", ring)
+        except BypassRefused as refused:
+            found.append(refused)
+
+    with cable():
+        thread = threading.Thread(target=unprivileged)
+        thread.start()
+        thread.join()
+        receiver, refused = found
+        try:
+            assert receiver.path.way == "sockets"
+            assert [(one.way, one.lack) for one in receiver.refusals] == [("afxdp", Lack.NO_NET_RAW), ("packet", Lack.NO_NET_RAW)]
+            assert receiver.counters()["way_because"] == Lack.NO_NET_RAW
+            assert "setcap cap_net_raw" in str(refused)
+        finally:
+            receiver.close()
+    ring.close()
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs the program setpriv (util-linux)")
+@pytest.mark.parametrize(("without", "way", "word"), [("-net_raw", "sockets", "CAP_NET_RAW"), ("-bpf,-sys_admin", "packet", "CAP_BPF")])
+def test_the_doctor_says_what_each_way_lacks(without: str, way: str, word: str) -> None:
+    with cable():
+        command = ["setpriv", f"--bounding-set={without}", "--inh-caps=-all", sys.executable, "-m", "tickmesh.ops.cli", "doctor", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    (check,) = [check for check in json.loads(done.stdout) if check["name"] == "receive paths"]
+    assert f"{INTERFACE}: {way}" in check["found"]
+    assert word in check["advice"]
+    assert check["status"] == "warn"
 
 
 # ---------------------------------------------------------------- nothing stays

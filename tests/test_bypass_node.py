@@ -6,17 +6,21 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from nodes import PROCESSING, cluster, until  # noqa: F401
-from veth import ENDPOINTS, cable, needs_namespaces, programs_on, send, simulated
+from veth import ENDPOINTS, cable, needs_namespaces, programs_on, send, send_payloads, simulated
 
+from tickmesh.control.config import parse_config
+from tickmesh.node.process import Node
 from tickmesh.node.telemetry import read_telemetry, telemetry_path
 from tickmesh.ops.namespaces import INTERFACE, VethPair
 from tickmesh.ops.rerequest_server import RerequestServer
+from tickmesh.ops.simulated_lines import SimulatedLines, send_lines
 
 pytestmark = needs_namespaces
 
@@ -120,14 +124,65 @@ def serve(pair: VethPair) -> RerequestServer:
         return RerequestServer(address=pair.left_address)
 
 
-def cut(lines: object, server: RerequestServer) -> Iterator[list[bytes]]:
+def cut(lines: SimulatedLines, server: RerequestServer) -> Iterator[list[bytes]]:
     """Line A's datagrams by batch of 1,024 messages; the server gets all of them."""
-    for batch in lines.batches():  # type: ignore[attr-defined]
+    for batch in lines.batches():
         server.keep(batch)
         yield [bytes(batch.payload(int(k))) for k in batch.lines[0]]
 
 
 def send_part(pair: VethPair, parts: list[list[bytes]]) -> None:
-    from veth import send_payloads
-
     send_payloads(pair, [payload for part in parts for payload in part])
+
+
+def test_a_running_node_changes_its_way_and_its_groups_and_loses_nothing(cluster: str, tmp_path: Path) -> None:  # noqa: F811
+    """What falls between two ways comes from the re-request server; over a change that keeps AF_XDP nothing falls anywhere."""
+    stop = threading.Event()
+    with cable() as pair, serve(pair) as server:
+        lines = simulated(1_000_000, rate=4000)
+        sender = threading.Thread(target=flow, args=(pair, lines, server, stop))
+        text = node_text(cluster, tmp_path, rerequest=server.endpoint).replace('"auto"', '"none"')
+        node = Node(parse_config(text))
+        try:
+            node.start()
+            sender.start()
+            version = 0
+            group_b = f'endpoint_b = "{ENDPOINTS[1]}"\n'
+            for change, way, programs in (
+                (('"none"', '"afxdp"'), "afxdp", ["tickmesh_rx"]),
+                ((group_b, ""), "afxdp", ["tickmesh_rx"]),
+                (('"afxdp"', '"packet"'), "packet", []),
+                (('"packet"', '"auto"'), "afxdp", ["tickmesh_rx"]),
+                (('"auto"', '"none"'), "sockets", []),
+            ):
+                more_messages(node)
+                text, version = text.replace(*change), version + 1
+                assert node.receivers[0].counters()["gaps"] == 0
+                node.apply(parse_config(text), version)
+                more_messages(node)
+                counters = node.receivers[0].counters()
+                assert (node.receivers[0].path.way, programs_on(INTERFACE)) == (way, programs)  # type: ignore[attr-defined]
+                assert (counters["gaps"], counters["given_up"]) == (0, 0)
+                if version == 2:  # the same program, sockets and rings
+                    assert counters["requests"] == 0
+        finally:
+            stop.set()
+            sender.join()
+            node.stop()
+        assert programs_on(INTERFACE) == []
+
+
+def flow(pair: VethPair, lines: SimulatedLines, server: RerequestServer, stop: threading.Event) -> None:
+    with pair.inside("left"):
+        send_lines(lines, ENDPOINTS, interface=INTERFACE, stop=stop, keep=server.keep)
+
+
+def more_messages(node: Node) -> None:
+    """Wait until the source's present receiver has decoded some more."""
+    before = node.receivers[0].counters()["messages"]
+
+    def done() -> bool:
+        node.check()
+        return node.receivers[0].counters()["messages"] > before + 500
+
+    until(done, "more messages")

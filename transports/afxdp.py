@@ -40,7 +40,7 @@ from tickmesh.transports.recording import SLACK, Bytes
 from tickmesh.transports.toolbox import inlined, le64, load_acquire, loop, monotonic_ns, now_ns, outlined, store_release
 from tickmesh.transports.udp_frames import CHECK, FRAME_COUNTS, FrameCounters, Wanted, make_groups, read_datagram
 
-_AF_XDP, _SOL_XDP = 44, 283
+AF_XDP, _SOL_XDP = 44, 283
 _MMAP_OFFSETS, _RX_RING, _UMEM_REG, _FILL_RING, _COMPLETION_RING, _STATISTICS, _OPTIONS = 1, 2, 4, 5, 6, 7, 8
 _PGOFF_RX, _PGOFF_FILL = 0, 0x100000000
 _USE_NEED_WAKEUP, _NEEDS_WAKEUP = 8, 1
@@ -252,7 +252,7 @@ class _QueueSocket:
 
     def __init__(self, interface: str, queue: int, frames: int, chunk_bytes: int, stamped: bool, busy_poll_us: int) -> None:
         self._maps: list[mmap.mmap] = []
-        self.sock = socket.socket(_AF_XDP, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
+        self.sock = socket.socket(AF_XDP, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0)
         try:
             self._register(frames, chunk_bytes)
             self._map_rings(frames, chunk_bytes, stamped)
@@ -297,7 +297,7 @@ class _QueueSocket:
 
     def _bind(self, interface: str, queue: int) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
-        address = _SocketAddress(_AF_XDP, _USE_NEED_WAKEUP, socket.if_nametoindex(interface), queue, 0)
+        address = _SocketAddress(AF_XDP, _USE_NEED_WAKEUP, socket.if_nametoindex(interface), queue, 0)
         for tried in range(_BIND_TRIES):
             if libc.bind(self.sock.fileno(), ctypes.byref(address), ctypes.sizeof(address)) == 0:
                 return

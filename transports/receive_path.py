@@ -30,6 +30,7 @@ from typing import Any, Protocol
 from tickmesh.transports import afxdp, bpf, multicast, packet_ring
 from tickmesh.transports.afxdp import InterfaceHeld, Mode, XdpError, chunk_bytes_for, driver_of, open_xdp, queue_count
 from tickmesh.transports.bpf import BpfError
+from tickmesh.transports.capture import Packets
 from tickmesh.transports.multicast import MulticastError, Receiver, interface_of, join_group, open_receiver, parse_endpoint
 from tickmesh.transports.packet_ring import PacketRingError, open_packet_ring
 from tickmesh.transports.udp_frames import FrameCounters, Wanted
@@ -109,6 +110,9 @@ class Face(Protocol):
     def descriptors(self) -> list[int]:
         """For epoll."""
 
+    def receive(self, queue: int = 0) -> Packets:
+        """What has arrived at a place, as PACKET records into its buffer, valid until the next call."""
+
     def peek(self, queue: int, drop: bool) -> bytes | None:
         """The beginning of the first datagram of a place, which stays unless `drop`."""
 
@@ -138,6 +142,9 @@ class _Sockets:
 
     def descriptors(self) -> list[int]:
         return [one.fileno() for one in self._receivers]
+
+    def receive(self, queue: int = 0) -> Packets:
+        return self._receivers[queue].receive(queue)
 
     def peek(self, queue: int, drop: bool) -> bytes | None:
         flags = socket.MSG_DONTWAIT if drop else socket.MSG_DONTWAIT | socket.MSG_PEEK
@@ -259,7 +266,7 @@ def lacking_for_programs() -> Refusal | None:
     try:
         maps = afxdp.make_maps(1, opened)
         opened.append(bpf.Program(afxdp.filter_program(*maps), bpf.XDP_PROGRAM, bpf.AT_XDP, "tickmesh_probe"))
-        socket.socket(afxdp._AF_XDP, socket.SOCK_RAW, 0).close()
+        socket.socket(afxdp.AF_XDP, socket.SOCK_RAW, 0).close()
     except BpfError as error:
         if error.errno == errno.EPERM or not (_has("CAP_BPF") and _has("CAP_NET_ADMIN")):
             return Refusal(AFXDP, Lack.NO_BPF)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import struct
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from nodes import until
+from replays import DATA
 from veth import (
     ENDPOINTS,
     WAYS,
@@ -32,8 +34,9 @@ from veth import (
     simulated,
 )
 
-from tickmesh.node.event import EVENT
+from tickmesh.node.event import EVENT, Kind
 from tickmesh.ops.namespaces import INTERFACE, VethPair
+from tickmesh.transports.capture import read_capture
 from tickmesh.transports.multicast import MulticastError
 from tickmesh.transports.privileges import drop_capabilities
 from tickmesh.transports.receive_path import BypassRefused, Lack
@@ -41,6 +44,7 @@ from tickmesh.transports.ring import Ring
 
 pytestmark = needs_namespaces
 GROUP, PORT = "239.78.1.1", 26400
+ITCH_CAPTURES = sorted((DATA / "omi_pcaps").glob("Nasdaq/*TotalView*/*.pcap"))
 
 
 def test_the_same_traffic_makes_the_same_events_by_every_way() -> None:
@@ -58,6 +62,27 @@ def test_the_same_traffic_makes_the_same_events_by_every_way() -> None:
                 assert counters["duplicates"] > 0, "line B was there too"
                 made[way] = market(received.events())
     assert len(made["sockets"]) > 6000
+    assert same_but_times(made["sockets"], made["packet"])
+    assert same_but_times(made["sockets"], made["afxdp"])
+
+
+@pytest.mark.skipif(not ITCH_CAPTURES, reason=f"no captures in {DATA / 'omi_pcaps'}; set TICKMESH_DATA")
+def test_real_captures_make_the_same_events_by_every_way() -> None:
+    payloads = []
+    for path in ITCH_CAPTURES:
+        buffer, packets = read_capture(path).packets()
+        payloads += [buffer[int(p["offset"]) : int(p["offset"]) + int(p["length"])].tobytes() for p in packets]
+    made = {}
+    with cable() as pair:
+        for bypass, way in WAYS.items():
+            with receiving(bypass, gap_wait_ms=0.0) as received:  # captures of many sessions: what is missing is not waited for
+                send_payloads(pair, payloads)
+                wait_for_packets(received, len(payloads))
+                events = market(received.events())
+            whole_source = np.isin(events["kind"], (Kind.GAP, Kind.CLEAR))
+            events["ts_event"][whole_source] = 0  # the host's clock
+            made[way] = events
+    assert np.count_nonzero(made["sockets"]["kind"] == Kind.ADD) > 0
     assert same_but_times(made["sockets"], made["packet"])
     assert same_but_times(made["sockets"], made["afxdp"])
 
@@ -323,6 +348,20 @@ def test_nothing_stays_on_the_interface_after_a_refusal_or_a_stop() -> None:
         with pytest.raises(MulticastError, match="no interface"):
             make("afxdp", ring, interface="nosuch0")
         ring.close()
+
+
+@pytest.mark.parametrize("bypass", WAYS)
+def test_busy_polling_is_asked_of_every_socket(bypass: str) -> None:
+    ring = Ring.create(None, 1 << 10, EVENT)
+    with cable():
+        receiver = make(bypass, ring, busy_poll_us=37)
+        try:
+            for descriptor in receiver.path.face.descriptors():
+                with socket.socket(socket.AF_INET, socket.SOCK_RAW, fileno=os.dup(descriptor)) as shared:  # of whatever family
+                    assert shared.getsockopt(socket.SOL_SOCKET, 46) == 37  # SO_BUSY_POLL
+        finally:
+            receiver.close()
+            ring.close()
 
 
 @pytest.mark.parametrize("bypass", WAYS)

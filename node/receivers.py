@@ -31,7 +31,7 @@ from tickmesh.node.rerequest import FOREVER_NS, Rerequest, RerequestCounters, ca
 from tickmesh.node.router import ROUTE_EVENTS, Router, make_router, route_now
 from tickmesh.node.timers import C_EVENT, NOT_LIVE, go_on
 from tickmesh.transports.pacing import Pace
-from tickmesh.transports.privileges import drop_capabilities
+from tickmesh.transports.privileges import PrivilegeError, drop_capabilities
 from tickmesh.transports.receive_path import (
     LACK_ABOUT,
     SOCKETS,
@@ -403,7 +403,10 @@ class MulticastReceiver(Receiver):
 
     def run(self) -> None:
         self.path.face.begin()
-        drop_capabilities()  # what comes from outside is handled without any
+        try:
+            drop_capabilities()  # what comes from outside is handled without any
+        except PrivilegeError as error:
+            _log.warning("receives, but", source=self.name, warning=str(error))
         if not self._find_place():
             return
         with select.epoll() as readable:

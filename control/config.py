@@ -53,7 +53,7 @@ SERIES = ("trade.price", "trade.qty", "bbo.mid", "bbo.spread", "bbo.microprice")
 RawTables = dict[str, dict[str, Any]]
 """Tables as the document has them, by name."""
 NOT_BUILT_YET = {
-    "type": ("afxdp", "rdma"),
+    "type": ("rdma",),
     "method": ("websocket", "redis"),
 }
 FIELD_NAMES = {
@@ -205,6 +205,8 @@ def _built(key: str) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         if isinstance(value, str) and value in NOT_BUILT_YET[key]:
             raise ValueError(f"{value!r} is not built yet")
+        if key == "type" and value == "afxdp":
+            raise ValueError('is no type of its own: use type = "multicast" with bypass = "afxdp"')
         return value
 
     return check
@@ -449,7 +451,6 @@ class Source(Table):
         le=60000,
         only=("multicast", "pcap", "simulator"),
     )
-    recv_buffer_kb: int = key(4096, "Socket receive buffer.", live=True, unit="KiB", ge=64, le=1 << 20, only=("multicast",))
     follow: bool = key(
         False, "Go on reading as the file grows, also over rotation and truncation; the last of several.", live=True, only=("file",)
     )
@@ -573,6 +574,36 @@ class Source(Table):
         min_length=1,
     )
     options: dict[str, Any] = key({}, "Its own options.", live=True, only=("custom",))
+    recv_buffer_kb: int = key(
+        4096, "How much may wait for the loop: socket buffer, packet ring or AF_XDP frames.", live=True, unit="KiB", ge=64, le=1 << 20,
+        only=("multicast",),
+    )  # fmt: skip
+    bypass: Literal["auto", "none", "afxdp", "packet"] = key(
+        "none",
+        "How datagrams come in: none (sockets), packet (a packet ring), afxdp (past the network stack; nobody else on the host gets them), "
+        "or auto: the best that this host allows.",
+        live=True,
+        only=("multicast",),
+    )
+    busy_poll_us: int = key(
+        0, "How long an empty read polls the card, past its interrupts (SO_BUSY_POLL); 0: not.", live=True, unit="µs", ge=0, le=1000,
+        only=("multicast",),
+    )  # fmt: skip
+    receive_stamps: Literal["loop", "kernel"] = key(
+        "loop", "What ts_recv says: when the loop took a datagram, or when the kernel had it.", live=True, only=("multicast",)
+    )
+    rerequest: str | None = key(
+        None,
+        "Server that is asked for what neither line has brought, udp://HOST:PORT (MoldUDP64 request packets); none: it is a gap.",
+        live=True,
+        only=("multicast",),
+    )
+    rerequest_timeout_ms: float = key(
+        20.0, "How long an answer of the re-request server may take.", live=True, unit="ms", ge=0.1, le=60000, only=("multicast",)
+    )
+    rerequest_tries: int = key(
+        5, "Requests in a row without progress before a gap is declared.", live=True, ge=1, le=100, only=("multicast",)
+    )
     seed: int = key(1, "Seed: the same seed makes the same market.", live=True, ge=0, le=(1 << 63) - 1, only=("simulator",))
     rate: float = key(10000.0, "Messages per second of market time.", live=True, unit="1/s", gt=0, le=1e9, only=("simulator",))
     messages_max: int = key(0, "Stop after so many messages; 0: never.", live=True, ge=0, only=("simulator",))
@@ -607,6 +638,7 @@ class Source(Table):
             bad += _check_endpoint("endpoint", self.endpoint, required=True) + _check_endpoint(
                 "endpoint_b", self.endpoint_b, required=False
             )
+            bad += _check_server("rerequest", self.rerequest)
         bad += self._check_connected()
         if self.type == "simulator" and not self.symbols:
             bad.append(Refusal("symbols", "is missing", "name the symbols to simulate"))
@@ -745,6 +777,16 @@ def _check_url(name: str, url: str, schemes: tuple[str, ...], *, port: bool = Fa
     if parts.scheme not in schemes or not parts.hostname or (port and number is None):
         return [Refusal(name, f"must be {' or '.join(f'{s}://HOST{port_text}' for s in schemes)}", f"e.g. {example}")]
     return [Refusal(name, "has an impossible port")] if number == 0 else []
+
+
+def _check_server(name: str, endpoint: str | None) -> list[Refusal]:
+    match = re.fullmatch(r"udp://(\d{1,3}(?:\.\d{1,3}){3}):(\d{1,5})", endpoint or "udp://127.0.0.1:1")
+    if match is None:
+        return [Refusal(name, "must be udp://ADDRESS:PORT", "e.g. udp://10.0.0.5:26500")]
+    parts = [int(part) for part in match[1].split(".")]
+    if max(parts) > 255 or not 0 < int(match[2]) < 65536:
+        return [Refusal(name, "has an impossible address or port")]
+    return [Refusal(name, "is a multicast group", "name the server's own address")] if 224 <= parts[0] <= 239 else []
 
 
 def _check_nats_address(address: str, name: str = "target") -> list[Refusal]:

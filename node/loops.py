@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 from tickmesh.transports.codecache import load_generated
+from tickmesh.transports.receive_path import MODULES, SOCKETS
 
 _LIVE = """\
 # The live loop of one shard: input rings -> journal -> step -> output ring. Generated.
@@ -205,17 +206,16 @@ def replay(buf, packets, first, count, flush_ns, feed, batch, batch_any, shard{m
             ended = True"""
 
 _RECEIVE = """\
-# The receiver of one multicast source: sockets -> datagrams -> events -> the shards' input rings. Generated.
-import socket
-
+# The receiver of one multicast source: {way} -> datagrams -> events -> the shards' input rings. Generated.
 import numpy as np
 
 from tickmesh.node.event import EVENT
 from tickmesh.node.instruments import InstrumentTable
-from tickmesh.node.router import make_router, route, route_silence
-from tickmesh.transports.multicast import open_receiver, receive_batch, wait_readable
+{imports}from tickmesh.node.router import make_router, route, route_silence
+from tickmesh.transports.{module} import receive_batch, warm_line
+from tickmesh.transports.multicast import wait_readable
 from tickmesh.transports.ring import HEADER_BYTES, RingArrays
-from tickmesh.transports.toolbox import IDLE_SLEEP, idle, load_acquire, loop, now_ns
+from tickmesh.transports.toolbox import IDLE_SLEEP, idle, inlined, load_acquire, loop, now_ns
 import tickmesh_generated.{decoder} as decoder_module
 from tickmesh_generated.{decoder} import flush_events, packet_events
 
@@ -224,8 +224,21 @@ FIRST_SLEEP_ROUND = 256
 SLEEP_MS = 2
 
 
+@inlined
+def hand_on(buffer, packets, count, feed, batch, router):
+    # datagrams to the shards' rings; false once a ring stays full after the stop flag is set
+    first = FIRST
+    while count > 0:
+        first, events = packet_events(buffer, packets, first, count, feed, batch)
+        if not route(router, batch, FIRST, events):
+            return False
+        if first >= count and events == 0:
+            break
+    return True
+
+
 @loop
-def receive(stop, lines, buffers, packets, feed, batch, router, idle_mode, readable):
+def receive(stop, lines, buffers, packets, feed, batch, router, idle_mode, readable{argument}):
     # until stop[0] is set or a shard's ring stays full after it
     rounds = 0
     while load_acquire(stop, 0) == 0:
@@ -234,14 +247,9 @@ def receive(stop, lines, buffers, packets, feed, batch, router, idle_mode, reada
             now = now_ns()
             count = receive_batch(lines[line], buffers[line], packets[line], line, now)
             received += count
-            first = FIRST
-            while count > 0:
-                first, events = packet_events(buffers[line], packets[line], first, count, feed, batch)
-                if not route(router, batch, FIRST, events):
-                    return
-                if first >= count and events == 0:
-                    break
-        if received == 0:
+{noted}            if not hand_on(buffers[line], packets[line], count, feed, batch, router):
+                return
+{asking}        if received == 0:
             events = flush_events(now_ns(), feed, batch)
             while events > 0:
                 if not route(router, batch, FIRST, events):
@@ -263,14 +271,27 @@ def warm():
     ring = RingArrays(np.zeros(HEADER_BYTES // 8, np.uint64), np.zeros(8, EVENT))
     stop = np.ones(1, np.int64)
     router = make_router((ring,) * {shards}, InstrumentTable(1).arrays.records, stop, 0, 0)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with open_receiver(f"udp://127.0.0.1:{{port}}") as receiver:
-        lines = (receiver.kernel,) * {lines}
-        buffers, packets = (receiver.buffer,) * {lines}, (receiver.packets,) * {lines}
-        receive(stop, lines, buffers, packets, feed, np.zeros(8, EVENT), router, 0, np.zeros(6, np.int32))
+    kernel, buffer, packets = warm_line()
+    receive(stop, (kernel,) * {lines}, (buffer,) * {lines}, (packets,) * {lines}, feed, np.zeros(8, EVENT), router, 0,
+            np.zeros(6, np.int32){warmed})
 """
+
+_ASKING = {
+    "imports": "from tickmesh.node.rerequest import ask, count_recovered, lacks, note_session, take_answers, warm_request\n"
+    "from tickmesh.node.arbiter import EXPECTED\n",
+    "argument": ", request",
+    "noted": "            if count > 0:\n                note_session(request, buffers[line], packets[line])\n",
+    "asking": """\
+        if lacks(feed.arbiter) and ask(request, feed.arbiter, now_ns()):
+            count = take_answers(request, now_ns())
+            received += count
+            before = feed.arbiter.state[EXPECTED]
+            if not hand_on(request.buffer, request.packets, count, feed, batch, router):
+                return
+            count_recovered(request, before, feed.arbiter)
+""",
+    "warmed": ", warm_request()",
+}
 
 
 def live_loop(shard: ModuleType, inputs: int, batch_events: int, progress: Callable[[str], None] | None = None) -> ModuleType:
@@ -310,9 +331,23 @@ def replay_loop(
     return load_generated("replay", source, progress)
 
 
-def receive_loop(decoder: ModuleType, lines: int, shards: int, progress: Callable[[str], None] | None = None) -> ModuleType:
-    """The module whose ``receive`` polls `lines` multicast sockets, decodes, and routes to `shards` rings."""
-    return load_generated("receiver", _RECEIVE.format(decoder=_stem(decoder), lines=lines, shards=shards), progress)
+def receive_loop(
+    decoder: ModuleType,
+    lines: int,
+    shards: int,
+    progress: Callable[[str], None] | None = None,
+    *,
+    way: str = SOCKETS,
+    rerequests: bool = False,
+) -> ModuleType:
+    """The module whose ``receive`` polls `lines` places of a way to receive, decodes, and routes to `shards` rings.
+
+    With `rerequests` it asks a server for what is missing, and takes one more argument, a :class:`tickmesh.node.rerequest.Request`.
+    """
+    module = MODULES[way].__name__.rpartition(".")[2]
+    asking = _ASKING if rerequests else dict.fromkeys(_ASKING, "")
+    source = _RECEIVE.format(decoder=_stem(decoder), lines=lines, shards=shards, way=way, module=module, **asking)
+    return load_generated("receiver", source, progress)
 
 
 def _stem(module: ModuleType) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import socket
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import structlog
 
 from tickmesh.control.config import CONNECTED, Config, Source
 from tickmesh.node.arbiter import CLEAR_DUE, EXPECTED, FIRST_SEQUENCE, SESSION, START_SEQUENCE
@@ -26,16 +26,30 @@ from tickmesh.node.feed import RESOLVED_BELOW, SHORT_PACKET, UNBOUND, Feed, bind
 from tickmesh.node.instruments import EXCLUDED, FILTERED, InstrumentTable
 from tickmesh.node.loops import receive_loop
 from tickmesh.node.protocol import Field, load_framing, load_spec
-from tickmesh.node.reader import Reader, open_reader, protocol_fields, spec_and_framing
+from tickmesh.node.reader import Reader, SourceError, open_reader, protocol_fields, spec_and_framing
+from tickmesh.node.rerequest import FOREVER_NS, Rerequest, RerequestCounters, can_rerequest
 from tickmesh.node.router import ROUTE_EVENTS, Router, make_router, route_now
 from tickmesh.node.timers import C_EVENT, NOT_LIVE, go_on
-from tickmesh.transports.multicast import Receiver as Socket
-from tickmesh.transports.multicast import open_receiver
 from tickmesh.transports.pacing import Pace
+from tickmesh.transports.privileges import PrivilegeError, drop_capabilities
+from tickmesh.transports.receive_path import (
+    LACK_ABOUT,
+    SOCKETS,
+    WAY_NUMBERS,
+    BypassRefused,
+    Lack,
+    Path,
+    Refusal,
+    Wish,
+    lacking,
+    open_way,
+    ways_of,
+)
 from tickmesh.transports.ring import Ring
 from tickmesh.transports.toolbox import zeros_aligned
 
 Progress = Callable[[str], None] | None
+_log = structlog.get_logger("receiver")
 _PACE_SLICE_S = 0.05
 """A paced receiver looks at its stop flag at least this often."""
 
@@ -290,29 +304,73 @@ class GeneratedReceiver(Receiver):
 
 
 class MulticastReceiver(Receiver):
-    """One or two multicast lines, compiled from the socket to the shards' rings."""
+    """One or two multicast lines, compiled from the socket, packet ring or AF_XDP queue to the shards' rings."""
 
     def __init__(self, name: str, options: Source, context: ReceiverContext) -> None:
         gap_wait_ns = int(options.gap_wait_ms * 1e6)
-        super().__init__(name, options, context, restamp=False, hold_ns=gap_wait_ns)
+        timeout_ns, tries = int(options.rerequest_timeout_ms * 1e6), options.rerequest_tries
+        hold_ns = gap_wait_ns + (timeout_ns * tries if options.rerequest else 0)
+        super().__init__(name, options, context, restamp=False, hold_ns=hold_ns)
         self.spec, self._framing = spec_and_framing(name, options)
         framing = self._framing
         self._expected = 0
         self.order_ids = self.spec.order_ids
+        if options.rerequest and not can_rerequest(framing):
+            raise SourceError(name, f"rerequest asks for MoldUDP64 packets, and the framing is {framing.name!r}; remove the key rerequest")
         decoder = decoder_parts(self.spec, framing, fields=protocol_fields(options))
         context.table.let_through(context.number, options.symbols, options.exclude)
-        midnight_ns = options.midnight_ns()
-        self.feed = make_feed(self.spec, context.table, context.number, framing=framing, midnight_ns=midnight_ns, gap_wait_ns=gap_wait_ns)
-        endpoints = [endpoint for endpoint in (options.endpoint, options.endpoint_b) if endpoint]
-        self._module = receive_loop(decoder, len(endpoints), len(context.rings), context.progress)
-        self.sockets: list[Socket] = []
+        midnight_ns, wait_ns = options.midnight_ns(), FOREVER_NS if options.rerequest else gap_wait_ns
+        self.feed = make_feed(self.spec, context.table, context.number, framing=framing, midnight_ns=midnight_ns, gap_wait_ns=wait_ns)
+        self.path, self._module = self._open(decoder)
+        self.request: Rerequest | None = None
         try:
-            for endpoint in endpoints:
-                buffer_bytes = options.recv_buffer_kb * 1024
-                self.sockets.append(open_receiver(endpoint, interface=options.interface, receive_buffer_bytes=buffer_bytes))
+            if options.rerequest:
+                self.request = Rerequest(options.rerequest, gap_wait_ns, timeout_ns, tries)
         except BaseException:
             self.close()
             raise
+
+    def _open(self, decoder: Any) -> tuple[Path, Any]:
+        """The best way to receive that the configuration allows and that this host can; says so, and why not a better one.
+
+        Raises:
+            MulticastError: none is possible.
+        """
+        options = self.options
+        wish = Wish(
+            endpoints=tuple(endpoint for endpoint in (options.endpoint, options.endpoint_b) if endpoint),
+            interface=options.interface,
+            owner=self.name,
+            buffer_bytes=options.recv_buffer_kb * 1024,
+            kernel_stamps=options.receive_stamps == "kernel",
+            busy_poll_us=options.busy_poll_us,
+        )
+        ways, self.refusals = ways_of(options.bypass), list[Refusal]()
+        for way in ways:
+            insisted = len(ways) == 1
+            refusal = None if way == SOCKETS else lacking(way, wish.interface_name(), wish.buffer_bytes, insisted=insisted)
+            if refusal is None:
+                rerequests, shards = bool(options.rerequest), len(self.context.rings)
+                module = receive_loop(decoder, wish.places(way), shards, self.context.progress, way=way, rerequests=rerequests)
+                try:
+                    path = open_way(way, wish)
+                except BypassRefused as error:
+                    refusal = error.refusal
+                else:
+                    self._tell(path, insisted)
+                    return path, module
+            if insisted:
+                raise BypassRefused(wish.endpoints[0], refusal)
+            self.refusals.append(refusal)
+        raise AssertionError("sockets are always possible")
+
+    def _tell(self, path: Path, configured: bool) -> None:
+        self.why = Lack.CONFIGURED if configured else self.refusals[0].lack if self.refusals else Lack.NOTHING
+        because = "; ".join(map(str, self.refusals)) or LACK_ABOUT[self.why]
+        if self.options.bypass != "none":
+            _log.info("receives", source=self.name, way=path.way, because=because)
+        for warning in path.warnings:
+            _log.warning("receives, but", source=self.name, warning=warning)
 
     def resume(self, codes: Mapping[int, int], last_sequence: int) -> None:
         bind_codes(self.feed, self.context.table, codes)
@@ -344,25 +402,33 @@ class MulticastReceiver(Receiver):
         return True
 
     def run(self) -> None:
-        sockets = self.sockets
+        self.path.face.begin()
+        try:
+            drop_capabilities()  # what comes from outside is handled without any
+        except PrivilegeError as error:
+            _log.warning("receives, but", source=self.name, warning=str(error))
         if not self._find_place():
             return
         with select.epoll() as readable:
-            for one in sockets:
-                readable.register(one, select.EPOLLIN)
-            self._receive(sockets, readable.fileno())
+            for descriptor in self.path.face.descriptors():
+                readable.register(descriptor, select.EPOLLIN)
+            if self.request is not None:
+                readable.register(self.request, select.EPOLLIN)
+            self._receive(readable.fileno())
 
-    def _receive(self, sockets: Sequence[Socket], readable: int) -> None:
+    def _receive(self, readable: int) -> None:
+        face, asking = self.path.face, (self.request.kernel,) if self.request is not None else ()
         self._module.receive(
             self.stop,
-            tuple(s.kernel for s in sockets),
-            tuple(s.buffer for s in sockets),
-            tuple(s.packets for s in sockets),
+            face.kernels,
+            face.buffers,
+            face.packets,
             self.feed,
             zeros_aligned(ROUTE_EVENTS, EVENT),
             self.router,
             self.context.idle_mode,
             np.array([readable, 0, 0, 0, 0, 0], np.int32),
+            *asking,
         )
 
     def _find_place(self) -> bool:
@@ -374,10 +440,10 @@ class MulticastReceiver(Receiver):
         sequence = self._framing.sequence
         if sequence is None:
             return True
-        state = self.feed.arbiter.state
+        state, descriptors = self.feed.arbiter.state, self.path.face.descriptors()
         while self.stop[0] == 0:
-            for ready in select.select(self.sockets, [], [], _PACE_SLICE_S)[0]:
-                seen = self._peek(ready.fileno(), sequence)
+            for ready in select.select(descriptors, [], [], _PACE_SLICE_S)[0]:
+                seen = self._peek(descriptors.index(ready), sequence)
                 if seen is None:
                     continue
                 if self._expected == 0 or seen >= self._expected or seen == self._framing.unsequenced:
@@ -388,35 +454,51 @@ class MulticastReceiver(Receiver):
                 return True
         return False
 
-    def _peek(self, descriptor: int, sequence: Field) -> int | None:
+    def _peek(self, place: int, sequence: Field) -> int | None:
         """Sequence of the packet that is next, which stays; a packet without one is dropped."""
-        with socket.socket(fileno=os.dup(descriptor)) as shared:
-            head = shared.recv(self._framing.header_bytes, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            if len(head) >= self._framing.header_bytes:
-                number = head[sequence.offset : sequence.offset + sequence.size]
-                return int.from_bytes(number, "big" if sequence.big else "little")
-            shared.recv(1, socket.MSG_DONTWAIT)
+        face = self.path.face
+        head = face.peek(place, drop=False)
+        if head is None:  # what came there is nothing for us
+            return None
+        if len(head) >= self._framing.header_bytes:
+            number = head[sequence.offset : sequence.offset + sequence.size]
+            return int.from_bytes(number, "big" if sequence.big else "little")
+        face.peek(place, drop=True)
         self.feed.malformed[SHORT_PACKET] += np.uint64(1)
         return None
 
     def counters(self) -> dict[str, int]:
-        lines = arbitration(self.feed)
+        lines, frames, lost = arbitration(self.feed), self.path.face.counters(), self.path.face.statistics()
+        asked = self.request.counters() if self.request is not None else RerequestCounters(0, 0, 0, 0)
         return {
             **self.routed(),
             "messages": sum(message_counts(self.feed, self.spec).values()),
             "packets": lines["packets"],
-            "bytes": sum(s.counters().bytes for s in self.sockets),
+            "bytes": frames.bytes,
             "malformed": sum(malformed(self.feed).values()),
             "gaps": lines["gaps"],
             "missing": lines["missing"],
             "duplicates": lines["duplicates"],
             "filtered": filtered(self.feed),
-            "dropped_by_kernel": sum(s.dropped_by_kernel() for s in self.sockets),
+            "dropped_by_kernel": sum(lost.values()),
+            "way": WAY_NUMBERS[self.path.way],
+            "way_because": int(self.why),
+            "rx_dropped": lost["rx_dropped"],
+            "rx_ring_full": lost["rx_ring_full"],
+            "truncated": frames.truncated,
+            "fragments": frames.fragments,
+            "tagged": frames.tagged,
+            "bad_checksum": frames.bad_checksum,
+            "not_wanted": frames.not_wanted,
+            "requests": asked.requests,
+            "recovered": asked.recovered,
+            "given_up": asked.given_up,
         }
 
     def close(self) -> None:
-        for opened in self.sockets:
-            opened.close()
+        self.path.close()
+        if self.request is not None:
+            self.request.close()
 
 
 def bind_codes(feed: Feed, table: InstrumentTable, codes: Mapping[int, int]) -> None:

@@ -82,6 +82,18 @@ class SourceCounter(IntEnum):
     RECONNECTS = 12
     CONNECT_FAILURES = 13
     OVERFLOWED = 14
+    WAY = 15
+    WAY_BECAUSE = 16
+    RX_DROPPED = 17
+    RX_RING_FULL = 18
+    TRUNCATED = 19
+    FRAGMENTS = 20
+    TAGGED = 21
+    BAD_CHECKSUM = 22
+    NOT_WANTED = 23
+    REQUESTS = 24
+    RECOVERED = 25
+    GIVEN_UP = 26
 
 
 class ShardCounter(IntEnum):
@@ -135,11 +147,23 @@ SOURCE_ABOUT = {
     SourceCounter.DUPLICATES: "messages that had come before, on this or the other line",
     SourceCounter.FILTERED: "messages of symbols that the configuration leaves out",
     SourceCounter.RING_FULL: "waits for a shard's input ring",
-    SourceCounter.DROPPED_BY_KERNEL: "datagrams the socket's buffer had no room for",
     SourceCounter.CONNECTED: "1 while a source that connects is connected",
     SourceCounter.RECONNECTS: "connections that were lost",
     SourceCounter.CONNECT_FAILURES: "tries to connect, or to log in, that failed",
     SourceCounter.OVERFLOWED: "messages left out because the buffer was full",
+    SourceCounter.DROPPED_BY_KERNEL: "datagrams that there was no room for in the socket's buffer, the packet ring or AF_XDP's frames",
+    SourceCounter.WAY: "how datagrams come in: 0 sockets, 1 packet ring, 2 AF_XDP",
+    SourceCounter.WAY_BECAUSE: "why not by a better way: 0 there is none, 1 configured, else what is missing (`tickmesh doctor` lists it)",
+    SourceCounter.RX_DROPPED: "of dropped_by_kernel: frames larger than AF_XDP's",
+    SourceCounter.RX_RING_FULL: "of dropped_by_kernel: no room, since the loop was too slow",
+    SourceCounter.TRUNCATED: "datagrams shorter than their headers say, or longer than a socket's slot",
+    SourceCounter.FRAGMENTS: "fragments of datagrams, which AF_XDP and packet rings do not put together",
+    SourceCounter.TAGGED: "datagrams of a VLAN, which AF_XDP and packet rings leave to its own interface",
+    SourceCounter.BAD_CHECKSUM: "datagrams whose IP or UDP checksum does not hold (sockets: the kernel counts them)",
+    SourceCounter.NOT_WANTED: "datagrams of other groups, ports or senders that came through the filter",
+    SourceCounter.REQUESTS: "requests to the re-request server",
+    SourceCounter.RECOVERED: "missing source sequences that its answers brought",
+    SourceCounter.GIVEN_UP: "missing source sequences that it did not bring: they are in gaps",
 }
 SHARD_ABOUT = {
     ShardCounter.EVENTS_IN: "input events taken",
@@ -170,7 +194,8 @@ DELIVERY_ABOUT = {
     DeliveryCounter.LAG: "outputs in the ring, not read yet",
 }
 _GAUGES: frozenset[IntEnum] = frozenset(
-    [*NodeCounter, SourceCounter.CONNECTED, ShardCounter.CROSSED, ShardCounter.ORDERS, ShardCounter.INSTRUMENTS,
+    [*NodeCounter, SourceCounter.CONNECTED, SourceCounter.WAY, SourceCounter.WAY_BECAUSE,
+     ShardCounter.CROSSED, ShardCounter.ORDERS, ShardCounter.INSTRUMENTS,
      ShardCounter.CONFIG_VERSION, ShardCounter.OUTPUT_LAG, DeliveryCounter.LAG]
 )  # fmt: skip
 _LOCK = struct.Struct("hhqqi4x")

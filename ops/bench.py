@@ -143,6 +143,10 @@ BENCHES = (
         "bench_sources", _given_rows,
         {"messages": 200_000, "json_messages": 10_000, "repeats": 1},
     ),
+    Bench(
+        "receive", "AF_XDP and packet rings on a virtual link, against recvmmsg in the same loop", "tickmesh.ops.bench_receive",
+        "bench_receive", _given_rows, {"datagrams": 5_000, "repeats": 2},
+    ),
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from tickmesh.ops.servers import ServerBinaryMissing, nats_server_binary
+from tickmesh.transports.receive_path import LACK_ABOUT, Lack, lacking, ways_of
 
 Status = Literal["ok", "warn", "fail"]
 _MIB = 1 << 20
@@ -211,6 +212,25 @@ def check_socket_buffers() -> Check:
     return Check("socket buffers", "ok", found)
 
 
+def check_receive_paths() -> Check:
+    """How a multicast line would come in with ``bypass = "auto"``, for each interface, and what each better way lacks."""
+    names = [name for _, name in socket.if_nameindex()]
+    if not names:
+        return Check("receive paths", "warn", "no interface", "bring one up: ip link set dev eth0 up")
+    found, lacks = [], dict[str, tuple[dict[str, None], dict[str, None]]]()
+    for name in names:
+        refusals = [refusal for way in ways_of("auto") if (refusal := lacking(way, name))]
+        found.append(f"{name}: {next(way for way in ways_of('auto') if all(refusal.way != way for refusal in refusals))}")
+        for refusal in refusals:
+            if refusal.lack != Lack.LOOPBACK:
+                ways, places = lacks.setdefault(LACK_ABOUT[refusal.lack], ({}, {}))
+                ways[refusal.way] = places[name] = None
+    if not lacks:
+        return Check("receive paths", "ok", ", ".join(found))
+    advice = "; ".join(f"{' and '.join(ways)} on {', '.join(places)}: {reason}" for reason, (ways, places) in lacks.items())
+    return Check("receive paths", "warn", ", ".join(found), advice)
+
+
 def check_rdma() -> Check:
     """RDMA devices."""
     folder = Path("/sys/class/infiniband")
@@ -283,7 +303,8 @@ def check_nats_server() -> Check:
 CHECKS: tuple[Callable[[], Check], ...] = (
     check_processor, check_cores, check_isolated_cores, check_governor, check_clock,
     check_shared_memory, check_huge_pages, check_locked_memory,
-    check_socket_buffers, check_multicast, check_net_raw, check_net_admin, check_bpf, check_rdma,
+    check_socket_buffers, check_multicast, check_net_raw, check_net_admin, check_bpf, check_receive_paths,
+    check_rdma,
     check_python, check_numba, check_compiler, check_nats_server,
 )  # fmt: skip
 

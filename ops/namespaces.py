@@ -15,7 +15,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -117,11 +118,7 @@ class Namespaces:
             _ip("-n", hub, "link", "set", link, "master", INTERFACE, "up")
             self._bring_up(space, self.address(node))
         self._home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        fd = os.open(_NAMED / hub, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            _enter(fd)
-        finally:
-            os.close(fd)
+        _enter_named(hub)
 
     @staticmethod
     def _make_space(space: str) -> None:
@@ -142,6 +139,84 @@ class Namespaces:
         for space in _spaces():
             if space.startswith(f"{self._prefix}-"):
                 _ip("netns", "delete", space)
+
+
+class VethPair:
+    """Two namespaces joined by a cable (a veth pair): what `left` sends on :data:`INTERFACE` comes in at `right`.
+
+    A context manager: inside it, the thread that entered is in the right namespace, and so are threads and processes that it starts.
+
+    Args:
+        name: short.
+        queues: receive and transmit queues of each end.
+
+    Attributes:
+        left_address, right_address: of the two ends.
+    """
+
+    left_address, right_address = "10.78.0.1", "10.78.0.2"
+
+    def __init__(self, name: str, queues: int = 1) -> None:
+        self._prefix, self._queues = f"tm-{os.getpid()}-{name}", queues
+        self._spaces = {side: f"{self._prefix}-{side}" for side in ("left", "right")}
+        self._home: int | None = None
+
+    def command(self, side: str, command: Sequence[str]) -> list[str]:
+        """A command that runs in the namespace `left` or `right`, as the same process."""
+        return ["ip", "netns", "exec", self._spaces[side], *command]
+
+    @contextmanager
+    def inside(self, side: str) -> Iterator[None]:
+        """Put the calling thread into a namespace for a while. Raises NamespaceError."""
+        here = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _enter_named(self._spaces[side])
+            yield
+        finally:
+            _enter(here)
+            os.close(here)
+
+    def __enter__(self) -> Self:
+        if reason := lacking():
+            raise NamespaceError(reason)
+        _remove_left_behind()
+        try:
+            self._make()
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._remove()
+
+    def _make(self) -> None:
+        for space in self._spaces.values():
+            Namespaces._make_space(space)
+        left, right, queues = *self._spaces.values(), ("numtxqueues", str(self._queues), "numrxqueues", str(self._queues))
+        peer = ("peer", "name", INTERFACE, "netns", right, *queues)
+        _ip("-n", left, "link", "add", INTERFACE, *queues, "type", "veth", *peer)
+        for space, address in ((left, self.left_address), (right, self.right_address)):
+            Namespaces._bring_up(space, address)
+        self._home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        _enter_named(right)
+
+    def _remove(self) -> None:
+        if self._home is not None:
+            _enter(self._home)
+            os.close(self._home)
+            self._home = None
+        for space in _spaces():
+            if space.startswith(f"{self._prefix}-"):
+                _ip("netns", "delete", space)
+
+
+def _enter_named(space: str) -> None:
+    fd = os.open(_NAMED / space, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _enter(fd)
+    finally:
+        os.close(fd)
 
 
 def _spaces() -> list[str]:

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tickmesh.ops.rerequest_server import RerequestServer
 from tickmesh.ops.simulated_lines import FaultConfig, LineConfig, SimulatedLines, send_lines, write_lines
 from tickmesh.ops.simulator import OPEN_NS, Simulator, SimulatorConfig, SimulatorConfigError, write_itch
 from tickmesh.ops.soupbintcp_server import ServerOptions, SoupBinTcpServer, feed_log
@@ -30,6 +31,8 @@ EXIT_FAILED, EXIT_USAGE = 1, 2
 PASSWORD = "TICKMESH_SIMULATE_PASSWORD"
 """Environment variable with the password that SoupBinTCP clients must give."""
 _SERVE_LOOK_S = 0.2
+_SERVED_ON_S = 2.0
+"""Requests are answered for so long after the end."""
 DEFAULT_A, DEFAULT_B = "udp://239.1.1.1:26400", "udp://239.1.1.2:26400"
 
 
@@ -44,6 +47,8 @@ class Outputs:
     interface: str | None = "lo"
     ttl: int = 1
     speed: str = "realtime"
+    rerequest: str | None = None
+    """Where requests for lost messages are answered while multicast is sent."""
     lines: LineConfig = field(default_factory=LineConfig)
     soupbintcp: ServerOptions | None = None
 
@@ -80,10 +85,15 @@ def run_simulation(
         summary |= _summary(lines.simulator, lines.sha256) | {"pcap": {"path": str(outputs.pcap), "datagrams": datagrams} | _lines(lines)}
     if outputs.multicast:
         lines = SimulatedLines(Simulator(config), outputs.lines)
-        with suppress(KeyboardInterrupt):
+        with suppress(KeyboardInterrupt), ExitStack() as serving:
+            server = serving.enter_context(RerequestServer(outputs.rerequest)) if outputs.rerequest else None
             send_lines(
-                lines, outputs.multicast, interface=outputs.interface, ttl=outputs.ttl, speed=outputs.speed, stop=stop, progress=progress
-            )
+                lines, outputs.multicast, interface=outputs.interface, ttl=outputs.ttl, speed=outputs.speed, stop=stop, progress=progress,
+                keep=server.keep if server else None,
+            )  # fmt: skip
+            if server:
+                (stop or threading.Event()).wait(_SERVED_ON_S)
+                summary["rerequest"] = {"endpoint": server.endpoint, "requests": server.requests, "answered": server.answered}
         summary |= _summary(lines.simulator, lines.sha256)
         summary["multicast"] = {"endpoints": list(outputs.multicast), "datagrams": lines.datagrams_sent} | _lines(lines)
     if outputs.soupbintcp is not None:
@@ -153,6 +163,9 @@ def simulate(
     loss_b: Annotated[float, typer.Option(help="Share of datagrams lost on line B.")] = 0.0,
     duplicate: Annotated[float, typer.Option(help="Share of datagrams sent twice, on each line.")] = 0.0,
     reorder: Annotated[float, typer.Option(help="Share of datagrams that come late, on each line.")] = 0.0,
+    rerequest: Annotated[
+        str | None, typer.Option(help="Answer MoldUDP64 requests for lost messages at udp://ADDRESS:PORT, until 2 s after the end.")
+    ] = None,
     session: Annotated[str, typer.Option(help="Session name, up to 10 characters.")] = "TICKMESH",
     mtu: Annotated[int, typer.Option(help="Largest IP packet in bytes.")] = 1500,
     speed: Annotated[str, typer.Option(help="realtime, a factor of it, or max (multicast only).")] = "realtime",
@@ -167,13 +180,16 @@ def simulate(
         endpoints = tuple(text for text in (multicast, multicast_b) if text)
         if multicast_b and not multicast:
             raise SimulatorConfigError("multicast_b", multicast_b, "line A too (--multicast)")
+        if rerequest and not multicast:
+            raise SimulatorConfigError("rerequest", rerequest, "lines to lose messages on (--multicast)")
         two_lines = bool(multicast_b) or (pcap is not None and not multicast)
         faults = tuple(FaultConfig(loss=loss, duplicate=duplicate, reorder=reorder) for loss in (loss_a, loss_b)[: 1 + two_lines])
         lines = LineConfig(session=session, mtu_bytes=mtu, faults=faults)
         served = _server_options(soupbintcp, listen, session, user, disconnects, seed)
         outputs = Outputs(
-            file=file, pcap=pcap, multicast=endpoints, interface=interface, ttl=ttl, speed=speed, lines=lines, soupbintcp=served
-        )
+            file=file, pcap=pcap, multicast=endpoints, interface=interface, ttl=ttl, speed=speed, rerequest=rerequest, lines=lines,
+            soupbintcp=served,
+        )  # fmt: skip
         with _shown(config, quiet=as_json) as progress:
             summary = run_simulation(config, outputs, progress=progress, listening=lambda at: typer.echo(f"serving at {at}", err=True))
     except (SimulatorConfigError, PaceError) as error:
@@ -229,7 +245,7 @@ def summary_text(summary: dict[str, Any]) -> str:
         f"by type  {types}",
         f"sha256   {summary['sha256']}",
     ]
-    for name in ("file", "pcap", "multicast", "soupbintcp"):
+    for name in ("file", "pcap", "multicast", "rerequest", "soupbintcp"):
         if name in summary:
             rows.append(f"{name:<8} " + ", ".join(f"{k} {v}" for k, v in summary[name].items() if k != "lines"))
             rows += [f"  line {'ABCDEFGH'[k]}: " + ", ".join(f"{word} {n:,}" for word, n in line.items())

@@ -363,6 +363,7 @@ def send_lines(
     speed: str | float = "realtime",
     stop: threading.Event | None = None,
     progress: Callable[[int], None] | None = None,
+    keep: Callable[[Batch], None] | None = None,
 ) -> int:
     """Send every line's datagrams at their simulated times, to a millisecond, until the day or `stop` ends it; returns how many.
 
@@ -374,6 +375,7 @@ def send_lines(
         speed: ``"realtime"``, a factor of it, or ``"max"``.
         stop: set from outside to end early; obeyed within 0.2 s.
         progress: told the number of messages generated so far.
+        keep: gets every batch before it is sent, e.g. :meth:`tickmesh.ops.rerequest_server.RerequestServer.keep`.
 
     Raises:
         MulticastError: an endpoint or interface cannot be used; says what to do.
@@ -385,6 +387,8 @@ def send_lines(
     with open_sender(list(endpoints), interface=interface, ttl=ttl) as sender:
         try:
             for batch in lines.batches():
+                if keep:
+                    keep(batch)
                 if not _send_batch(sender, batch, pace, stop):
                     break
                 if progress:

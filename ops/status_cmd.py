@@ -22,6 +22,7 @@ from rich.text import Text
 
 from tickmesh.node.telemetry import NodeName, Telemetry, configuration_path, find_nodes, read_telemetry
 from tickmesh.transports.counters import CounterFile, CountersError, Values, percentile
+from tickmesh.transports.receive_path import LACK_ABOUT, WAY_NAMES, Lack
 from tickmesh.transports.ring import RingError, list_rings, ring_path, ring_stat
 
 EXIT_OK, EXIT_FAILED = 0, 1
@@ -30,6 +31,8 @@ HEARTBEAT_LATE_S = 5.0
 NO_NODES = "no node has counters on this host: start one with `tickmesh up` or `tickmesh node run`"
 _WIDTH = 160
 _LATENCIES = ("p50", "p99", "p999", "max")
+_TOLD_OF_WAYS = ("rx_dropped", "rx_ring_full", "truncated", "fragments", "tagged", "bad_checksum", "not_wanted", "requests", "recovered",
+                 "given_up")  # fmt: skip
 
 
 class NoSuchNode(Exception):
@@ -201,6 +204,8 @@ def _node_view(reading: Mapping[str, Any]) -> Iterator[RenderableType]:
         return
     if reading["configuration"]:
         yield _configuration_text(reading["configuration"])
+    if ways := _ways_text(reading):
+        yield ways
     yield from (table for table in (_source_table(reading), _shard_table(reading), _delivery_table(reading)) if table.row_count)
 
 
@@ -214,6 +219,19 @@ def _source_table(reading: Mapping[str, Any]) -> Table:
     for source, numbers in reading["sources"].items():
         table.add_row(source, *(f"{numbers[n]:,}" for n in names))
     return table
+
+
+def _ways_text(reading: Mapping[str, Any]) -> Text:
+    """By which way each line of datagrams comes in and why, what that way refused, and what was asked for again."""
+    text = Text()
+    for source, numbers in reading["sources"].items():
+        why = Lack(numbers["way_because"])
+        if numbers["way"] == 0 and why == Lack.NOTHING:
+            continue  # a recording
+        text.append(f"  {source} comes by {WAY_NAMES[numbers['way']]}: {LACK_ABOUT[why]}")
+        told = [f"{name.replace('_', ' ')} {numbers[name]:,}" for name in _TOLD_OF_WAYS if numbers[name]]
+        text.append(f"; {', '.join(told)}\n" if told else "\n")
+    return text
 
 
 def _shard_table(reading: Mapping[str, Any]) -> Table:

@@ -141,7 +141,7 @@ sync = 3
     assert by_path["processing.outputs[1]"].hint == "did you mean 'trade'?"
 
 
-@pytest.mark.parametrize("kind", ["afxdp", "rdma"])
+@pytest.mark.parametrize("kind", ["rdma"])
 def test_transports_to_come_are_refused_with_the_reason(kind: str) -> None:
     (found,) = problems(f'[data_sources.s]\ntype = "{kind}"\n')
     assert found.path == "data_sources.s.type"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tickmesh.ops.namespaces import INTERFACE, NamespaceError, Namespaces, lacking
+from tickmesh.ops.namespaces import INTERFACE, NamespaceError, Namespaces, VethPair, lacking
 
 pytestmark = pytest.mark.skipif(bool(lacking()), reason=lacking())
 
@@ -101,6 +102,24 @@ def test_what_a_killed_process_left_is_removed_by_the_next(network: Namespaces) 
     with Namespaces(f"u{os.getpid()}", []):
         assert not [space for space in spaces() if space.endswith("-left-x")]
         assert [space for space in spaces() if space.endswith("-a")], "those of the living stay"
+
+
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGKILL])
+def test_a_cable_does_not_outlive_its_process(ended_by: signal.Signals) -> None:
+    """Ctrl-C unwinds it; after a kill the next one removes it."""
+    code = (
+        "import signal, time\nfrom tickmesh.ops.namespaces import VethPair\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "with VethPair('cut'):\n    print('made', flush=True)\n    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "made\n"
+        process.send_signal(ended_by)
+        process.wait(20)
+    if ended_by == signal.SIGKILL:
+        with VethPair(f"v{os.getpid()}"):
+            pass
+    assert not [space for space in spaces() if space.startswith(f"tm-{process.pid}-")]
 
 
 def test_the_reason_is_said(network: Namespaces) -> None:

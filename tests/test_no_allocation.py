@@ -35,6 +35,7 @@ for name, found in t.entry_points().items():
 ENTRY_POINTS = {
     "shard.step", "decoder_itch50_binaryfile.decode_stream", "decoder_itch50_moldudp64.decode_packets",
     "decoder_itch50_moldudp64.decode_flush", "decoder_dbn_mbo_dbn.decode_stream", "live.run", "replay.replay", "receive.receive",
+    "receive_afxdp.receive", "receive_packet.receive",
 }  # fmt: skip
 
 
@@ -52,6 +53,8 @@ def entry_points() -> dict[str, dict[str, set[str]]]:
             modules[prefix] = codecache.load_generated(prefix, decoder_source(load_spec(name), load_framing(framing)))
         modules["replay"] = replay_loop(modules["decoder_itch50_binaryfile"], demo, timers=True)
         modules["receive"] = receive_loop(modules["decoder_itch50_moldudp64"], 2, 1)
+        for way in ("afxdp", "packet"):
+            modules[f"receive_{way}"] = receive_loop(modules["decoder_itch50_moldudp64"], 1, 1, way=way, rerequests=True)
     found = {}
     for entry in ENTRY_POINTS:
         prefix, _, name = entry.rpartition(".")

@@ -73,9 +73,11 @@ _mempcpy = types.ExternalFunction("mempcpy", types.uint64(types.uint64, types.ui
 
 _MSG_TRUNC, _MSG_DONTWAIT = 0x20, 0x40
 _EINTR, _EAGAIN, _ENOBUFS = errno.EINTR, errno.EAGAIN, errno.ENOBUFS
-_CONTROL_BYTES = 64
-"""Room for the two control messages of a datagram: drop counter (24 bytes) and time (32)."""
-_SO_RCVBUFFORCE, _SO_SNDBUFFORCE, _SO_TIMESTAMPNS, _SO_RXQ_OVFL, _SO_MEMINFO = 33, 32, 35, 40, 55
+_CONTROL_BYTES = 96
+"""Room for the two control messages of a datagram: drop counter (24 bytes) and times (64)."""
+_SO_RCVBUFFORCE, _SO_SNDBUFFORCE, _SO_TIMESTAMPING, _SO_RXQ_OVFL, _SO_BUSY_POLL, _SO_MEMINFO = 33, 32, 37, 40, 46, 55
+_STAMP_BY_KERNEL = 1 << 3 | 1 << 4
+"""SOF_TIMESTAMPING_RX_SOFTWARE, made when a datagram comes in, and SOF_TIMESTAMPING_SOFTWARE, told to us."""
 _IP_ADD_SOURCE_MEMBERSHIP, _IP_MULTICAST_ALL = 39, 49
 _SIOCGIFADDR = 0x8915
 _MEMINFO_DROPS = 8
@@ -122,9 +124,10 @@ def _take_controls(receiver: Any, index: Any, packet: Any) -> Any:
             counter = np.int64(le32(receiver.controls, at + 16))
             s.kernel_drops += (counter - s.drop_counter) & 0xFFFFFFFF
             s.drop_counter = counter
-        elif kind == _SO_TIMESTAMPNS and length >= 32:
+        elif kind == _SO_TIMESTAMPING and length >= 64:  # three times: the kernel's, none, the card's
             seconds, nanos = np.int64(le64(receiver.controls, at + 16)), np.int64(le64(receiver.controls, at + 24))
-            packet.ts_recv = seconds * 1_000_000_000 + nanos
+            if seconds != 0:
+                packet.ts_recv = seconds * 1_000_000_000 + nanos
         at += (length + 7) & ~7
 
 
@@ -484,6 +487,7 @@ def open_receiver(
     batch: int = 64,
     slot_bytes: int = 2048,
     kernel_timestamps: bool = False,
+    busy_poll_us: int = 0,
 ) -> Receiver:
     """Open a socket for a multicast group (joining it) or for a unicast address of this host.
 
@@ -493,7 +497,8 @@ def open_receiver(
         receive_buffer_bytes: how much the kernel may keep while the loop is busy.
         batch: datagrams taken at once.
         slot_bytes: longest datagram (9216 for jumbo frames).
-        kernel_timestamps: stamp with the kernel's time of arrival instead of the loop's clock.
+        kernel_timestamps: stamp with the kernel's time of arrival (SO_TIMESTAMPING) instead of the loop's clock.
+        busy_poll_us: have a read that finds nothing poll the card for so long (SO_BUSY_POLL), past its interrupt; 0: not.
 
     Raises:
         BadEndpoint, NoSuchInterface, PortBusy, SocketRefused: with what to do.
@@ -509,7 +514,8 @@ def open_receiver(
         granted = _set_buffer(sock, _SO_RCVBUFFORCE, socket.SO_RCVBUF, receive_buffer_bytes)
         sock.setsockopt(socket.SOL_SOCKET, _SO_RXQ_OVFL, 1)
         if kernel_timestamps:
-            sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+            sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPING, _STAMP_BY_KERNEL)
+        _poll_busily(sock, endpoint, busy_poll_us)
         _bind(sock, endpoint, parsed)
         if parsed.is_multicast:
             _join(sock, endpoint, parsed, chosen)
@@ -523,6 +529,55 @@ def open_receiver(
             "raise net.core.rmem_max or grant CAP_NET_ADMIN"
         )
     return receiver
+
+
+def _poll_busily(sock: socket.socket, endpoint: str, busy_poll_us: int) -> None:
+    if busy_poll_us:
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, _SO_BUSY_POLL, busy_poll_us)
+        except OSError as error:
+            raise SocketRefused(endpoint, "busy polling (it takes CAP_NET_ADMIN)", error) from error
+
+
+class Membership(_Socket):
+    """Holds this host's membership of a group, for a path that takes the datagrams elsewhere; made by :func:`join_group`."""
+
+
+def join_group(endpoint: str, interface: str | None = None) -> Membership:
+    """Join an endpoint's group without receiving anything here; for a unicast address there is nothing to join.
+
+    Raises:
+        BadEndpoint, NoSuchInterface, SocketRefused: with what to do.
+    """
+    parsed = parse_endpoint(endpoint)
+    chosen = _find_interface(endpoint, interface)
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)  # not bound: no datagram finds it
+    try:
+        if parsed.is_multicast:
+            _join(sock, endpoint, parsed, chosen)
+    except BaseException:
+        sock.close()
+        raise
+    return Membership(sock)
+
+
+def interface_of(endpoint: str, interface: str | None = None) -> str | None:
+    """Name of the interface that an endpoint's datagrams come in by; for None the one that the routing table names, None if it names none.
+
+    Raises:
+        BadEndpoint, NoSuchInterface: with what to do.
+    """
+    address, chosen = parse_endpoint(endpoint).address, _find_interface(endpoint, interface)
+    if chosen.number:
+        return socket.if_indextoname(chosen.number)
+    if interface is None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect((address, 1))
+            except OSError:
+                return None
+            chosen = _Interface(0, probe.getsockname()[0])
+    return next((name for _, name in socket.if_nameindex() if _interface_address(name) == chosen.address), None)
 
 
 def _bind(sock: socket.socket, endpoint: str, parsed: Endpoint) -> None:
@@ -549,6 +604,29 @@ def _join(sock: socket.socket, endpoint: str, parsed: Endpoint, interface: _Inte
             sock.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, request)
     except OSError as error:
         raise SocketRefused(endpoint, "joining the group", error) from error
+
+
+def open_answers(endpoint: str, *, batch: int = 16, slot_bytes: int = 9216) -> Receiver:
+    """A socket connected to one server: :meth:`Receiver.fileno` to send requests by, and only its answers are received.
+
+    Raises:
+        BadEndpoint, SocketRefused: with what to do.
+    """
+    parsed = parse_endpoint(endpoint)
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    try:
+        sock.connect((parsed.address, parsed.port))
+    except OSError as error:
+        sock.close()
+        raise SocketRefused(endpoint, "connecting", error) from error
+    return Receiver(sock, parsed, batch, slot_bytes, 0)
+
+
+def warm_line() -> tuple[ReceiverKernel, Bytes, Packets]:
+    """Kernel, buffer and packets of the types that a loop over sockets is compiled for; nothing is open."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as closed:
+        one = Receiver(closed, Endpoint("127.0.0.1", 1, None), 1, 64, 0)
+    return one.kernel, one.buffer, one.packets
 
 
 class SenderCounters(NamedTuple):

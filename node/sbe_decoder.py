@@ -191,7 +191,9 @@ class _TemplateWriter:
     def _hoisted(self) -> str:
         """Whether all entries of the message have the instrument that its root names: looked up once then. ``code``, ``symbol`` or nothing."""
         making = [case for case in self.cases if case.kind not in ("nothing", "reference") and not case.whole]
-        if not making or any("book" in case.values for case in making):
+        conditional = any(case.when and not case.path for case in self.cases)  # what says nothing should name no instrument either
+        defining = any(case.kind == "reference" for case in self.cases)  # which gives the instrument its name first
+        if not making or conditional or defining or any("book" in case.values for case in making):
             return ""
         codes, symbols = [case.code for case in making], [case.symbol for case in making]
         if all(code and code.depth == 0 for code in codes):
@@ -341,13 +343,13 @@ class _TemplateWriter:
     def _unit(self, path: tuple[str, ...], cases: Sequence[SbeCase]) -> None:
         """The events of the root or of one entry: the first case that fits, and those after one that says `go_on`."""
         out = self.out
+        self._load_fields(path, cases)
         joined = next((case.joined for case in cases if case.joined), None)
         if joined:
             group, number = joined
             out(f"number = np.int64({self._raw(number)})")
             out(f"known = number > 0 and number <= num_{group}")
             out(f"bj, kj = at_{group} + (number - 1) * k_{group} if known else b0, k_{group}")
-        self._load_fields(path, cases)
         simple = len(cases) == 1 and not cases[0].when
         if not simple:
             out("hit, over = False, False")
@@ -366,6 +368,7 @@ class _TemplateWriter:
             out("if not hit:\n    malformed[BAD_FIELD] += _ONE")
         elif simple and joined:
             out("else:\n    malformed[BAD_FIELD] += _ONE")
+        self.loaded = {}
 
     def _load_fields(self, path: tuple[str, ...], cases: Sequence[SbeCase]) -> None:
         """Read the entry's fields once, into locals: what is written once is compiled once."""
@@ -375,7 +378,7 @@ class _TemplateWriter:
                 continue
             load = _load(dataclasses.replace(source.field, signed=False), self._base(source)[0])
             if load not in self.loaded:
-                self.loaded[load] = f"f_{source.field.name.replace('.', '_')}"
+                self.loaded[load] = f"f{len(self.loaded)}_{source.field.name.replace('.', '_')}"
                 self.out(f"{self.loaded[load]} = {load}")
 
     def _with_locals(self, expression: str) -> str:

@@ -20,6 +20,7 @@ from tickmesh.node.protocol import (
     SpecError, _Document, _tick_size, raw_value,
 )  # fmt: skip
 from tickmesh.node.sbe_kernels import DEPTH_MAX, IMPLIED_SUFFIX, Change
+from tickmesh.node.sbe_schema import Field as SchemaField
 from tickmesh.node.sbe_schema import Composite, Data, Encoding, Enum, Group, Leaf, Level, Message, Schema, Set, leaves, load_schema
 
 WORDS: dict[str, int] = {**NAMES, **{change.name: int(change) for change in Change}, "OWN": 0, "IMPLIED": 1}
@@ -398,15 +399,15 @@ class _CaseReader:
         self, key: str, name: str, depth: int, level: Level, part: Composite, offset: int, since: int, extra: Mapping[str, Any]
     ) -> Source | None:  # fmt: skip
         """A composite stands for its only value, or for the decimal that its mantissa and exponent make."""
-        inside = [leaf for leaf in leaves(_alone(part, offset, since)) if leaf.constant is None]
-        mantissa, exponent = (next((leaf for leaf in leaves(_alone(part, offset, since)) if leaf.path.endswith(end)), None)
-                              for end in (".mantissa", ".exponent"))  # fmt: skip
+        every = {leaf.path: leaf for leaf in leaves(_alone(name, part, offset, since))}
+        inside = [leaf for leaf in every.values() if leaf.constant is None]
+        mantissa, exponent = every.get(f"{name}.mantissa"), every.get(f"{name}.exponent")
         optional = self._is_optional(level, name)
         if mantissa is None or exponent is None:
             if len(inside) == 1:
                 return self._plain(key, name, depth, level, _nullable(inside[0], optional), extra)
-            parts = ", ".join(leaf.path.partition(".")[2] for leaf in inside)
-            self.fault(key, f"{name!r} is a composite of {parts}: name one of them, as {name}.{parts.partition(',')[0]}")
+            parts = ", ".join(leaf.path for leaf in inside)
+            self.fault(key, f"{name!r} is a composite: name one of its parts, {parts}")
             return None
         found = self._plain(key, name, depth, level, _nullable(mantissa, optional), {})
         if found is None or exponent.constant is not None:
@@ -621,11 +622,9 @@ def _part(level: Level, name: str) -> tuple[Leaf | Composite, int, int] | None:
     return part, offset, since
 
 
-def _alone(part: Composite, offset: int, since: int) -> Level:
+def _alone(name: str, part: Composite, offset: int, since: int) -> Level:
     """A block of one composite, at its place."""
-    from tickmesh.node.sbe_schema import Field as SchemaField
-
-    field = SchemaField(part.name, 0, part, offset, "required", since)
+    field = SchemaField(name, 0, part, offset, "required", since)
     return Level("", 0, 0, (field,), (), (), 0, None, 0)
 
 

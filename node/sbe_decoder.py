@@ -24,7 +24,7 @@ _IMPORTS = """
 from tickmesh.node.feed import BAD_ENCODING, BAD_GROUP, OTHER_SCHEMA, RESOLVED_BELOW, find_code, resolve_symbol
 from tickmesh.node.sbe_kernels import (
     HAS_HELD, IMPLIED, RESUME, clear_ladder, clear_ladders, data_word, define, find_template, hold_last, ladder_level, put_event, rescale,
-    resolve_book, set_depth, take_held,
+    resolve_book, set_depth, take_held, tie,
 )
 """
 _MADE_HERE = 1
@@ -453,10 +453,13 @@ class _TemplateWriter:
         else:
             if case.kind == "clear" and self.spec.levels:
                 out(f"clear_ladder(feed, instrument, np.uint8({values.get('side', NO_SIDE)}), {self.spec.levels})")
-            self._put(case, values, "instrument")
-            if "change" in values:
+            if "change" not in values:
+                self._put(case, values, "instrument")
+            else:  # which may become several events, or none
+                self._put(case, values, "instrument", first="n", end="end_of_level")
                 position = f"np.int64({values['position']})"
-                out(f"n = ladder_level(feed, np.int64({values['change']}), {position}, np.int64({self.spec.levels}), out, n)")
+                out(f"end_of_level = ladder_level(feed, np.int64({values['change']}), {position}, np.int64({self.spec.levels}), out, end_of_level)")
+                out("n = tie(out, n, end_of_level, first)")
         out.indent(-1)
 
     def _book(self, case: SbeCase, values: dict[str, str]) -> None:
@@ -465,12 +468,12 @@ class _TemplateWriter:
         book = f" | (IMPLIED if {values['book']} == 1 else _ZERO)" if "book" in values else ""
         self.out(f"instrument, n = _by_code(feed, {self._number(case.code)}{book}, seq, stamp, ts_recv, out, n)")
 
-    def _put(self, case: SbeCase, values: dict[str, str], instrument: str) -> None:
+    def _put(self, case: SbeCase, values: dict[str, str], instrument: str, *, first: str = "first", end: str = "n") -> None:
         kind = int(Kind.GAP) if case.kind == "stale" else int(KINDS[case.kind])
         flags = " | ".join([str(case.flags), *(self._flag(test) for test in case.tests)])
         body = ", ".join(f"{'np.uint64' if name == 'id' else 'np.int64'}({values.get(name, '0')})" for name in ("price", "qty", "id", "aux"))
         side = f"np.uint8({values.get('side', NO_SIDE)})"
-        self.out(f"n = put_event(out, n, first, seq, stamp, ts_recv, {instrument}, np.uint8({kind}), {side}, np.uint16({flags}),\n    {body})")
+        self.out(f"{end} = put_event(out, n, {first}, seq, stamp, ts_recv, {instrument}, np.uint8({kind}), {side}, np.uint16({flags}),\n    {body})")
 
     # ---- expressions
 

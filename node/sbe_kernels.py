@@ -68,11 +68,17 @@ def put_event(
     e.seq, e.ts_event, e.ts_recv, e.instrument = np.uint64(seq), np.int64(ts_event), np.int64(ts_recv), np.uint32(instrument)
     e.kind, e.side, e.flags = np.uint8(kind), np.uint8(side), np.uint16(flags)
     e.price, e.qty, e.id, e.aux = np.int64(price), np.int64(qty), np.uint64(order), np.int64(aux)
-    if n > first and np.uint8(kind) <= _LEVEL:
-        before = out[np.uint64(n - 1)]
-        if before.instrument == np.uint32(instrument) and before.kind <= _LEVEL:
+    return tie(out, n, n + 1, first)
+
+
+@inlined
+def tie(out: Any, n: Any, end: Any, first: Any) -> Any:
+    """Give the event before ``out[n]`` MORE, if both change the book of one instrument; nothing if ``out[n:end]`` is empty. Returns `end`."""
+    if first < n < end:
+        e, before = out[np.uint64(n)], out[np.uint64(n - 1)]
+        if e.kind <= _LEVEL and before.instrument == e.instrument and before.kind <= _LEVEL:
             before.flags |= _MORE
-    return n + 1
+    return end
 
 
 @outlined

@@ -121,7 +121,7 @@ class Twin:
         try:
             level, tree = decode(self.spec.schema, raw)
         except Malformed as error:
-            self.refuse(str(error))
+            self.refuse("bad_length" if str(error) == "bad_group" and self._is_short(raw) else str(error))
             return []
         template = next((one for one in self.spec.templates if one.message.id == level.id), None)
         if template is None or not template.cases:
@@ -134,6 +134,12 @@ class Twin:
             return []
         self._scope(level, [tree], (), template.cases, tree)
         return self.rows
+
+    def _is_short(self, raw: bytes) -> bool:
+        """Whether the message's root lacks what the mapping reads of it: that is found before its groups are looked at."""
+        head = header(self.spec.schema, raw)
+        cases = [template.cases for template in self.spec.templates if template.message.id == head["templateId"]]
+        return bool(cases) and head["blockLength"] < self._least(cases[0], ())
 
     def _least(self, cases: tuple[SbeCase, ...], path: tuple[str, ...]) -> int:
         """Bytes that a block must have for what the cases read of it."""
@@ -281,13 +287,14 @@ class Twin:
         tick = tick if tick > 0 else self.spec.tick_size
         if case.code is None:
             name = self._text(case, chain)
-            if not name or name.startswith("\0"):
+            if not name or name.startswith("\0" * 8):
                 self.refuse("unknown_instrument")
                 return None
             return self._announce(name, tick if case.kind == "reference" else self.spec.tick_size)
         number = chain[case.code.depth][case.code.field.name] & ((1 << (8 * case.code.field.size)) - 1)
         if case.kind == "reference":
             name = self._text(case, chain)
+            name = f"#{number}" if not name or name.startswith("\0" * 8) else name
             self.codes.pop(number | 1 << 62, None)
             self.codes[number] = name
             return self._announce(name, tick)

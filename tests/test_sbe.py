@@ -72,7 +72,7 @@ def rows_of(events: list[Any], table: InstrumentTable) -> list[list[Any]]:
     rows = []
     for e in events:
         whole = e["instrument"] == ALL_INSTRUMENTS
-        name = ALL_INSTRUMENTS if whole else table.symbol(int(e["instrument"]))
+        name = ALL_INSTRUMENTS if whole else bytes(table.record(int(e["instrument"]))["symbol"]).decode("latin-1")
         if e["kind"] == Kind.REFERENCE:
             assert e.view(REFERENCE)["symbol"].decode("latin-1") == name
             rows.append([int(Kind.REFERENCE), name, 0, 0, int(e["price"]), 0, 0, 0])

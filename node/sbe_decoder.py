@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from tickmesh.node.decoder import _DecoderWriter, _equals, _load, _Source, _words
-from tickmesh.node.event import NO_SIDE, Kind
+from tickmesh.node.event import NO_SIDE, PRICE_DECIMALS, Kind
 from tickmesh.node.protocol import KINDS, Field, Framing
 from tickmesh.node.sbe_mapping import Condition, FlagTest, SbeCase, SbeSpec, Source, Template, Text, leaf_field
 from tickmesh.node.sbe_schema import Data, Encoding, Group, Leaf, Level, Member
@@ -40,6 +40,7 @@ class SbeDecoderWriter(_DecoderWriter):
     def __init__(self, spec: SbeSpec, framing: Framing, out: _Source) -> None:
         super().__init__(spec, framing, out)
         self.big = spec.schema.big
+        self.depths = any(case.kind == "depth" for template in spec.templates for case in template.cases)
         for template in spec.templates:
             for case in template.cases:
                 for source in _sources(case):
@@ -104,7 +105,8 @@ def _by_symbol(feed, w0, w1, w2, tick, seq, stamp, ts_recv, out, n):
         if fr.zero_length_is_end:
             out(f"    feed.state[ENDS] += 1\n    pos += {max(fr.message_offset, prefix)}\n    continue")
         else:
-            out(f"    malformed[ZERO_LENGTH] += _ONE\n    pos += max(total, {max(fr.length_unit, prefix)}){step}\n    left -= 1\n    continue")
+            least = max(fr.length_unit, prefix)
+            out(f"    malformed[ZERO_LENGTH] += _ONE\n    pos += max(total, {least}){step}\n    left -= 1\n    continue")
         out("if pos + total > end:\n    break")
         out(f"m, length, done = pos + {fr.message_offset}, total - {fr.message_offset}, True")
         out(f"if length < {header.size}:\n    malformed[BAD_LENGTH] += _ONE")
@@ -189,7 +191,7 @@ class _TemplateWriter:
         return case.path[:depth]
 
     def _hoisted(self) -> str:
-        """Whether all entries of the message have the instrument that its root names: looked up once then. ``code``, ``symbol`` or nothing."""
+        """How the message's root names the instrument of all entries, which is looked up once then: ``code``, ``symbol``, or not at all."""
         making = [case for case in self.cases if case.kind not in ("nothing", "reference") and not case.whole]
         conditional = any(case.when and not case.path for case in self.cases)  # what says nothing should name no instrument either
         defining = any(case.kind == "reference" for case in self.cases)  # which gives the instrument its name first
@@ -202,7 +204,7 @@ class _TemplateWriter:
 
     def write(self) -> None:
         out, name = self.out, self.message.name
-        out(f"\n@outlined\ndef _{name}(buf, b0, end, k0, version, seq, ts_recv, feed, out, n):")
+        out(f"\n@inlined\ndef _{name}(buf, b0, end, k0, version, seq, ts_recv, feed, out, n):")
         out.indent()
         out(f'"""{name}: returns (n, whether all of it is decoded)."""')
         out(f"state, malformed, room = feed.state, feed.malformed, np.int64(out.size) - {self.writer.reserve - 1}")
@@ -261,7 +263,7 @@ class _TemplateWriter:
         return max(ends, default=0)
 
     def _walk(self, level: Level, path: tuple[str, ...], p: str, *, record: bool) -> None:
-        """Step `p` over the groups and data of a level; where it would leave the message it ends beyond `end`. `record` keeps their places."""
+        """Step `p` over the groups and data of a level, beyond `end` if they leave the message. `record` keeps their places."""
         for group in level.groups:
             self._walk_group(level, group, (*path, group.name), p, record=record)
         for data in level.data:
@@ -458,7 +460,9 @@ class _TemplateWriter:
             else:  # which may become several events, or none
                 self._put(case, values, "instrument", first="n", end="end_of_level")
                 position = f"np.int64({values['position']})"
-                out(f"end_of_level = ladder_level(feed, np.int64({values['change']}), {position}, np.int64({self.spec.levels}), out, end_of_level)")
+                known = "feed.depths[instrument]" if self.writer.depths else "np.int64(0)"
+                levels = f"{known}, np.int64({self.spec.levels})"
+                out(f"end_of_level = ladder_level(feed, np.int64({values['change']}), {position}, {levels}, out, end_of_level)")
                 out("n = tie(out, n, end_of_level, first)")
         out.indent(-1)
 
@@ -471,9 +475,11 @@ class _TemplateWriter:
     def _put(self, case: SbeCase, values: dict[str, str], instrument: str, *, first: str = "first", end: str = "n") -> None:
         kind = int(Kind.GAP) if case.kind == "stale" else int(KINDS[case.kind])
         flags = " | ".join([str(case.flags), *(self._flag(test) for test in case.tests)])
-        body = ", ".join(f"{'np.uint64' if name == 'id' else 'np.int64'}({values.get(name, '0')})" for name in ("price", "qty", "id", "aux"))
+        casts = {"price": "np.int64", "qty": "np.int64", "id": "np.uint64", "aux": "np.int64"}
+        body = ", ".join(f"{cast}({values.get(name, '0')})" for name, cast in casts.items())
         side = f"np.uint8({values.get('side', NO_SIDE)})"
-        self.out(f"{end} = put_event(out, n, {first}, seq, stamp, ts_recv, {instrument}, np.uint8({kind}), {side}, np.uint16({flags}),\n    {body})")
+        what = f"{instrument}, np.uint8({kind}), {side}, np.uint16({flags})"
+        self.out(f"{end} = put_event(out, n, {first}, seq, stamp, ts_recv, {what},\n    {body})")
 
     # ---- expressions
 
@@ -532,7 +538,9 @@ class _TemplateWriter:
             return self._folded(target, source)
         if source.exponent is not None:
             return self._rescaled(target, source)
-        value, refusals = self.writer._field_value(source.field, target, self._base(source)[0])
+        value, refusals = _by_distance(source.field, self._raw(source)) or self.writer._field_value(
+            source.field, target, self._base(source)[0]
+        )
         value, refusals = self._with_locals(value), [(self._with_locals(test), reason) for test, reason in refusals]
         present = self._present(source)
         if present is None:
@@ -572,7 +580,8 @@ class _TemplateWriter:
         if field.null is not None:
             tests.append(f"not ({_equals(raw, field, [field.null])})")
         present = " and ".join(tests)
-        nothing = "_NO_PRICE" if target in ("price", "tick_size") else "np.int64(0)"
+        is_price = target in ("price", "tick_size") or (target == "aux" and source.digits == PRICE_DECIMALS)
+        nothing = "_NO_PRICE" if is_price else "np.int64(0)"
         large = f" or {raw} > np.uint64({_I64_MAX})" if field.size == 8 and not field.signed and source.leaf.constant is None else ""
         refusal = f"(not exact_{target}{large})"
         if not present:
@@ -590,6 +599,19 @@ class _TemplateWriter:
         words = ", ".join(f"data_word(le64(buf, at_{name} + {8 * w}), len_{name} - {8 * w})" for w in range(3))
         out(f"w0, w1, w2 = trim_words({words})")
         out(f"if len_{name} > 24:\n    w0 = _ZERO  # longer than a symbol can be: unknown")
+
+
+def _by_distance(field: Field, raw: str) -> tuple[str, list[tuple[str, str]]] | None:
+    """A map from bytes in a row to numbers in a row, as most are: a subtraction, which costs less than a table. None for any other map."""
+    if not field.map or field.size != 1 or field.map_default is not None:
+        return None
+    codes = sorted(field.map)
+    distance = codes[0] - field.map[codes[0]]
+    if codes[-1] - codes[0] + 1 != len(codes) or any(code - field.map[code] != distance for code in codes):
+        return None
+    refusals = ([f"{raw} < {codes[0]}"] if codes[0] else []) + ([f"{raw} > {codes[-1]}"] if codes[-1] < 255 else [])
+    value = f"np.int64({raw}) - {distance}" if distance else f"np.int64({raw})"
+    return value, [(f"({' or '.join(refusals)})", "BAD_FIELD")] if refusals else []
 
 
 def _constant(source: Source) -> int:

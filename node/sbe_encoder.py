@@ -1,12 +1,12 @@
 """Writes messages of an SBE schema: an encoder per message, compiled from the schema.
 
-:class:`Encoder` takes a message as Python values and is for tests and tools. What writes millions of messages, such as a simulator, calls the
-compiled writer that it contains with arrays of its own (:func:`block_dtype` gives the layout of a block)::
+:class:`Encoder` takes a message as Python values and is for tests and tools. What writes millions of messages, such as a simulator,
+calls the compiled writer that it contains with arrays of its own (:func:`block_dtype` gives the layout of a block)::
 
     write_NAME(buf, at, end, blocks, counts, texts) -> where the message ends, or one of the negative numbers of Failure
 
-`blocks` u8: the blocks of root and entries; `counts` i64: entries of groups and lengths of data; `texts` u8: the data. Each holds its things one
-after the other in the order of the wire. Nothing is written beyond `end`, and no count or length that the schema does not allow.
+`blocks` u8: the blocks of root and entries; `counts` i64: entries of groups and lengths of data; `texts` u8: the data. Each holds its
+things one after the other in the order of the wire. Nothing is written beyond `end`, and no count or length that the schema does not allow.
 """
 
 from __future__ import annotations
@@ -254,7 +254,7 @@ class _Packed:
         self.blocks, self.texts, self.counts = bytearray(), bytearray(), list[int]()
 
     def level(self, level: Level, values: Mapping[str, Any], where: str) -> None:
-        known = {part.name for part in (*level.fields, *level.groups, *level.data)}
+        known = {name for parts in (level.fields, level.groups, level.data) for name in (part.name for part in parts)}
         for name in values:
             if name not in known:
                 raise EncodeError(f"{where}/{name}", f"is not there; there are {', '.join(sorted(known))}")
@@ -356,7 +356,7 @@ def _number(type: Encoding | Enum | Set, value: Any, optional: bool, where: str)
 
 
 def _enum_number(type: Enum, value: Any, optional: bool, where: str) -> int:
-    if value is None and optional:
+    if value is None and (optional or type.optional):
         return type.null
     if value in type.values:
         return type.values[value]

@@ -73,7 +73,7 @@ def put_event(
 
 @inlined
 def tie(out: Any, n: Any, end: Any, first: Any) -> Any:
-    """Give the event before ``out[n]`` MORE, if both change the book of one instrument; nothing if ``out[n:end]`` is empty. Returns `end`."""
+    """Give the event before ``out[n]`` MORE, if both change the book of one instrument and ``out[n:end]`` is not empty. Returns `end`."""
     if first < n < end:
         e, before = out[np.uint64(n)], out[np.uint64(n - 1)]
         if e.kind <= _LEVEL and before.instrument == e.instrument and before.kind <= _LEVEL:
@@ -239,59 +239,67 @@ def _remove_to(feed: Any, base: Any, levels: Any, count: Any, out: Any, n: Any) 
 
 
 @inlined
-def _with_removal(price: Any, wanted: Any, out: Any, n: Any) -> Any:
-    """Write the removal of `price` before the event at ``out[n - 1]``, if wanted; returns the new n."""
-    if wanted:
-        copy_record(out, n, out, n - 1)
-        before = out[np.uint64(n - 1)]
-        _removal(before, price)
-        before.flags |= _MORE
-        n += 1
-    return n
+def _with_removal(price: Any, out: Any, n: Any) -> Any:
+    """Write the removal of `price` before the event at ``out[n - 1]``; returns the new n."""
+    copy_record(out, n, out, n - 1)
+    before = out[np.uint64(n - 1)]
+    _removal(before, price)
+    before.flags |= _MORE
+    return n + 1
 
 
 @outlined
-def ladder_level(feed: Any, change: Any, position: Any, depth: Any, out: Any, n: Any) -> Any:
+def _rare_change(feed: Any, change: Any, at: Any, levels: Any, depth: Any, out: Any, n: Any) -> Any:
+    """The changes of many levels at once, and what is none; as :func:`ladder_level`."""
+    e = out[np.uint64(n - 1)]
+    if e.side > np.uint8(1) or change > _REMOVE_TO or change < 0 or (change != _REMOVE_ALL and at >= np.uint64(levels)):
+        feed.malformed[BAD_FIELD] += _ONE
+        return n - 1
+    if change == _REMOVE_TO:
+        base = (np.int64(e.instrument) * 2 + np.int64(e.side)) * depth
+        return _remove_to(feed, base, levels, np.int64(at) + 1, out, n - 1)
+    clear_ladder(feed, e.instrument, e.side, depth)
+    e.kind, e.price, e.qty, e.aux = _CLEAR, np.int64(0), np.int64(0), np.int64(0)
+    return n
+
+
+@inlined
+def ladder_level(feed: Any, change: Any, position: Any, known: Any, depth: Any, out: Any, n: Any) -> Any:
     """Apply a change to the ladder of the LEVEL event at ``out[n - 1]`` and make that event what it means for a book by price.
 
     Args:
         change: :class:`Change`.
         position: of the level, from 1.
-        depth: levels that a ladder has room for; an instrument may have fewer (``feed.depths``).
+        known: levels that the venue shows of the instrument (``feed.depths``); 0: as many as a ladder has.
+        depth: levels that a ladder has room for.
 
     Returns:
         The new n: the event may have become several (at most `depth`), or none if it says nothing or is not possible.
     """
-    e = out[np.uint64(n - 1)]
-    levels = np.int64(feed.depths[e.instrument])
-    levels = levels if levels > 0 else depth
-    base = (np.int64(e.instrument) * 2 + np.int64(e.side)) * depth
-    at = np.int64(position) - 1
-    if e.side > np.uint8(1) or change > _REMOVE_TO or (change != _REMOVE_ALL and not 0 <= at < levels):
-        feed.malformed[BAD_FIELD] += _ONE
-        return n - 1
-    prices = feed.ladders
-    if change == _SET:
-        before = prices[base + at]
-        prices[base + at] = e.price
-        return _with_removal(before, before != _HOLE and before != e.price, out, n)
-    if change == _INSERT:
-        fallen = prices[base + levels - 1]
-        for i in range(levels - 1, at, -1):
-            prices[base + i] = prices[base + i - 1]
-        prices[base + at] = e.price
-        return _with_removal(fallen, fallen != _HOLE and fallen != e.price, out, n)
+    e, prices = out[np.uint64(n - 1)], feed.ladders
+    levels = known if known > 0 else np.int64(depth)
+    at = np.uint64(position) - _ONE
+    if e.side > np.uint8(1) or change > _REMOVE or change < 0 or at >= np.uint64(levels):
+        return _rare_change(feed, change, at, levels, depth, out, n)
+    base = (np.uint64(e.instrument) * np.uint64(2) + np.uint64(e.side)) * np.uint64(depth)
+    here, last = base + at, base + np.uint64(levels) - _ONE
+    price, gone = e.price, prices[here]
     if change == _REMOVE:
-        known = prices[base + at]
-        _removal(e, known if known != _HOLE else e.price)
-        for i in range(at, levels - 1):
-            prices[base + i] = prices[base + i + 1]
-        prices[base + levels - 1] = _HOLE
+        e.price, e.qty, e.aux = gone if gone != _HOLE else price, np.int64(0), np.int64(0)
+        for i in range(np.uint64(depth) - _ONE):  # all levels, whichever it is: a count that varies costs a misprediction
+            moves = (i >= at) & (base + i < last)
+            prices[base + i] = prices[base + i + _ONE] if moves else prices[base + i]
+        prices[last] = _HOLE
         return n
-    if change == _REMOVE_TO:
-        return _remove_to(feed, base, levels, at + 1, out, n - 1)
-    clear_ladder(feed, e.instrument, e.side, depth)
-    e.kind, e.price, e.qty, e.aux = _CLEAR, np.int64(0), np.int64(0), np.int64(0)
+    if change == _INSERT:
+        gone = prices[last]
+        for k in range(np.uint64(depth) - _ONE):
+            i = np.uint64(depth) - _ONE - k
+            moves = (i > at) & (base + i <= last)
+            prices[base + i] = prices[base + i - _ONE] if moves else prices[base + i]
+    prices[here] = price
+    if gone != _HOLE and gone != price:
+        return _with_removal(gone, out, n)
     return n
 
 

@@ -16,12 +16,25 @@ from typing import Any
 
 from tickmesh.node.event import PRICE_DECIMALS, Flag
 from tickmesh.node.protocol import (
-    EVENT_FIELDS, KINDS, NAMES, OF_INSTRUMENT, REQUIRED, SHIPPED, SYMBOL_BYTES_MAX, UNITS_NS, Field, MappingError, Problem, Spec,
-    SpecError, _Document, _tick_size, raw_value,
+    EVENT_FIELDS,
+    NAMES,
+    OF_INSTRUMENT,
+    REQUIRED,
+    SHIPPED,
+    SYMBOL_BYTES_MAX,
+    UNITS_NS,
+    Field,
+    MappingError,
+    Problem,
+    Spec,
+    SpecError,
+    _Document,
+    _tick_size,
+    raw_value,
 )  # fmt: skip
 from tickmesh.node.sbe_kernels import DEPTH_MAX, IMPLIED_SUFFIX, Change
+from tickmesh.node.sbe_schema import Composite, Data, Encoding, Enum, Leaf, Level, Message, Schema, Set, leaves, load_schema
 from tickmesh.node.sbe_schema import Field as SchemaField
-from tickmesh.node.sbe_schema import Composite, Data, Encoding, Enum, Group, Leaf, Level, Message, Schema, Set, leaves, load_schema
 
 WORDS: dict[str, int] = {**NAMES, **{change.name: int(change) for change in Change}, "OWN": 0, "IMPLIED": 1}
 """Words a map may give instead of a number: those of every spec file, changes of a ladder, and which book of an instrument."""
@@ -182,7 +195,8 @@ def _read(path: Path, schema: Schema | None) -> SbeSpec:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         known = ", ".join(_shipped())
-        reason = f"cannot be read ({error.__class__.__name__}); name a mapping file (.toml), or sbe:FILE.xml, or one of {known} with :FILE.xml"
+        what = f"name a mapping file (.toml), or sbe:FILE.xml, or one of {known} with :FILE.xml"
+        reason = f"cannot be read ({error.__class__.__name__}); {what}"
         raise SpecError([Problem(str(path), 0, "mapping", reason)]) from error
     doc = _Document(path, text)
     if schema is None:
@@ -220,7 +234,8 @@ class _MappingReader:
         doc, head = self.doc, self.head
         package = head.get("package")
         if package is not None and package != self.schema.package:
-            doc.fault(("protocol", "package"), f"this mapping is for schemas of package {package!r}; {self.schema.path} is {self.schema.package!r}")
+            other = f"{self.schema.path} is {self.schema.package!r}"
+            doc.fault(("protocol", "package"), f"this mapping is for schemas of package {package!r}; {other}")
         templates = self._templates()
         cases = [case for template in templates for case in template.cases]
         laddered = any("change" in case.values or case.kind == "depth" for case in cases)
@@ -270,7 +285,8 @@ class _MappingReader:
             matching = [message for message in self.schema.messages if fnmatch.fnmatchcase(message.name, str(pattern))]
             if not matching and not self.doc.truth(table, (*where, "optional"), False):
                 names = ", ".join(message.name for message in self.schema.messages[:40])
-                self.doc.fault((*where, "template"), f"the schema has no message {pattern!r} (say optional = true if it may lack it); it has {names}")
+                reason = f"the schema has no message {pattern!r} (say optional = true if it may lack it); it has {names}"
+                self.doc.fault((*where, "template"), reason)
             found += [message for message in matching if message not in found]
         return found
 
@@ -391,8 +407,9 @@ class _CaseReader:
             field = dataclasses.replace(field, null=int(extra["null"]))
         if "map" in extra:
             mapped, default = self._map(key, extra["map"], leaf)
-            unsigned = {"signed": False, "type": "u8"} if field.size == 1 else {}  # a table is looked up by the byte
-            field = dataclasses.replace(field, map=mapped, map_default=default, **unsigned)
+            field = dataclasses.replace(field, map=mapped, map_default=default)
+            if field.size == 1:  # a table is looked up by the byte
+                field = dataclasses.replace(field, type="u8", signed=False)
         return Source(depth, field, leaf, leaf.since > level.since)
 
     def _decimal(
@@ -411,7 +428,8 @@ class _CaseReader:
             return None
         found = self._plain(key, name, depth, level, _nullable(mantissa, optional), {})
         if found is None or exponent.constant is not None:
-            return found and dataclasses.replace(found, exponent=int(exponent.constant or 0) if not isinstance(exponent.constant, bytes) else 0)
+            fixed = exponent.constant
+            return found and dataclasses.replace(found, exponent=fixed if isinstance(fixed, int) else 0)
         return dataclasses.replace(found, exponent=self._plain(key, name, depth, level, exponent, {}))
 
     def _is_optional(self, level: Level, name: str) -> bool:
@@ -455,7 +473,8 @@ class _CaseReader:
         if isinstance(raw, int):
             return raw
         if isinstance(raw, dict) and set(raw) == {"constant"}:
-            value = WORDS.get(raw["constant"], raw_value(raw["constant"], 8)) if isinstance(raw["constant"], (str, int)) else None
+            given = raw["constant"]
+            value = WORDS[given] if isinstance(given, str) and given in WORDS else raw_value(given, 8)
             if value is None:
                 self.fault(target, f"{raw['constant']!r} is not a value: a number, one character, or one of {', '.join(WORDS)}")
             return value
@@ -468,7 +487,8 @@ class _CaseReader:
             self.doc.only(raw, (*self.key, target), ("field", "map", "decimals", "null"))
             found = self.source(target, raw["field"], {k: v for k, v in raw.items() if k != "field"})
         else:
-            self.fault(target, "must be a field's name, a number, { field = ..., map = ... }, { mantissa = ..., exponent = ... } or { constant = ... }")
+            forms = "{ field = ..., map = ... }, { mantissa = ..., exponent = ... } or { constant = ... }"
+            self.fault(target, f"must be a field's name, a number, {forms}")
             return None
         return self._fitting(target, found) if found else None
 
@@ -491,7 +511,8 @@ class _CaseReader:
             self.fault(target, f"field {found.leaf.path!r} needs `decimals` or an exponent: a price is scaled to 1e-9")
         if found.exponent is None:
             return found
-        digits = PRICE_DECIMALS if target in ("price", "tick_size") or (target == "aux" and self.raw.get("kind") == "quote") else self.reader.qty_exponent
+        is_price = target in ("price", "tick_size") or (target == "aux" and self.raw.get("kind") in ("quote", "imbalance"))
+        digits = PRICE_DECIMALS if is_price else self.reader.qty_exponent
         if isinstance(found.exponent, int) and digits == PRICE_DECIMALS and -PRICE_DECIMALS <= found.exponent <= 0 and field.size > 1:
             return dataclasses.replace(found, field=dataclasses.replace(field, decimals=-found.exponent), exponent=None)
         return dataclasses.replace(found, digits=digits)
@@ -636,7 +657,7 @@ def _nullable(leaf: Leaf, optional: bool) -> Leaf:
     return dataclasses.replace(leaf, null=null)
 
 
-_CODES = {"char": "char", "uint8": "u8", "uint16": "u16", "uint32": "u32", "uint64": "u64", "int8": "i8", "int16": "i16", "int32": "i32", "int64": "i64"}
+_CODES = {"char": "char", **{f"uint{8 * n}": f"u{8 * n}" for n in (1, 2, 4, 8)}, **{f"int{8 * n}": f"i{8 * n}" for n in (1, 2, 4, 8)}}
 
 
 def leaf_field(leaf: Leaf, big: bool) -> Field | None:
@@ -680,6 +701,3 @@ def select_sbe(spec: SbeSpec, fields: Mapping[str, str] | Sequence[str], message
 def _counted_only(template: Template) -> Template:
     """The message without events, but for what others need: directories and depths."""
     return dataclasses.replace(template, cases=tuple(case for case in template.cases if case.kind in ("reference", "depth")))
-
-
-__all__ = ["KINDS", "MORE_KINDS", "Condition", "FlagTest", "Group", "SbeCase", "SbeSpec", "Source", "Template", "Text", "leaf_field", "load_sbe", "select_sbe"]

@@ -20,6 +20,8 @@ from tickmesh.node.protocol import Problem, SpecError
 
 SCHEMA_BYTES_MAX = 16 << 20
 _INCLUDES_MAX, _DEPTH_MAX, _ELEMENTS_MAX, _ARRAY_MAX = 16, 16, 1 << 18, 65535
+_HEADER_MAX = 56
+"""Bytes of a header: decoders may read as far beyond a message's end before they know that it ends."""
 
 
 class SchemaError(SpecError):
@@ -89,7 +91,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Enum:
-    """An enumeration: `values` by name, `null` stands for "none"."""
+    """An enumeration: `values` by name, `null` stands for "none"; it may be null wherever it is used if its encoding may (`optional`)."""
 
     name: str
     primitive: Primitive
@@ -97,6 +99,7 @@ class Enum:
     null: int
     since: int = 0
     deprecated: int | None = None
+    optional: bool = False
 
     @property
     def size(self) -> int:
@@ -286,7 +289,7 @@ def _leaves_of(path: str, offset: int, type: Type, optional: bool, since: int, c
         return
     null: int | float | None = None
     if isinstance(type, Enum):
-        null = type.null if optional else None
+        null = type.null if optional or type.optional else None
     elif isinstance(type, Encoding):
         constant = type.constant if constant is None else constant
         if optional or type.presence == "optional":
@@ -636,7 +639,7 @@ class _Reader:
         null: Value | None = self.literal(element, where, raw, primitive) if raw else (named.null if named else None)
         default = primitive.null if primitive.null is not None else 0
         return Enum(element.attributes.get("name", ""), primitive, values, default if null is None else int(null),
-                    self.since(element, where), self.deprecated(element, where))  # fmt: skip
+                    self.since(element, where), self.deprecated(element, where), bool(named and named.presence == "optional"))  # fmt: skip
 
     def _set(self, element: _Element, where: str) -> Set:
         primitive, _ = self._primitive(element, where, "encodingType")
@@ -682,7 +685,8 @@ class _Reader:
                 self.fault(child, inside, "there is a part of this name already")
             members.append(Member(name, offset, found, self.since(child, inside), self.deprecated(child, inside)))
             at = offset + size if size else at
-        return Composite(element.attributes.get("name", ""), tuple(members), at, self.since(element, where), self.deprecated(element, where))
+        since, deprecated = self.since(element, where), self.deprecated(element, where)
+        return Composite(element.attributes.get("name", ""), tuple(members), at, since, deprecated)
 
     def _place(self, element: _Element, where: str, at: int) -> int:
         """Offset of what follows byte `at`: the explicit one, or at once."""
@@ -696,9 +700,9 @@ class _Reader:
 
     def message(self, element: _Element) -> Message:
         where = f"message {self.name(element, 'message')}"
-        id, since = self.number(element, where, "id", 0, 65535), self.since(element, where)
+        template, since = self.number(element, where, "id", 0, 65535), self.since(element, where)
         parts = self._level(element, where, 0, since)
-        return Message(element.attributes.get("name", ""), id, *parts, since, self.deprecated(element, where), element.line,
+        return Message(element.attributes.get("name", ""), template, *parts, since, self.deprecated(element, where), element.line,
                        element.attributes.get("semanticType"))  # fmt: skip
 
     def _level(
@@ -754,14 +758,19 @@ class _Reader:
         return Field(element.attributes.get("name", ""), self.number(element, where, "id", 0, (1 << 32) - 1), found, offset, presence,
                      max(since, self.since(element, where)), self.deprecated(element, where), constant)  # fmt: skip
 
-    def _header_parts(self, element: _Element, where: str, key: str, default: str, names: tuple[str, str]) -> tuple[Composite, Member] | None:
+    def _header_parts(
+        self, element: _Element, where: str, key: str, default: str, names: tuple[str, str]
+    ) -> tuple[Composite, Member] | None:  # fmt: skip
         """The composite before a group or data, and its first named part, checked."""
         name = element.attributes.get(key, default)
         found = self.type_named(name, element, where) if name in self._elements else None
         parts = [found.member(part) for part in names] if isinstance(found, Composite) else [None]
         if not isinstance(found, Composite) or parts[0] is None or None in parts or not _is_unsigned(parts[0].type, 4):
-            self.fault(element, where, f"{key} {name!r} is not a composite with an unsigned {names[0]!r} (at most 32 bits) and {names[1]!r}")
+            wanted = f"an unsigned {names[0]!r} (at most 32 bits) and {names[1]!r}"
+            self.fault(element, where, f"{key} {name!r} is not a composite with {wanted}")
             return None
+        if found.size > _HEADER_MAX:
+            self.fault(element, where, f"{key} {name!r} is longer than {_HEADER_MAX} bytes")
         return found, parts[0]
 
     def _group(self, element: _Element, where: str, depth: int, since: int) -> Group | None:
@@ -792,12 +801,13 @@ class _Reader:
         size = blob.offset
         if header[1].offset + header[1].type.size > size:
             self.fault(element, where, f"length of {header[0].name!r} must stand before varData")
+        since, deprecated = max(since, self.since(element, where)), self.deprecated(element, where)
         return Data(element.attributes.get("name", ""), self.number(element, where, "id", 0, (1 << 32) - 1), size, header[1],
-                    _most(header[1].type), blob.type.text, max(since, self.since(element, where)), self.deprecated(element, where))  # fmt: skip
+                    _most(header[1].type), blob.type.text, since, deprecated)  # fmt: skip
 
 
 def _is_unsigned(type: Type, size_max: int) -> bool:
-    return isinstance(type, Encoding) and type.length == 1 and not type.primitive.signed and type.size and type.size <= size_max or False
+    return isinstance(type, Encoding) and type.length == 1 and not type.primitive.signed and 0 < type.size <= size_max
 
 
 def _as_number(value: Value | None) -> int | float | None:

@@ -138,6 +138,10 @@ BENCHES = (
         "replication", "a journal to a standby over TCP, against a plain copy of the same bytes", "tickmesh.ops.bench_replication",
         "bench_replication", _given_rows, {"events": 300_000, "trips": 300, "repeats": 1},
     ),
+    Bench(
+        "sbe", "messages of an SBE schema to 64-byte events, against C++ by hand", "tickmesh.ops.bench_sbe", "bench_sbe", _given_rows,
+        {"messages": 50_000, "repeats": 3},
+    ),
 )  # fmt: skip
 
 

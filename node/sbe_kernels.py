@@ -294,9 +294,9 @@ def ladder_level(feed: Any, change: Any, position: Any, known: Any, depth: Any, 
     if change == _INSERT:
         gone = prices[last]
         for k in range(np.uint64(depth) - _ONE):
-            i = np.uint64(depth) - _ONE - k
-            moves = (i > at) & (base + i <= last)
-            prices[base + i] = prices[base + i - _ONE] if moves else prices[base + i]
+            below = np.uint64(depth) - _ONE - k
+            moves = (below > at) & (base + below <= last)
+            prices[base + below] = prices[base + below - _ONE] if moves else prices[base + below]
     prices[here] = price
     if gone != _HOLE and gone != price:
         return _with_removal(gone, out, n)

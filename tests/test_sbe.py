@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import sbe_twin
 from bounds import with_bounds_checks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nodes import free_endpoints, until
 from test_decoder import DATA, captured, image
 
 from tickmesh.control.config import parse_config
@@ -22,11 +24,14 @@ from tickmesh.node import decoder as D
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_PRICE, REFERENCE, Flag, Kind
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.protocol import SpecError, load_framing, load_spec
+from tickmesh.node.receivers import MulticastReceiver, ReceiverContext
 from tickmesh.node.replay import replay
 from tickmesh.node.sbe_encoder import EncodeError, Encoder, Failure, block_dtype
 from tickmesh.node.sbe_mapping import SbeSpec
 from tickmesh.node.sbe_schema import Composite, Enum, Level, Schema, SchemaError, Set, leaves, load_schema
 from tickmesh.transports.capture import PACKET
+from tickmesh.transports.ring import Ring
+from tickmesh.transports.toolbox import IDLE_SLEEP
 
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus" / "sbe"
@@ -481,6 +486,54 @@ def test_implied_levels_are_a_book_of_their_own() -> None:
     assert {table.symbol(i): int(table.record(i)["tick_size"]) for i in range(4)} == {
         "#5": 5 * 10**8, "#5.I": 5 * 10**8, "WIDGET": 25 * 10**7, "WIDGET.I": 25 * 10**7}  # fmt: skip
     compare([book, listing, book])
+
+
+# ---------------------------------------------------------------- live
+
+
+def test_two_live_lines_with_a_lost_packet() -> None:
+    """Line A loses packet 3 and B packet 5: nothing is missing; both lose 7: a gap, then what follows."""
+    _, _, encoder = trial()
+    endpoints = free_endpoints()
+    text = f"""
+[cluster]
+name = "t"
+[data_sources.trial]
+type = "multicast"
+endpoint = "{endpoints[0]}"
+endpoint_b = "{endpoints[1]}"
+interface = "lo"
+data_format = "{HERE / "sbe_trial.toml"}"
+framing = "cme_mdp3"
+gap_wait_ms = 50.0
+"""
+    options = parse_config(text).data_sources["trial"]
+    ring = Ring.create(None, 1 << 10, EVENT, mode="lossy")
+    events = ring.reader("test")
+    receiver = MulticastReceiver("trial", options, ReceiverContext(InstrumentTable(64), [ring], 0, IDLE_SLEEP))
+    try:
+        receiver.start()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
+            for number in range(1, 10):
+                levels = [level_of("set", 1, 100 + number, number)]
+                message = encoder.encode("Book", {"at": {"time": number}, "instrument": 5, "levels": levels})
+                packet = struct.pack("<IQH", number, 0, len(message) + 2) + message
+                for line, lost in enumerate(((3, 7), (5, 7))):
+                    if number not in lost:
+                        address, port = endpoints[line].removeprefix("udp://").split(":")
+                        sender.sendto(packet, (address, int(port)))
+        got: list[Any] = []
+        until(lambda: got.extend(events.read().view(EVENT)) or any(e["seq"] == 9 for e in got), "the last packet's events")
+        counted = receiver.counters()
+    finally:
+        receiver.ask_stop()
+        assert receiver.join(10)
+        receiver.close()
+    sets = [int(e["seq"]) for e in got if e["kind"] == Kind.LEVEL and e["qty"]]
+    assert sets == [1, 2, 3, 4, 5, 6, 8, 9]
+    assert [(int(e["id"]), int(e["aux"])) for e in got if e["kind"] == Kind.GAP] == [(7, 7)]
+    assert (counted["gaps"], counted["missing"], counted["malformed"]) == (1, 1, 0)
 
 
 # ---------------------------------------------------------------- mappings

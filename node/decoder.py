@@ -31,7 +31,8 @@ from tickmesh.node.event import NO_PRICE, NO_SIDE
 from tickmesh.node.feed import REASONS, Feed
 from tickmesh.node.instruments import FILTERED, InstrumentTable
 from tickmesh.node.layout import NEVER, Column, Layout, common_layout
-from tickmesh.node.protocol import KINDS, Case, Field, FlagRule, Framing, Message, Spec, fields_of
+from tickmesh.node.protocol import KINDS, Case, Field, FlagRule, Framing, MappingError, Message, Spec, fields_of
+from tickmesh.node.sbe_mapping import SbeSpec, select_sbe
 from tickmesh.transports.codecache import import_generated, load_generated, write_generated
 
 RESERVE = 2
@@ -45,18 +46,6 @@ class Decoder(Protocol):
     decode_stream: Callable[..., tuple[int, int]]
     decode_packets: Callable[..., tuple[int, int]]
     decode_flush: Callable[..., int]
-
-
-class MappingError(Exception):
-    """A source's `fields` or `messages` do not fit its protocol.
-
-    Attributes:
-        problems: what does not fit, one line each.
-    """
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
 
 
 def load_decoder(
@@ -103,6 +92,8 @@ _ALWAYS = ("symbol", "instrument", "timestamp", "ts_event", "ts_recv", "seq", "k
 
 def select(spec: Spec, fields: Mapping[str, str] | Sequence[str], messages: Iterable[str]) -> Spec:
     """The spec as a source wants it: see :func:`load_decoder`."""
+    if isinstance(spec, SbeSpec):
+        return select_sbe(spec, fields, messages)
     problems: list[str] = []
     wanted = set(messages)
     known = ", ".join(m.name for m in spec.messages)
@@ -181,7 +172,7 @@ def make_feed(
         start_sequence: first sequence expected; 0 takes the first that comes.
         restart_distance: see :mod:`tickmesh.node.arbiter`; only for framings without a session id.
     """
-    size = next((m.fields[spec.code].size for m in spec.messages if spec.code in m.fields), 0) if spec.code else 0
+    size = spec.code_bytes
     packets = framing is not None and framing.packets
     return feed.make_arrays(
         instruments.arrays,
@@ -193,18 +184,14 @@ def make_feed(
         midnight_ns=midnight_ns,
         tick_size=spec.tick_size,
         qty_exponent=spec.qty_exponent,
-        rebind=_rebinds(spec),
+        rebind=spec.rebinds,
+        ladder_levels=spec.ladder_levels,
         gap_wait_ns=gap_wait_ns,
         hold_packets=hold_packets if packets else 0,
         hold_bytes=hold_bytes if packets else 0,
         start_sequence=start_sequence,
         restart_distance=0 if framing is None or framing.session else restart_distance,
     )
-
-
-def _rebinds(spec: Spec) -> bool:
-    """Whether a message other than a directory carries the symbol's text beside the code."""
-    return bool(spec.code) and any(spec.symbol in m.fields and any(c.kind != "reference" for c in m.cases) for m in spec.messages)
 
 
 def message_counts(state: Feed, spec: Spec) -> dict[str, int]:
@@ -336,7 +323,7 @@ def decoder_source(spec: Spec, framing: Framing) -> str:
     out = _Source()
     out(f'"""Decoder of {spec.title} in {framing.title}: generated from {spec.name}.toml and {framing.name}."""')
     out(_IMPORTS.strip("\n").format(no_price=NO_PRICE, bad=_BAD))
-    writer = _DecoderWriter(spec, framing, out)
+    writer = _writer(spec, framing, out)
     writer.tables()
     writer.total()
     writer.messages()
@@ -346,6 +333,14 @@ def decoder_source(spec: Spec, framing: Framing) -> str:
         writer.stream()
     writer.warm()
     return "\n".join(out.lines) + "\n"
+
+
+def _writer(spec: Spec, framing: Framing, out: _Source) -> _DecoderWriter:
+    if isinstance(spec, SbeSpec):
+        from tickmesh.node.sbe_decoder import SbeDecoderWriter  # the part of this generator that schemas need, which needs the rest
+
+        return SbeDecoderWriter(spec, framing, out)
+    return _DecoderWriter(spec, framing, out)
 
 
 def _load(field: Field, base: str) -> str:
@@ -412,7 +407,9 @@ def _cells(layout: Layout) -> dict[str, list[int]]:
 
 
 class _DecoderWriter:
-    """Writes the functions of one decoder module."""
+    """Writes the functions of one decoder module. `reserve`: the events that a decoder must have room for to go on."""
+
+    reserve = RESERVE
 
     def __init__(self, spec: Spec, framing: Framing, out: _Source) -> None:
         self.spec, self.framing, self.out = spec, framing, out
@@ -469,7 +466,7 @@ class _DecoderWriter:
         out("\n@inlined\ndef _decode(buf, pos, end, left, seq, ts_recv, feed, out, n):")
         out.indent()
         out('"""Decode up to `left` messages; returns (pos, left, seq, n) where it stopped."""')
-        out(f"room = np.int64(out.size) - {RESERVE}\ncodes, counts, malformed = feed.codes, feed.counts, feed.malformed")
+        out(f"room = np.int64(out.size) - {self.reserve}\ncodes, counts, malformed = feed.codes, feed.counts, feed.malformed")
         if not self.spec.code:
             out("source = np.uint32(feed.state[SOURCE])")
         if self.spec.timestamp_since != "epoch":
@@ -806,15 +803,19 @@ class _DecoderWriter:
     def packets(self) -> None:
         fr, prefix = self.framing, self.framing.length.offset + self.framing.length.size
         least = max(fr.length_unit, prefix)
-        self.out(_CURRENT.format(prefix=prefix, least=least, reserve=RESERVE, offset=fr.message_offset))
+        current = _CURRENT_PACKET if fr.by_packet else _CURRENT
+        self.out(current.format(prefix=prefix, least=least, reserve=self.reserve, offset=fr.message_offset))
         self._accept()
-        self.out(_PACKETS.format(reserve=RESERVE))
+        self.out(_PACKETS.format(reserve=self.reserve, cleared=self.on_clear()))
+
+    def on_clear(self) -> str:
+        """What else is to be forgotten when the venue begins a new session: a statement, or nothing."""
+        return ""
 
     def _accept(self) -> None:
         """``_accept``: read one packet's header and act on the arbiter's verdict; returns whether the packet is done with."""
         fr, out = self.framing, self.out
         assert fr.sequence is not None
-        assert fr.count is not None
         out("\n@inlined\ndef _accept(buf, packet, feed):")
         out.indent()
         out('"""Read a packet\'s header and act on the arbiter\'s verdict; true if the packet is done with."""')
@@ -823,23 +824,27 @@ class _DecoderWriter:
         )
         out("s[A.NOW] = max(s[A.NOW], packet.ts_recv)")
         short = "feed.malformed[SHORT_PACKET] += _ONE\n    return True"
-        heart = fr.heartbeat_when
+        heart, later = fr.heartbeat_when, fr.heartbeat_sequence
         least = fr.header_bytes
-        if heart:
+        if heart and not fr.by_packet:
             least = max(f.offset + f.size for f in (heart[0], fr.sequence, *fr.session))
         out(f"if size < {least} or p + size > np.int64(buf.size):\n    {short}")
         out("count = np.int64(0)")
         if heart:
-            out(f"if not ({_equals(_load(heart[0], 'p'), heart[0], heart[1])}):")
+            reach = max(f.offset + f.size for f in (heart[0], later or heart[0]))
+            whole = f"size >= {reach} and " if reach > least else ""
+            out(f"beats = {whole}({_equals(_load(heart[0], 'p'), heart[0], heart[1])})\nif not beats:")
             out.indent()
         if fr.data_when:
             out(f"if not ({_equals(_load(fr.data_when[0], 'p'), fr.data_when[0], fr.data_when[1])}):\n    return True")
         if heart:
             out(f"if size < {fr.header_bytes}:\n    {short}")
-        out(f"count = np.int64({_load(fr.count, 'p')})")
+        out(f"count = np.int64({_load(fr.count, 'p')})" if fr.count else "count = np.int64(1)  # the sequence counts packets")
         if heart:
             out.indent(-1)
         out(f"seq = np.int64({_load(fr.sequence, 'p')})")
+        if later:
+            out(f"if beats:\n    seq = np.int64({_load(later, 'p')})")
         if fr.end_count is not None:
             out(f"ended = count == {fr.end_count}\nif ended:\n    count = np.int64(0)")
         if fr.unsequenced is not None:
@@ -942,6 +947,28 @@ def _go_on(buf, ts_recv, line, feed, out, n):
     return n
 '''
 
+_CURRENT_PACKET = '''
+
+@inlined
+def _go_on(buf, ts_recv, line, feed, out, n):
+    """Decode on in the current packet, which has one sequence; returns n. Nothing is current afterwards, unless `out` was full."""
+    s = feed.arbiter.state
+    seq, end, most = s[A.CURRENT_SEQ], s[A.CURRENT_END], np.int64(1 << 62)
+    pos, left, last, n = _decode(buf, s[A.CURRENT_POS], end, most, seq, ts_recv, feed, out, n)
+    feed.arbiter.lines[line, A.LINE_MESSAGES] += np.uint64(most - left)
+    if n > np.int64(out.size) - {reserve} and pos < end:
+        s[A.CURRENT_POS] = pos
+        return n
+    if s[A.CURRENT] == A.FROM_UNSEQUENCED:
+        feed.state[NEXT_SEQ] = seq + 1
+    elif seq + 1 > s[A.EXPECTED]:
+        s[A.EXPECTED] = seq + 1
+    if pos < end:
+        feed.malformed[LENGTH_PAST_END if pos + {prefix} <= end else TRUNCATED] += _ONE
+    s[A.CURRENT] = A.NOTHING_CURRENT
+    return n
+'''
+
 _PACKETS = '''
 
 @outlined
@@ -967,7 +994,7 @@ def packet_events(buf, packets, first, count, feed, out):
         elif step == A.EMIT_GAP:
             n = emit_gap(arb, out, n)
         elif step == A.EMIT_CLEAR:
-            n = emit_clear(arb, out, n)
+            n = emit_clear(arb, out, n){cleared}
         elif i >= count:
             break
         else:

@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 
 from tickmesh.node.arbiter import make_arbiter
-from tickmesh.node.event import NO_INSTRUMENT, Kind
+from tickmesh.node.event import EVENT, NO_INSTRUMENT, NO_PRICE, Kind
 from tickmesh.node.instruments import FILTERED, code_words, intern
 from tickmesh.transports.toolbox import inlined, outlined, quick
 
-Feed = namedtuple("Feed", "instruments codes code_keys state counts malformed arbiter")
+Feed = namedtuple("Feed", "instruments codes code_keys state counts malformed arbiter ladders depths held")
 """`instruments` see :class:`tickmesh.node.instruments.Instruments`; `codes` u32: numeric code -> instrument (direct, or by the hash of
 `code_keys` u64); `state` i64; `counts` u64, one per name in ``spec.counters``; `malformed` u64, one per name in :data:`REASONS`;
-`arbiter` see :mod:`tickmesh.node.arbiter`."""
+`arbiter` see :mod:`tickmesh.node.arbiter`; `ladders` i64, `depths` i64 by instrument, `held` EVENT[1]: see
+:mod:`tickmesh.node.sbe_kernels`."""
 
 NEXT_SEQ, MIDNIGHT_NS, TIME_BASE_NS, SOURCE, TICK_SIZE, QTY_EXPONENT, FILTERED_MESSAGES, ENDS, MESSAGES, STARTED, CODES, REBIND = range(12)
 """Indices of ``Feed.state``. REBIND is 1 where a message's symbol text may later name an instrument known by its code only."""
@@ -27,11 +28,12 @@ STATE_WORDS = 16
 
 REASONS = (
     "truncated", "zero_length", "length_past_end", "bad_length", "unknown_message", "bad_field", "price_overflow",
-    "unknown_instrument", "symbol_table_full", "short_packet", "trailing_bytes", "bad_sequence", "bad_preamble",
+    "unknown_instrument", "symbol_table_full", "short_packet", "trailing_bytes", "bad_sequence", "bad_preamble", "bad_group",
+    "other_schema", "bad_encoding",
 )  # fmt: skip
 (
     TRUNCATED, ZERO_LENGTH, LENGTH_PAST_END, BAD_LENGTH, UNKNOWN_MESSAGE, BAD_FIELD, PRICE_OVERFLOW,
-    UNKNOWN_INSTRUMENT, SYMBOL_TABLE_FULL, SHORT_PACKET, TRAILING_BYTES, BAD_SEQUENCE, BAD_PREAMBLE,
+    UNKNOWN_INSTRUMENT, SYMBOL_TABLE_FULL, SHORT_PACKET, TRAILING_BYTES, BAD_SEQUENCE, BAD_PREAMBLE, BAD_GROUP, OTHER_SCHEMA, BAD_ENCODING,
 ) = range(len(REASONS))  # fmt: skip
 
 RESOLVED_BELOW = np.uint32(1 << 31)
@@ -48,9 +50,12 @@ _REFERENCE = np.uint8(Kind.REFERENCE)
 def make_arrays(
     instruments: Any, *, source: int, counters: int, direct_codes: int, hashed_codes: int, header_bytes: int = 0, midnight_ns: int = 0,
     tick_size: int = 10_000_000, qty_exponent: int = 0, rebind: bool = False, gap_wait_ns: int = 0, hold_packets: int = 0,
-    hold_bytes: int = 0, start_sequence: int = 0, restart_distance: int = 0,
+    hold_bytes: int = 0, start_sequence: int = 0, restart_distance: int = 0, ladder_levels: int = 0,
 ) -> Feed:  # fmt: skip
-    """A feed's arrays; `direct_codes` entries by code, or `hashed_codes` (a power of two) entries by hash, or neither."""
+    """A feed's arrays; `direct_codes` entries by code, or `hashed_codes` (a power of two) entries by hash, or neither.
+
+    `ladder_levels` > 0: ladders of so many levels for every instrument.
+    """
     state = np.zeros(STATE_WORDS, np.int64)
     state[NEXT_SEQ], state[MIDNIGHT_NS], state[TIME_BASE_NS], state[SOURCE] = 1, midnight_ns, midnight_ns, source
     state[TICK_SIZE], state[QTY_EXPONENT], state[REBIND] = tick_size, qty_exponent, rebind
@@ -60,7 +65,11 @@ def make_arrays(
     )  # fmt: skip
     codes = np.full(max(1, direct_codes, hashed_codes), UNBOUND, np.uint32)
     keys = np.zeros(max(1, hashed_codes), np.uint64)
-    return Feed(instruments, codes, keys, state, np.zeros(max(1, counters), np.uint64), np.zeros(len(REASONS), np.uint64), arbiter)
+    with_ladder = instruments.records.size if ladder_levels else 1
+    ladders = np.full(2 * with_ladder * max(1, ladder_levels), NO_PRICE, np.int64)
+    depths, held = np.zeros(with_ladder, np.int64), np.zeros(1, EVENT)
+    counts, refused = np.zeros(max(1, counters), np.uint64), np.zeros(len(REASONS), np.uint64)
+    return Feed(instruments, codes, keys, state, counts, refused, arbiter, ladders, depths, held)
 
 
 @inlined

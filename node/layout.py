@@ -67,6 +67,8 @@ class Layout:
 
 def common_layout(spec: Spec) -> Layout | None:
     """The layout of a protocol's common messages: those that look like the first one; None if there are fewer than two."""
+    if not spec.messages:  # laid out by an SBE schema
+        return None
     first = spec.messages[0]
     keys = {tuple(case.when) for case in first.cases}
     of_cases = len(first.cases) > 1 and len(keys) == 1 and len(first.cases[0].when) == 1

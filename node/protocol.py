@@ -67,6 +67,18 @@ class SpecError(Exception):
         self.problems = problems
 
 
+class MappingError(Exception):
+    """A source's `fields` or `messages` do not fit its protocol.
+
+    Attributes:
+        problems: what does not fit, one line each.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
 # ---------------------------------------------------------------- what a checked spec is
 
 
@@ -148,6 +160,21 @@ class Spec:
     def counters(self) -> list[str]:
         return [m.name if len(m.cases) == 1 else f"{m.name}.{c.name}" for m in self.messages for c in m.cases]
 
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the numeric code that names an instrument; 0: there is none."""
+        return next((m.fields[self.code].size for m in self.messages if self.code in m.fields), 0) if self.code else 0
+
+    @property
+    def rebinds(self) -> bool:
+        """Whether a message other than a directory carries the symbol's text beside the code."""
+        return bool(self.code) and any(self.symbol in m.fields and any(c.kind != "reference" for c in m.cases) for m in self.messages)
+
+    @property
+    def ladder_levels(self) -> int:
+        """Levels of a ladder where the venue's books go by position, else 0."""
+        return 0
+
 
 @dataclass(frozen=True)
 class Framing:
@@ -173,6 +200,9 @@ class Framing:
     unsequenced: int | None = None
     data_when: tuple[Field, tuple[int, ...]] | None = None
     heartbeat_when: tuple[Field, tuple[int, ...]] | None = None
+    heartbeat_sequence: Field | None = None
+    by_packet: bool = False
+    encoding: tuple[Field, tuple[int, ...]] | None = None
 
 
 # ---------------------------------------------------------------- where a key stands in the file
@@ -376,12 +406,29 @@ def raw_value(value: Any, size: int) -> int | None:
 _TOP = ("protocol", "timestamp", "instrument", "maps", "fields", "messages")
 
 
+def is_sbe(name: str | Path) -> bool:
+    """Whether a protocol's messages are laid out by an SBE schema: ``MAPPING:FILE.xml``, or a spec file that names a ``schema``."""
+    if ":" in str(name) and str(name).endswith(".xml"):
+        return True
+    if Path(name).suffix != ".toml":
+        return False
+    try:
+        head = tomllib.loads(Path(name).read_text(encoding="utf-8")).get("protocol")
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        return False  # said better by whoever reads it as a spec
+    return isinstance(head, dict) and ("schema" in head or "package" in head)
+
+
 def load_spec(name: str | Path) -> Spec:
     """Read and check a protocol: a shipped one by name (``"itch50"``) or a ``.toml`` file by path.
 
     Raises:
         SpecError: with every fault of the file.
     """
+    if is_sbe(name):
+        from tickmesh.node.sbe_mapping import load_sbe  # which reads its mapping with what this module has
+
+        return load_sbe(name)
     doc = _document(name, "")
     root = doc.root
     doc.only(root, (), _TOP)
@@ -626,7 +673,8 @@ def load_framing(name: str | Path) -> Framing:
     head = doc.table(doc.root, ("framing",), ("name", "title", "byte_order", "carries"), required=True)
     order = doc.text(head, ("framing", "byte_order"), ("big", "little"))
     packets = doc.text(head, ("framing", "carries"), ("packets", "stream")) == "packets"
-    body = doc.table(doc.root, ("message",), ("length", "length_unit", "length_includes_itself", "offset", "zero_length"), required=True)
+    keys = ("length", "length_unit", "length_includes_itself", "offset", "zero_length", "encoding")
+    body = doc.table(doc.root, ("message",), keys, required=True)
     length = _number_field(doc, ("message", "length"), body.get("length"), order)
     framing = Framing(
         name=doc.text(head, ("framing", "name")),
@@ -638,6 +686,7 @@ def load_framing(name: str | Path) -> Framing:
         length_includes_itself=doc.truth(body, ("message", "length_includes_itself"), False),
         message_offset=doc.number(body, ("message", "offset"), 0, 64),
         zero_length_is_end=doc.text(body, ("message", "zero_length"), ("malformed", "end"), "malformed") == "end",
+        encoding=_packet_rule(doc, ("message", "encoding"), body, order, 64) if "encoding" in body else None,
         **_preamble(doc, order),
         **(_packet(doc, order) if packets else {}),
     )
@@ -668,11 +717,17 @@ def _preamble(doc: _Document, order: str) -> dict[str, Any]:
 
 
 def _packet(doc: _Document, order: str) -> dict[str, Any]:
-    keys = ("header_bytes", "sequence", "count", "session", "end_count", "unsequenced", "data_when", "heartbeat_when")
+    keys = (
+        "header_bytes", "sequence", "sequence_of", "count", "session", "end_count", "unsequenced", "data_when", "heartbeat_when",
+        "heartbeat_sequence",
+    )  # fmt: skip
     table = doc.table(doc.root, ("packet",), keys, required=True)
+    by_packet = doc.text(table, ("packet", "sequence_of"), ("messages", "packets"), "messages") == "packets"
     header = doc.number(table, ("packet", "header_bytes"), 1, 1024)
     sequence = _number_field(doc, ("packet", "sequence"), table.get("sequence"), order)
-    count = _number_field(doc, ("packet", "count"), table.get("count"), order)
+    count = None if by_packet else _number_field(doc, ("packet", "count"), table.get("count"), order)
+    if by_packet and {"count", "end_count"} & table.keys():
+        doc.fault(("packet", "count"), "has no meaning where packets are counted (sequence_of): a packet's messages go on to its end")
     session: list[Field] = []
     listed = table.get("session", [])
     for number, raw in enumerate(listed if isinstance(listed, list) else [listed]):
@@ -685,12 +740,15 @@ def _packet(doc: _Document, order: str) -> dict[str, Any]:
         if found and found.offset + found.size > header:
             doc.fault(("packet", name), f"ends at byte {found.offset + found.size}, beyond the header's {header}")
     result: dict[str, Any] = {"header_bytes": header, "sequence": sequence, "count": count, "session": tuple(session)}
+    result["by_packet"] = by_packet
+    if "heartbeat_sequence" in table:
+        result["heartbeat_sequence"] = _number_field(doc, ("packet", "heartbeat_sequence"), table["heartbeat_sequence"], order)
     for name in ("end_count", "unsequenced"):
         if name in table:
             result[name] = doc.number(table, ("packet", name), 0, (1 << 63) - 1)
     for name in ("data_when", "heartbeat_when"):
         if name in table:
-            result[name] = _packet_rule(doc, ("packet", name), table, order, header)
+            result[name] = _packet_rule(doc, ("packet", name), table, order, 1024 if name == "heartbeat_when" else header)
     return result
 
 
@@ -702,7 +760,7 @@ def _packet_rule(
     found = _number_field(doc, key, table, order)
     values = [raw_value(v, found.size) for v in (raw if isinstance(raw, list) else [raw])] if found else []
     if not found or not values or None in values or found.offset + found.size > header:
-        doc.fault(key, "needs a field within the header (offset, type) and `equals` (a value or a list)")
+        doc.fault(key, f"needs a field within {header} bytes (offset, type) and `equals` (a value or a list)")
         return None
     return found, tuple(v for v in values if v is not None)
 
@@ -721,6 +779,7 @@ __all__ = [
     "Field",
     "FlagRule",
     "Framing",
+    "MappingError",
     "Message",
     "Problem",
     "Spec",

@@ -34,7 +34,8 @@ from tickmesh.node.event_batch import EventBatch
 from tickmesh.node.feed import STARTED, bind_code
 from tickmesh.node.instruments import FILTERED, InstrumentTable, InstrumentTableFull, SymbolFiltered
 from tickmesh.node.json_feed import VenueFeed
-from tickmesh.node.protocol import Framing, Spec, load_framing, load_spec
+from tickmesh.node.protocol import Framing, Spec, is_sbe, load_framing, load_spec
+from tickmesh.node.sbe_mapping import SbeSpec
 from tickmesh.node.venues import VENUE_FEEDS, venue_feed
 from tickmesh.transports.capture import read_capture
 from tickmesh.transports.recording import SLACK, Problem, read_bytes, read_lines
@@ -315,10 +316,12 @@ def spec_and_framing(name: str, options: Source) -> tuple[Spec, Framing]:
     """
     chosen = options.data_format or ""
     packets = options.type in ("pcap", "multicast")
-    framing = options.framing or USUAL_FRAMING.get(chosen, ("", ""))[packets]
+    spec = load_spec(chosen) if is_sbe(chosen) else None
+    usual = spec.framing if isinstance(spec, SbeSpec) else None
+    framing = options.framing or usual or USUAL_FRAMING.get(chosen, ("", ""))[packets]
     if not framing:
         raise SourceError(name, f'name the framing of {chosen}: framing = "moldudp64"')
-    return load_spec(chosen), load_framing(framing)
+    return spec or load_spec(chosen), load_framing(framing)
 
 
 def open_reader(

@@ -397,6 +397,8 @@ class MulticastReceiver(Receiver):
         mine = np.flatnonzero((records["source"] == number) & (records["code"] != 0))
         bind_codes(self.feed, self.context.table, {int(i): int(records["code"][i]) for i in mine})
         self.feed.arbiter.state[START_SEQUENCE] = before.feed.arbiter.state[EXPECTED]
+        if before.feed.ladders.size == self.feed.ladders.size:  # a book by position goes on where it stands
+            self.feed.ladders[:], self.feed.depths[:] = before.feed.ladders, before.feed.depths
         if before.feed.arbiter.state[EXPECTED]:
             go_on(self.router.clock)
         return True

@@ -147,6 +147,10 @@ BENCHES = (
         "receive", "AF_XDP and packet rings on a virtual link, against recvmmsg in the same loop", "tickmesh.ops.bench_receive",
         "bench_receive", _given_rows, {"datagrams": 5_000, "repeats": 2},
     ),
+    Bench(
+        "sbe", "messages of an SBE schema to 64-byte events, against C++ by hand", "tickmesh.ops.bench_sbe", "bench_sbe", _given_rows,
+        {"messages": 50_000, "repeats": 3},
+    ),
 )  # fmt: skip
 
 

@@ -1,0 +1,624 @@
+"""Writes the part of a decoder that an SBE schema needs: one function per mapped message, with its groups and variable-length data.
+
+The rest, framing, arbitration, instruments, is that of every decoder (:mod:`tickmesh.node.decoder`). Of each message:
+
+* **Walked first.** All groups and data are stepped over by the lengths on the wire before anything is made of them. A message whose
+  counts or lengths reach beyond it makes no event and is counted (`bad_group`), whatever its counts say.
+* **Block lengths are the wire's.** A newer version's longer blocks are stepped over; fields that an older version lacks are null.
+* **Resumed.** A message may make more events than `out` has room for: then ``Feed.state[RESUME]`` says how many of its entries are done.
+* **Code for what is mapped only.** Other messages of the schema are counted by name, groups without events are stepped over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from tickmesh.node.decoder import _DecoderWriter, _equals, _load, _Source, _words
+from tickmesh.node.event import NO_SIDE, PRICE_DECIMALS, Kind
+from tickmesh.node.protocol import KINDS, Field, Framing
+from tickmesh.node.sbe_mapping import Condition, FlagTest, SbeCase, SbeSpec, Source, Template, Text, leaf_field
+from tickmesh.node.sbe_schema import Data, Encoding, Group, Leaf, Level, Member
+
+_IMPORTS = """
+from tickmesh.node.feed import BAD_ENCODING, BAD_GROUP, OTHER_SCHEMA, RESOLVED_BELOW, find_code, resolve_symbol
+from tickmesh.node.sbe_kernels import (
+    HAS_HELD, IMPLIED, RESUME, clear_ladder, clear_ladders, data_word, define, find_template, hold_last, ladder_level, put_event, rescale,
+    resolve_book, set_depth, take_held, tie,
+)
+"""
+_MADE_HERE = 1
+"""`aux` of a CLEAR of all instruments that a message asks for: the packets' sequence goes on (see continuation.py)."""
+_I64_MAX = (1 << 63) - 1
+
+
+class SbeDecoderWriter(_DecoderWriter):
+    """Writes the functions of a decoder for a mapped schema."""
+
+    spec: SbeSpec
+
+    def __init__(self, spec: SbeSpec, framing: Framing, out: _Source) -> None:
+        super().__init__(spec, framing, out)
+        self.big = spec.schema.big
+        self.depths = any(case.kind == "depth" for template in spec.templates for case in template.cases)
+        for template in spec.templates:
+            for case in template.cases:
+                for source in _sources(case):
+                    self._note_map(source.field)
+        self.reserve = max([_events_max(spec, template) for template in spec.templates], default=1) + 2
+
+    def _note_map(self, field: Field) -> None:
+        if field.map is not None and field.size == 1:
+            self.maps.setdefault((tuple(field.map.items()), field.map_default), f"_MAP_{len(self.maps)}")
+
+    def tables(self) -> None:
+        self.out(_IMPORTS.strip("\n"))
+        ordered = list(enumerate(message.id for message in self.spec.ordered))
+        ordered.sort(key=lambda item: item[1])
+        self.out(f"_TEMPLATES = np.array({[template for _, template in ordered]}, np.int64)")
+        self.out(f"_COUNTERS = np.array({[counter for counter, _ in ordered]}, np.int64)")
+        super().tables()
+
+    def on_clear(self) -> str:
+        return "\n            clear_ladders(feed)" if self.spec.levels else ""
+
+    # ---- the loop over messages
+
+    def messages(self) -> None:
+        self._instruments()
+        for counter, template in enumerate(self.spec.templates):
+            if template.cases:
+                _TemplateWriter(self, template, counter).write()
+        self._loop()
+
+    def _instruments(self) -> None:
+        """``_by_code`` and ``_by_symbol``: the instrument of a message or entry, with its REFERENCE if it is new."""
+        tick = f"np.int64({self.spec.tick_size})"
+        self.out(f'''
+@inlined
+def _by_code(feed, number, seq, stamp, ts_recv, out, n):
+    instrument = find_code(feed, number)
+    if instrument >= RESOLVED_BELOW:
+        instrument, n = resolve_book(feed, instrument, number, {tick}, seq, stamp, ts_recv, out, n)
+    return instrument, n
+
+
+@inlined
+def _by_symbol(feed, w0, w1, w2, tick, seq, stamp, ts_recv, out, n):
+    instrument = find_instrument(feed.instruments, np.uint32(feed.state[SOURCE]), w0, w1, w2)
+    if instrument >= RESOLVED_BELOW or feed.instruments.records[instrument].announced == np.uint32(0):
+        instrument, n = resolve_symbol(feed, w0, w1, w2, tick, seq, stamp, ts_recv, out, n)
+    return instrument, n
+''')
+
+    def _loop(self) -> None:
+        fr, out, header = self.framing, self.out, self.spec.schema.header
+        prefix = fr.length.offset + fr.length.size
+        out("\n@inlined\ndef _decode(buf, pos, end, left, seq, ts_recv, feed, out, n):")
+        out.indent()
+        out('"""Decode up to `left` messages; returns (pos, left, seq, n) where it stopped."""')
+        out(f"room = np.int64(out.size) - {self.reserve}\nmalformed = feed.malformed")
+        out(f"while left > 0 and n <= room:\n    if pos + {prefix} > end:\n        break\n    total = _total(buf, pos)")
+        out.indent()
+        step = "" if fr.by_packet else "\n    seq += 1"
+        out(f"if total <= {fr.message_offset}:")
+        if fr.zero_length_is_end:
+            out(f"    feed.state[ENDS] += 1\n    pos += {max(fr.message_offset, prefix)}\n    continue")
+        else:
+            least = max(fr.length_unit, prefix)
+            out(f"    malformed[ZERO_LENGTH] += _ONE\n    pos += max(total, {least}){step}\n    left -= 1\n    continue")
+        out("if pos + total > end:\n    break")
+        out(f"m, length, done = pos + {fr.message_offset}, total - {fr.message_offset}, True")
+        out(f"if length < {header.size}:\n    malformed[BAD_LENGTH] += _ONE")
+        if fr.encoding:
+            out(f"elif not ({_equals(_load(fr.encoding[0], 'pos'), fr.encoding[0], fr.encoding[1])}):\n    malformed[BAD_ENCODING] += _ONE")
+        out("else:")
+        out.indent()
+        self._dispatch_template()
+        out.indent(-1)
+        out("if not done:\n    break  # in the middle of a message: it goes on here with more room")
+        out(f"pos += total\nleft -= 1{step.replace('    ', '')}")
+        out.indent(-1)
+        out("return pos, left, seq, n")
+        out.indent(-1)
+        out()
+
+    def _dispatch_template(self) -> None:
+        out, schema = self.out, self.spec.schema
+        part = {name: self._header_part(name) for name in ("blockLength", "templateId", "schemaId", "version")}
+        out(f"block, template, version = {part['blockLength']}, {part['templateId']}, {part['version']}")
+        out(f"if {part['schemaId']} != {schema.id}:\n    malformed[OTHER_SCHEMA] += _ONE")
+        out(f"elif block + {schema.header.size} > length:\n    malformed[BAD_LENGTH] += _ONE")
+        for template in self.spec.templates:
+            if template.cases:
+                name = template.message.name
+                out(f"elif template == {template.message.id}:")
+                out(f"    n, done = _{name}(buf, m + {schema.header.size}, m + length, block, version, seq, ts_recv, feed, out, n)")
+        out("else:")
+        out("    found = find_template(_TEMPLATES, template)")
+        out("    if found < 0:\n        malformed[UNKNOWN_MESSAGE] += _ONE")
+        out("    else:\n        feed.counts[np.uint64(_COUNTERS[np.uint64(found)])] += _ONE")
+
+    def _header_part(self, name: str) -> str:
+        member = self.spec.schema.header.member(name)
+        assert member is not None
+        return f"np.int64({self.member(member, 'm')})"
+
+    def member(self, member: Member, base: str) -> str:
+        """Expression for a part of a header."""
+        assert isinstance(member.type, Encoding)
+        field = leaf_field(Leaf(member.name, member.offset, member.type, None, None, 0), self.big)
+        assert field is not None
+        return _load(field, base)
+
+
+def _sources(case: SbeCase) -> list[Source]:
+    """Every field that a case reads."""
+    found = [value for value in case.values.values() if isinstance(value, Source)]
+    found += [value.exponent for value in found if isinstance(value.exponent, Source)]
+    found += [condition.source for condition in case.when] + [test.source for test in case.tests]
+    found += [source for source in (case.code, case.stamp, case.joined and case.joined[1]) if source]
+    return found
+
+
+def _events_max(spec: SbeSpec, template: Template) -> int:
+    """Events that one entry of a message can make, its instrument's REFERENCE included."""
+    most = 1
+    for path in {case.path for case in template.cases}:
+        cases = [case for case in template.cases if case.path == path]
+        chosen = 1 + sum(case.go_on for case in cases)
+        most = max(most, 1 + chosen * (2 + (spec.levels if any("change" in case.values for case in cases) else 0)))
+    return most
+
+
+class _TemplateWriter:
+    """Writes the function of one message."""
+
+    def __init__(self, writer: SbeDecoderWriter, template: Template, counter: int) -> None:
+        self.writer, self.out, self.counter = writer, writer.out, counter
+        self.spec, self.message, self.cases = writer.spec, template.message, template.cases
+        self.chain: list[Level] = [template.message]
+        self.used = [(self._path(case, source.depth), source) for case in self.cases for source in _sources(case)]
+        self.texts = [(case, case.symbol) for case in self.cases if case.symbol]
+        self.hoisted = self._hoisted()
+        self.loaded: dict[str, str] = {}
+
+    def _path(self, case: SbeCase, depth: int) -> tuple[str, ...]:
+        """The level that a case's source of that depth is in."""
+        if depth < 0:
+            assert case.joined is not None
+            return (case.joined[0],)
+        return case.path[:depth]
+
+    def _hoisted(self) -> str:
+        """How the message's root names the instrument of all entries, which is looked up once then: ``code``, ``symbol``, or not at all."""
+        making = [case for case in self.cases if case.kind not in ("nothing", "reference") and not case.whole]
+        conditional = any(case.when and not case.path for case in self.cases)  # what says nothing should name no instrument either
+        defining = any(case.kind == "reference" for case in self.cases)  # which gives the instrument its name first
+        if not making or conditional or defining or any("book" in case.values for case in making):
+            return ""
+        codes, symbols = [case.code for case in making], [case.symbol for case in making]
+        if all(code and code.depth == 0 for code in codes):
+            return "code"
+        return "symbol" if not any(codes) and all(text and text.depth == 0 for text in symbols) else ""
+
+    def write(self) -> None:
+        out, name = self.out, self.message.name
+        out(f"\n@inlined\ndef _{name}(buf, b0, end, k0, version, seq, ts_recv, feed, out, n):")
+        out.indent()
+        out(f'"""{name}: returns (n, whether all of it is decoded)."""')
+        out(f"state, malformed, room = feed.state, feed.malformed, np.int64(out.size) - {self.writer.reserve - 1}")
+        out("done, first = state[RESUME], n")
+        least = self._least(())
+        if least:
+            out(f"if k0 < {least}:\n    malformed[BAD_LENGTH] += _ONE\n    return n, True")
+        out("p = b0 + k0")
+        self._walk(self.message, (), "p", record=True)
+        out("if p > end:\n    malformed[BAD_GROUP] += _ONE\n    return n, True")
+        out("if state[HAS_HELD] != 0:\n    n = take_held(feed, out, n)")
+        out(f"if done == 0:\n    feed.counts[{self.counter}] += _ONE")
+        self._message_wide()
+        if self._at(()):
+            out("if done == 0:")
+            out.indent()
+            self._unit((), self._at(()))
+            out.indent(-1)
+        out("base = np.int64(1)")
+        for group in self.message.groups:
+            self._entries(group, (group.name,))
+        out("state[RESUME] = 0\nreturn n, True")
+        out.indent(-1)
+        out()
+
+    def _message_wide(self) -> None:
+        """What all entries share: time and instrument of the root."""
+        out = self.out
+        stamps = [case.stamp for case in self.cases if case.stamp and case.stamp.depth == 0]
+        out(f"stamp = {self._time(stamps[0])}" if stamps else "stamp = ts_recv")
+        making = [case for case in self.cases if case.kind not in ("nothing", "reference") and not case.whole]
+        if self.hoisted == "code":
+            assert making[0].code is not None
+            out(f"instrument, n = _by_code(feed, {self._number(making[0].code)}, seq, stamp, ts_recv, out, n)")
+        elif self.hoisted == "symbol":
+            assert making[0].symbol is not None
+            self._symbol_words(making[0].symbol, ())
+            tick = f"np.int64({self.spec.tick_size})"
+            out(f"instrument, n = _by_symbol(feed, w0, w1, w2, {tick}, seq, stamp, ts_recv, out, n)")
+
+    # ---- stepping over groups and data
+
+    def _at(self, path: tuple[str, ...]) -> list[SbeCase]:
+        return [case for case in self.cases if case.path == path]
+
+    def _needed(self, path: tuple[str, ...]) -> bool:
+        """Whether events are made of a group's entries, of groups in them, or with their fields."""
+        inside = any(case.path[: len(path)] == path for case in self.cases)
+        return inside or any(case.joined and (case.joined[0],) == path for case in self.cases)
+
+    def _least(self, path: tuple[str, ...]) -> int:
+        """Bytes that a block must have for what is read of it."""
+        ends = [source.field.offset + source.field.size for used, source in self.used
+                if used == path and not source.guarded and source.leaf.constant is None]  # fmt: skip
+        ends += [text.field.offset + text.field.size for case, text in self.texts if text.field and case.path[: text.depth] == path]
+        return max(ends, default=0)
+
+    def _walk(self, level: Level, path: tuple[str, ...], p: str, *, record: bool) -> None:
+        """Step `p` over the groups and data of a level, beyond `end` if they leave the message. `record` keeps their places."""
+        for group in level.groups:
+            self._walk_group(level, group, (*path, group.name), p, record=record)
+        for data in level.data:
+            self._walk_data(level, data, path, p, record=record)
+
+    def _walk_group(self, level: Level, group: Group, path: tuple[str, ...], p: str, *, record: bool) -> None:
+        out, dimension, name = self.out, group.dimension, "_".join(path)
+        kept = record and self._needed(path)
+        if kept:
+            out(f"at_{name}, num_{name}, k_{name} = end, np.int64(0), np.int64(0)")
+        newer = f"version >= {group.since} and " if group.since > level.since else ""
+        out(f"if {newer}{p} <= end:")
+        out.indent()
+        block, count = self.writer.member(dimension.block, p), self.writer.member(dimension.count, p)
+        tag = f"_{len(path)}"
+        out(f"block{tag}, count{tag} = np.int64({block}), np.int64({count})\n{p} += {dimension.size}")
+        least = self._least(path) if self._needed(path) else 0
+        out(f"if count{tag} > max(end - {p}, 0)" + (f" or (count{tag} > 0 and block{tag} < {least})" if least else "") + ":")
+        out(f"    {p} = end + 1")
+        out("else:")
+        out.indent()
+        if kept:
+            out(f"at_{name}, num_{name}, k_{name} = {p}, count{tag}, block{tag}")
+        if group.flat:
+            out(f"{p} += count{tag} * block{tag}")
+        else:
+            out(f"for _{tag} in range(count{tag}):")
+            out.indent()
+            out(f"if {p} > end:\n    break\n{p} += block{tag}")
+            self._walk(group, path, p, record=False)
+            out.indent(-1)
+        out.indent(-2)
+
+    def _walk_data(self, level: Level, data: Data, path: tuple[str, ...], p: str, *, record: bool) -> None:
+        out = self.out
+        kept = record and any(text.data is data and case.path[: text.depth] == path for case, text in self.texts)
+        name = "_".join((*path, data.name))
+        if kept:
+            out(f"at_{name}, len_{name} = end, np.int64(0)")
+        newer = f"version >= {data.since} and " if data.since > level.since else ""
+        out(f"if {newer}{p} <= end:")
+        out(f"    length = np.int64({self.writer.member(data.length, p)})")
+        if kept:
+            out(f"    at_{name}, len_{name} = {p} + {data.size}, length")
+        out(f"    {p} += {data.size} + length")
+
+    # ---- entries
+
+    def _entries(self, group: Group, path: tuple[str, ...]) -> None:
+        """The loop over a group's entries, if events are made of them or of groups in them."""
+        if not any(case.path[: len(path)] == path for case in self.cases):
+            return
+        out, depth, name, mine = self.out, len(path), "_".join(path), self._at(path)
+        stop = "state[RESUME] = base{i}\n    return hold_last(feed, out, n, first), False"
+        if group.flat and depth == 1:
+            out(f"for i in range(max(done - base, 0), num_{name}):")
+            out.indent()
+            out("if n > room:\n    " + stop.format(i=" + i"))
+            out(f"b1, k1 = at_{name} + i * k_{name}, k_{name}")
+            self._unit(path, mine)
+            out.indent(-1)
+            out(f"base += num_{name}")
+            return
+        out(f"p{depth} = at_{name}\nfor i{depth} in range(num_{name}):")
+        out.indent()
+        out(f"b{depth}, k{depth} = p{depth}, k_{name}\np{depth} += k_{name}")
+        self._walk(group, path, f"p{depth}", record=True)
+        if mine:
+            out("if base >= done:")
+            out.indent()
+            out("if n > room:\n    " + stop.format(i=""))
+            self._unit(path, mine)
+            out.indent(-1)
+            out("base += 1")
+        for inner in group.groups:
+            self._entries(inner, (*path, inner.name))
+        out.indent(-1)
+
+    def _unit(self, path: tuple[str, ...], cases: Sequence[SbeCase]) -> None:
+        """The events of the root or of one entry: the first case that fits, and those after one that says `go_on`."""
+        out = self.out
+        self._load_fields(path, cases)
+        joined = next((case.joined for case in cases if case.joined), None)
+        if joined:
+            group, number = joined
+            out(f"number = np.int64({self._raw(number)})")
+            out(f"known = number > 0 and number <= num_{group}")
+            out(f"bj, kj = at_{group} + (number - 1) * k_{group} if known else b0, k_{group}")
+        simple = len(cases) == 1 and not cases[0].when
+        if not simple:
+            out("hit, over = False, False")
+        for case in cases:
+            tests = [self._condition(condition) for condition in case.when]
+            if case.joined:
+                tests.append("known")
+            test = " and ".join([*([] if simple else ["not over"]), *tests])
+            out(f"if {test}:" if test else "if True:")
+            out.indent()
+            if not simple:
+                out(f"hit, over = True, {not case.go_on}")
+            self._case(case)
+            out.indent(-1)
+        if not simple and cases[-1].when:
+            out("if not hit:\n    malformed[BAD_FIELD] += _ONE")
+        elif simple and joined:
+            out("else:\n    malformed[BAD_FIELD] += _ONE")
+        self.loaded = {}
+
+    def _load_fields(self, path: tuple[str, ...], cases: Sequence[SbeCase]) -> None:
+        """Read the entry's fields once, into locals: what is written once is compiled once."""
+        self.loaded = {}
+        for source in (source for case in cases for source in _sources(case)):
+            if source.depth != len(path) or source.guarded or source.leaf.constant is not None or source.field.size > 8:
+                continue
+            load = _load(dataclasses.replace(source.field, signed=False), self._base(source)[0])
+            if load not in self.loaded:
+                self.loaded[load] = f"f{len(self.loaded)}_{source.field.name.replace('.', '_')}"
+                self.out(f"{self.loaded[load]} = {load}")
+
+    def _with_locals(self, expression: str) -> str:
+        for load, name in self.loaded.items():
+            expression = expression.replace(load, name)
+        return expression
+
+    # ---- one event
+
+    def _case(self, case: SbeCase) -> None:
+        out = self.out
+        if case.kind == "nothing":
+            out("pass")
+            return
+        values: dict[str, str] = {}
+        refusals: list[tuple[str, str]] = []
+        for target, source in case.values.items():
+            values[target], found = self._value(target, source)
+            refusals += found
+        word = "if"
+        for test, reason in refusals:
+            out(f"{word} {test}:\n    malformed[{reason}] += _ONE")
+            word = "elif"
+        if refusals:
+            out("else:")
+            out.indent()
+        if case.stamp and case.stamp.depth != 0:
+            out(f"stamp = {self._time(case.stamp)}")
+        if case.kind == "reference":
+            self._reference(case, values)
+        elif case.whole:
+            self._whole(case, values)
+        else:
+            self._of_instrument(case, values)
+        if refusals:
+            out.indent(-1)
+
+    def _reference(self, case: SbeCase, values: dict[str, str]) -> None:
+        out = self.out
+        assert case.symbol is not None
+        self._symbol_words(case.symbol, case.path)
+        out(f"tick = {values.get('tick_size', self.spec.tick_size)}")
+        out(f"tick = tick if tick > 0 else np.int64({self.spec.tick_size})")
+        if case.code:
+            out(f"instrument, n = define(feed, {self._number(case.code)}, w0, w1, w2, tick, seq, stamp, ts_recv, out, n)")
+        else:
+            out("instrument, n = _by_symbol(feed, w0, w1, w2, tick, seq, stamp, ts_recv, out, n)")
+
+    def _whole(self, case: SbeCase, values: dict[str, str]) -> None:
+        if case.kind == "clear":
+            values = {"aux": str(_MADE_HERE), **values}
+            if self.spec.levels:
+                self.out("clear_ladders(feed)")
+        self._put(case, values, "_ALL")
+
+    def _of_instrument(self, case: SbeCase, values: dict[str, str]) -> None:
+        out = self.out
+        if not self.hoisted:
+            if case.code:
+                if case.kind == "clear" and "book" in values:  # of a book that has never been heard of there is nothing to clear
+                    out(f"instrument = find_code(feed, {self._number(case.code)} | IMPLIED)")
+                else:
+                    self._book(case, values)
+            elif case.symbol:
+                self._symbol_words(case.symbol, case.path)
+                tick = f"np.int64({self.spec.tick_size})"
+                out(f"instrument, n = _by_symbol(feed, w0, w1, w2, {tick}, seq, stamp, ts_recv, out, n)")
+        out("if instrument < RESOLVED_BELOW:")
+        out.indent()
+        if case.kind == "depth":
+            out(f"set_depth(feed, instrument, {values['qty']}, {self.spec.levels})")
+        else:
+            if case.kind == "clear" and self.spec.levels:
+                out(f"clear_ladder(feed, instrument, np.uint8({values.get('side', NO_SIDE)}), {self.spec.levels})")
+            if "change" not in values:
+                self._put(case, values, "instrument")
+            else:  # which may become several events, or none
+                self._put(case, values, "instrument", first="n", end="end_of_level")
+                position = f"np.int64({values['position']})"
+                known = "feed.depths[instrument]" if self.writer.depths else "np.int64(0)"
+                levels = f"{known}, np.int64({self.spec.levels})"
+                out(f"end_of_level = ladder_level(feed, np.int64({values['change']}), {position}, {levels}, out, end_of_level)")
+                out("n = tie(out, n, end_of_level, first)")
+        out.indent(-1)
+
+    def _book(self, case: SbeCase, values: dict[str, str]) -> None:
+        """The instrument by its code, or the one that is its book of implied orders."""
+        assert case.code is not None
+        book = f" | (IMPLIED if {values['book']} == 1 else _ZERO)" if "book" in values else ""
+        self.out(f"instrument, n = _by_code(feed, {self._number(case.code)}{book}, seq, stamp, ts_recv, out, n)")
+
+    def _put(self, case: SbeCase, values: dict[str, str], instrument: str, *, first: str = "first", end: str = "n") -> None:
+        kind = int(Kind.GAP) if case.kind == "stale" else int(KINDS[case.kind])
+        flags = " | ".join([str(case.flags), *(self._flag(test) for test in case.tests)])
+        casts = {"price": "np.int64", "qty": "np.int64", "id": "np.uint64", "aux": "np.int64"}
+        body = ", ".join(f"{cast}({values.get(name, '0')})" for name, cast in casts.items())
+        side = f"np.uint8({values.get('side', NO_SIDE)})"
+        what = f"{instrument}, np.uint8({kind}), {side}, np.uint16({flags})"
+        self.out(f"{end} = put_event(out, n, {first}, seq, stamp, ts_recv, {what},\n    {body})")
+
+    # ---- expressions
+
+    def _base(self, source: Source) -> tuple[str, str]:
+        return ("bj", "kj") if source.depth < 0 else (f"b{source.depth}", f"k{source.depth}")
+
+    def _raw(self, source: Source) -> str:
+        if source.leaf.constant is not None:
+            return str(_constant(source))
+        return self._with_locals(_load(source.field, self._base(source)[0]))
+
+    def _present(self, source: Source) -> str | None:
+        """Test whether this version of the message has the field; None if it must."""
+        if not source.guarded:
+            return None
+        return f"(version >= {source.leaf.since} and {source.field.offset + source.field.size} <= {self._base(source)[1]})"
+
+    def _number(self, code: Source) -> str:
+        field = code.field
+        raw = self._raw(dataclasses.replace(code, field=dataclasses.replace(field, signed=False)))
+        return f"np.uint64({raw})"
+
+    def _time(self, stamp: Source) -> str:
+        unit = f" * {self.spec.timestamp_unit_ns}" if self.spec.timestamp_unit_ns != 1 else ""
+        since = "state[MIDNIGHT_NS] + " if self.spec.timestamp_since == "midnight" else ""
+        raw = self._raw(stamp)
+        tests = [self._present(stamp)] if stamp.guarded else []
+        if stamp.field.null is not None:
+            tests.append(f"not ({_equals(raw, stamp.field, [stamp.field.null])})")
+        value = f"{since}np.int64({raw}){unit}"
+        return f"({value} if {' and '.join(str(test) for test in tests)} else ts_recv)" if tests else value
+
+    def _condition(self, condition: Condition) -> str:
+        source = condition.source
+        if source.leaf.constant is not None:
+            return str(_constant(source) in condition.values if condition.null is None else not condition.null)
+        raw, present = self._raw(source), self._present(source)
+        if condition.null is None:
+            test = " or ".join(f"{raw} == np.uint64({value})" for value in condition.values) if source.field.text else ""
+            test = f"({test or _equals(raw, source.field, condition.values)})"
+            return f"({present} and {test})" if present else test
+        null = f"({_equals(raw, source.field, [source.field.null])})" if source.field.null is not None else "False"
+        null = f"(not {present} or {null})" if present else null
+        return null if condition.null else f"not {null}"
+
+    def _flag(self, test: FlagTest) -> str:
+        raw, present = self._raw(test.source), self._present(test.source)
+        check = f"(np.int64({raw}) & {test.bits}) {'==' if test.wanted else '!='} {test.equals}"
+        return f"({test.flag} if {present + ' and ' if present else ''}{check} else 0)"
+
+    def _value(self, target: str, source: Source | int) -> tuple[str, list[tuple[str, str]]]:
+        """Expression for an event field, and when to refuse: (test, reason)."""
+        if isinstance(source, int):
+            return str(source & ((1 << 64) - 1) if target == "id" else source), []
+        if source.leaf.constant is not None and source.exponent is None:
+            return self._folded(target, source)
+        if source.exponent is not None:
+            return self._rescaled(target, source)
+        value, refusals = _by_distance(source.field, self._raw(source)) or self.writer._field_value(
+            source.field, target, self._base(source)[0]
+        )
+        value, refusals = self._with_locals(value), [(self._with_locals(test), reason) for test, reason in refusals]
+        present = self._present(source)
+        if present is None:
+            return value, refusals
+        nothing = self._nothing(target, source)
+        if nothing is None:
+            return value, [(f"not {present}", "BAD_FIELD"), *refusals]
+        cast = "np.uint64" if target == "id" else "np.int64"
+        return f"({cast}({value}) if {present} else {cast}({nothing}))", [(f"{present} and ({test})", reason) for test, reason in refusals]
+
+    def _nothing(self, target: str, source: Source) -> str | None:
+        """What a field says that is not there; None: the event cannot do without it."""
+        field = source.field
+        if field.map is None:
+            return "_NO_PRICE" if field.decimals >= 0 else "0"
+        null = source.leaf.type.primitive.null
+        found = field.map.get(null, field.map_default) if null is not None else field.map_default
+        return None if found is None else str(found)
+
+    def _folded(self, target: str, source: Source) -> tuple[str, list[tuple[str, str]]]:
+        """The value of a constant field."""
+        raw, field = _constant(source), source.field
+        if field.map is not None:
+            found = field.map.get(raw, field.map_default)
+            return (str(found), []) if found is not None else ("0", [("True", "BAD_FIELD")])
+        if field.decimals >= 0:
+            raw *= 10 ** (9 - field.decimals)
+        return str(raw & ((1 << 64) - 1) if target == "id" else raw), []
+
+    def _rescaled(self, target: str, source: Source) -> tuple[str, list[tuple[str, str]]]:
+        """A decimal whose exponent is on the wire, or that is not a price of at most 9 decimals."""
+        out, field = self.out, source.field
+        raw = self._raw(source)
+        exponent = source.exponent if isinstance(source.exponent, int) else self._raw(source.exponent) if source.exponent else "0"
+        out(f"v_{target}, exact_{target} = rescale(np.int64({raw}), np.int64({exponent}), np.int64({source.digits}))")
+        tests = [self._present(source) or ""] if source.guarded else []
+        if field.null is not None:
+            tests.append(f"not ({_equals(raw, field, [field.null])})")
+        present = " and ".join(tests)
+        is_price = target in ("price", "tick_size") or (target == "aux" and source.digits == PRICE_DECIMALS)
+        nothing = "_NO_PRICE" if is_price else "np.int64(0)"
+        large = f" or {raw} > np.uint64({_I64_MAX})" if field.size == 8 and not field.signed and source.leaf.constant is None else ""
+        refusal = f"(not exact_{target}{large})"
+        if not present:
+            return f"v_{target}", [(refusal, "PRICE_OVERFLOW")]
+        return f"(v_{target} if {present} else {nothing})", [(f"{present} and {refusal}", "PRICE_OVERFLOW")]
+
+    def _symbol_words(self, text: Text, path: tuple[str, ...]) -> None:
+        """``w0, w1, w2``: a symbol's words."""
+        out = self.out
+        if text.field:
+            out(f"w0, w1, w2 = {_words(text.field, f'b{text.depth}')}")
+            return
+        assert text.data is not None
+        name = "_".join((*path[: text.depth], text.data.name))
+        words = ", ".join(f"data_word(le64(buf, at_{name} + {8 * w}), len_{name} - {8 * w})" for w in range(3))
+        out(f"w0, w1, w2 = trim_words({words})")
+        out(f"if len_{name} > 24:\n    w0 = _ZERO  # longer than a symbol can be: unknown")
+
+
+def _by_distance(field: Field, raw: str) -> tuple[str, list[tuple[str, str]]] | None:
+    """A map from bytes in a row to numbers in a row, as most are: a subtraction, which costs less than a table. None for any other map."""
+    if not field.map or field.size != 1 or field.map_default is not None:
+        return None
+    codes = sorted(field.map)
+    distance = codes[0] - field.map[codes[0]]
+    if codes[-1] - codes[0] + 1 != len(codes) or any(code - field.map[code] != distance for code in codes):
+        return None
+    refusals = ([f"{raw} < {codes[0]}"] if codes[0] else []) + ([f"{raw} > {codes[-1]}"] if codes[-1] < 255 else [])
+    value = f"np.int64({raw}) - {distance}" if distance else f"np.int64({raw})"
+    return value, [(f"({' or '.join(refusals)})", "BAD_FIELD")] if refusals else []
+
+
+def _constant(source: Source) -> int:
+    value = source.leaf.constant
+    if isinstance(value, bytes):
+        return int.from_bytes(value[:8], "little")
+    return int(value or 0)
+
+
+__all__ = ["SbeDecoderWriter"]

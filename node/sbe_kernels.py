@@ -1,0 +1,310 @@
+"""Kernels of the decoders that come from an SBE schema: events of one message, decimals, implied books, ladders of price levels.
+
+A **ladder** is a side of a book as the venue counts it, by position: the price at each of its first levels. A venue such as CME says
+"insert at level 3" and leaves it to the client that the last level falls off. Books here are kept by price, so a ladder turns such a
+change into LEVEL events: what the change says, and the removal of the level that it pushes out.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+from tickmesh.node.event import NO_PRICE, NO_SIDE, Flag, Kind
+from tickmesh.node.feed import BAD_FIELD, UNBOUND, bind_code, find_code, resolve_code
+from tickmesh.node.instruments import code_words
+from tickmesh.transports.toolbox import copy_record, count_leading_zeros, inlined, outlined
+
+RESUME, HAS_HELD = 12, 13
+"""Indices of ``Feed.state``: how many entries of the message at hand are done; whether ``Feed.held`` has its latest event."""
+IMPLIED = np.uint64(1 << 62)
+"""In a numeric code: the instrument's book of implied orders, which is an instrument of its own."""
+IMPLIED_SUFFIX = ".I"
+DEPTH_MAX = 32
+
+
+class Change(IntEnum):
+    """What happens to a ladder."""
+
+    INSERT = 0
+    """A new level; those from there on move down, the last one falls off."""
+    SET = 1
+    """The level has another quantity (or price)."""
+    REMOVE = 2
+    """The level is gone; those below move up."""
+    REMOVE_ALL = 3
+    """The side is empty."""
+    REMOVE_TO = 4
+    """The levels from the best one to this one are gone; those below move up."""
+
+
+_INSERT, _SET, _REMOVE, _REMOVE_ALL, _REMOVE_TO = (np.int64(change) for change in Change)
+_MORE = np.uint16(Flag.MORE)
+_LEVEL, _CLEAR, _REFERENCE = np.uint8(Kind.LEVEL), np.uint8(Kind.CLEAR), np.uint8(Kind.REFERENCE)
+_NO_SIDE = np.uint8(NO_SIDE)
+_HOLE = np.int64(NO_PRICE)
+_ONE, _ZERO, _EIGHT = np.uint64(1), np.uint64(0), np.uint64(8)
+_SUFFIX = np.uint64(int.from_bytes(IMPLIED_SUFFIX.encode(), "little"))
+_LIMIT = np.int64((1 << 63) - 1)
+_TENS = np.array([10**n for n in range(19)], np.int64)
+
+
+# ---------------------------------------------------------------- events
+
+
+@inlined
+def put_event(
+    out: Any, n: Any, first: Any, seq: Any, ts_event: Any, ts_recv: Any, instrument: Any, kind: Any, side: Any, flags: Any,
+    price: Any, qty: Any, order: Any, aux: Any,
+) -> Any:  # fmt: skip
+    """Write an event at ``out[n]``; returns n + 1.
+
+    Events of one message from `first` on belong together: a change of a book that another one of the same instrument follows gets MORE,
+    so that no BBO is told between them.
+    """
+    e = out[np.uint64(n)]
+    e.seq, e.ts_event, e.ts_recv, e.instrument = np.uint64(seq), np.int64(ts_event), np.int64(ts_recv), np.uint32(instrument)
+    e.kind, e.side, e.flags = np.uint8(kind), np.uint8(side), np.uint16(flags)
+    e.price, e.qty, e.id, e.aux = np.int64(price), np.int64(qty), np.uint64(order), np.int64(aux)
+    return tie(out, n, n + 1, first)
+
+
+@inlined
+def tie(out: Any, n: Any, end: Any, first: Any) -> Any:
+    """Give the event before ``out[n]`` MORE, if both change the book of one instrument and ``out[n:end]`` is not empty. Returns `end`."""
+    if first < n < end:
+        e, before = out[np.uint64(n)], out[np.uint64(n - 1)]
+        if e.kind <= _LEVEL and before.instrument == e.instrument and before.kind <= _LEVEL:
+            before.flags |= _MORE
+    return end
+
+
+@outlined
+def hold_last(feed: Any, out: Any, n: Any, first: Any) -> Any:
+    """In the middle of a message with `out` full: keep its last change of a book back, since it may get MORE; returns the new n."""
+    if n > first and out[np.uint64(n - 1)].kind <= _LEVEL:
+        copy_record(feed.held, 0, out, n - 1)
+        feed.state[HAS_HELD] = 1
+        return n - 1
+    return n
+
+
+@outlined
+def take_held(feed: Any, out: Any, n: Any) -> Any:
+    """Go on in a message: what was kept back comes first; returns the new n."""
+    copy_record(out, n, feed.held, 0)
+    feed.state[HAS_HELD] = 0
+    return n + 1
+
+
+@outlined
+def find_template(templates: Any, template: Any) -> Any:
+    """Index of a template id in a sorted array, or -1."""
+    low, high = np.int64(0), np.int64(templates.size)
+    while low < high:
+        middle = (low + high) >> 1
+        if templates[np.uint64(middle)] < template:
+            low = middle + 1
+        else:
+            high = middle
+    if low < templates.size and templates[np.uint64(low)] == template:
+        return low
+    return np.int64(-1)
+
+
+# ---------------------------------------------------------------- decimals
+
+
+@outlined
+def rescale(mantissa: Any, exponent: Any, digits: Any) -> Any:
+    """``mantissa * 10**(exponent + digits)`` exactly: ``(value, whether it is a whole number of 64 bits)``."""
+    mantissa, shift = np.int64(mantissa), np.int64(exponent) + np.int64(digits)
+    if mantissa == 0:
+        return np.int64(0), True
+    if shift > 18 or shift < -18:
+        return np.int64(0), False
+    factor = _TENS[np.uint64(abs(shift))]
+    if shift < 0:
+        value = mantissa // factor
+        return value, value * factor == mantissa
+    limit = _LIMIT // factor
+    return mantissa * factor, -limit <= mantissa <= limit
+
+
+# ---------------------------------------------------------------- instruments
+
+
+@outlined
+def suffixed(w0: Any, w1: Any, w2: Any) -> Any:
+    """A symbol's words with ``.I`` behind; of a symbol longer than 22 bytes the end is lost."""
+    used = np.uint64(0)
+    word = w2 if w2 != _ZERO else w1 if w1 != _ZERO else w0
+    if word != _ZERO:
+        used = _EIGHT - (count_leading_zeros(word) >> np.uint64(3))
+    used += np.uint64(16) if w2 != _ZERO else np.uint64(8) if w1 != _ZERO else _ZERO
+    used = min(used, np.uint64(22))
+    for i in range(2):
+        at = used + np.uint64(i)
+        byte = (_SUFFIX >> np.uint64(8 * i)) & np.uint64(255)
+        shift = (at & np.uint64(7)) << np.uint64(3)
+        clear, put = ~(np.uint64(255) << shift), byte << shift
+        if at < np.uint64(8):
+            w0 = (w0 & clear) | put
+        elif at < np.uint64(16):
+            w1 = (w1 & clear) | put
+        else:
+            w2 = (w2 & clear) | put
+    return w0, w1, w2
+
+
+@outlined
+def resolve_book(feed: Any, entry: Any, number: Any, tick: Any, seq: Any, ts_event: Any, ts_recv: Any, out: Any, n: Any) -> Any:
+    """Instrument of a code whose map `entry` is not one, the implied book of another code included; see :func:`feed.resolve_code`."""
+    if number & IMPLIED == _ZERO:
+        return resolve_code(feed, entry, number, _ZERO, _ZERO, _ZERO, tick, seq, ts_event, ts_recv, out, n)
+    real = number & ~IMPLIED
+    found = find_code(feed, real)
+    if found < np.uint32(feed.instruments.records.size):
+        record = feed.instruments.records[found]
+        w0, w1, w2 = record.w0, record.w1, record.w2
+        tick = record.tick_size
+    else:
+        w0, w1, w2 = code_words(real)
+    w0, w1, w2 = suffixed(w0, w1, w2)
+    return resolve_code(feed, entry, number, w0, w1, w2, tick, seq, ts_event, ts_recv, out, n)
+
+
+@outlined
+def define(
+    feed: Any, number: Any, w0: Any, w1: Any, w2: Any, tick: Any, seq: Any, ts_event: Any, ts_recv: Any, out: Any, n: Any
+) -> Any:  # fmt: skip
+    """A directory message binds a code to a symbol; its implied book is named anew when it comes. Returns ``(instrument, n)``."""
+    if find_code(feed, number | IMPLIED) != UNBOUND:
+        bind_code(feed, number | IMPLIED, UNBOUND)
+    return resolve_code(feed, UNBOUND, number, w0, w1, w2, tick, seq, ts_event, ts_recv, out, n)
+
+
+@inlined
+def data_word(word: Any, left: Any) -> Any:
+    """Of eight bytes those that belong to text with `left` bytes from here on."""
+    if left <= 0:
+        return _ZERO
+    if left >= 8:
+        return word
+    return word & ((_ONE << np.uint64(8 * left)) - _ONE)
+
+
+# ---------------------------------------------------------------- ladders
+
+
+@outlined
+def clear_ladders(feed: Any) -> None:
+    """Forget all levels: the venue has started anew."""
+    for i in range(feed.ladders.size):
+        feed.ladders[i] = _HOLE
+
+
+@outlined
+def clear_ladder(feed: Any, instrument: Any, side: Any, depth: Any) -> None:
+    """Forget an instrument's levels on a side, or with NO_SIDE on both."""
+    base = np.int64(instrument) * 2 * depth
+    for i in range(2 * depth):
+        if side == _NO_SIDE or (i >= depth) == (side != np.uint8(0)):
+            feed.ladders[base + i] = _HOLE
+
+
+@inlined
+def _removal(e: Any, price: Any) -> None:
+    e.price, e.qty, e.aux = price, np.int64(0), np.int64(0)
+
+
+@outlined
+def _remove_to(feed: Any, base: Any, levels: Any, count: Any, out: Any, n: Any) -> Any:
+    """Remove the best `count` levels; ``out[n]`` is the event to write them after. Returns the new n."""
+    given = n
+    for i in range(count):
+        price = feed.ladders[base + i]
+        if price != _HOLE:
+            if n != given:
+                copy_record(out, n, out, given)
+            _removal(out[np.uint64(n)], price)
+            n += 1
+    for i in range(levels):
+        feed.ladders[base + i] = feed.ladders[base + i + count] if i + count < levels else _HOLE
+    for i in range(given, n - 1):
+        out[np.uint64(i)].flags |= _MORE
+    return n
+
+
+@inlined
+def _with_removal(price: Any, out: Any, n: Any) -> Any:
+    """Write the removal of `price` before the event at ``out[n - 1]``; returns the new n."""
+    copy_record(out, n, out, n - 1)
+    before = out[np.uint64(n - 1)]
+    _removal(before, price)
+    before.flags |= _MORE
+    return n + 1
+
+
+@outlined
+def _rare_change(feed: Any, change: Any, at: Any, levels: Any, depth: Any, out: Any, n: Any) -> Any:
+    """The changes of many levels at once, and what is none; as :func:`ladder_level`."""
+    e = out[np.uint64(n - 1)]
+    if e.side > np.uint8(1) or change > _REMOVE_TO or change < 0 or (change != _REMOVE_ALL and at >= np.uint64(levels)):
+        feed.malformed[BAD_FIELD] += _ONE
+        return n - 1
+    if change == _REMOVE_TO:
+        base = (np.int64(e.instrument) * 2 + np.int64(e.side)) * depth
+        return _remove_to(feed, base, levels, np.int64(at) + 1, out, n - 1)
+    clear_ladder(feed, e.instrument, e.side, depth)
+    e.kind, e.price, e.qty, e.aux = _CLEAR, np.int64(0), np.int64(0), np.int64(0)
+    return n
+
+
+@inlined
+def ladder_level(feed: Any, change: Any, position: Any, known: Any, depth: Any, out: Any, n: Any) -> Any:
+    """Apply a change to the ladder of the LEVEL event at ``out[n - 1]`` and make that event what it means for a book by price.
+
+    Args:
+        change: :class:`Change`.
+        position: of the level, from 1.
+        known: levels that the venue shows of the instrument (``feed.depths``); 0: as many as a ladder has.
+        depth: levels that a ladder has room for.
+
+    Returns:
+        The new n: the event may have become several (at most `depth`), or none if it says nothing or is not possible.
+    """
+    e, prices = out[np.uint64(n - 1)], feed.ladders
+    levels = known if known > 0 else np.int64(depth)
+    at = np.uint64(position) - _ONE
+    if e.side > np.uint8(1) or change > _REMOVE or change < 0 or at >= np.uint64(levels):
+        return _rare_change(feed, change, at, levels, depth, out, n)
+    base = (np.uint64(e.instrument) * np.uint64(2) + np.uint64(e.side)) * np.uint64(depth)
+    here, last = base + at, base + np.uint64(levels) - _ONE
+    price, gone = e.price, prices[here]
+    if change == _REMOVE:
+        e.price, e.qty, e.aux = gone if gone != _HOLE else price, np.int64(0), np.int64(0)
+        for i in range(np.uint64(depth) - _ONE):  # all levels, whichever it is: a count that varies costs a misprediction
+            moves = (i >= at) & (base + i < last)
+            prices[base + i] = prices[base + i + _ONE] if moves else prices[base + i]
+        prices[last] = _HOLE
+        return n
+    if change == _INSERT:
+        gone = prices[last]
+        for k in range(np.uint64(depth) - _ONE):
+            below = np.uint64(depth) - _ONE - k
+            moves = (below > at) & (base + below <= last)
+            prices[base + below] = prices[base + below - _ONE] if moves else prices[base + below]
+    prices[here] = price
+    if gone != _HOLE and gone != price:
+        return _with_removal(gone, out, n)
+    return n
+
+
+@outlined
+def set_depth(feed: Any, instrument: Any, levels: Any, depth: Any) -> None:
+    """A directory message says how many levels the venue shows of an instrument."""
+    if 0 < levels <= depth:
+        feed.depths[instrument] = np.int64(levels)

@@ -1,0 +1,293 @@
+"""SBE in memory to 64-byte events: the decoder that tickmesh generates from a schema and a mapping, against one by hand (``sbe_peer.cpp``).
+
+The messages have the shape of a futures exchange's: book updates of one to four entries by position, one trade in eight. Both decoders take
+them from the same bytes, keep the ladders, and make the same events, which is checked before anything is timed. Runs alternate; a number is
+the median of thread CPU time per event over the repeats, a ratio the median of the ratios within a repeat.
+
+Run it: ``python -m tickmesh.ops.bench_sbe [messages [repeats]]``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import platform
+import statistics
+import struct
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tickmesh.node.decoder import load_decoder, make_feed
+from tickmesh.node.event import EVENT
+from tickmesh.node.instruments import InstrumentTable
+from tickmesh.node.protocol import load_framing, load_spec
+from tickmesh.ops.cpp_peer import built_peers
+from tickmesh.transports.codecache import load_generated
+from tickmesh.transports.toolbox import zeros_aligned
+
+Result = dict[str, Any]
+Events = npt.NDArray[np.void]
+Image = npt.NDArray[np.uint8]
+SYMBOLS, BATCH = 400, 256
+_TARGET = 0.95
+"""Equal, within the noise of a run."""
+
+_SCHEMA = """\
+<sbe:messageSchema xmlns:sbe="http://fixprotocol.io/2016/sbe" package="bench" id="901" version="1">
+  <types>
+    <composite name="messageHeader"><type name="blockLength" primitiveType="uint16"/><type name="templateId" primitiveType="uint16"/>
+      <type name="schemaId" primitiveType="uint16"/><type name="version" primitiveType="uint16"/></composite>
+    <composite name="size"><type name="blockLength" primitiveType="uint16"/><type name="numInGroup" primitiveType="uint8"/></composite>
+    <composite name="price"><type name="mantissa" primitiveType="int64" presence="optional" nullValue="9223372036854775807"/>
+      <type name="exponent" primitiveType="int8" presence="constant">-9</type></composite>
+    <type name="quantity" primitiveType="int32" presence="optional" nullValue="2147483647"/>
+    <type name="symbol" primitiveType="char" length="20"/>
+    <enum name="side" encodingType="char"><validValue name="bid">0</validValue><validValue name="offer">1</validValue></enum>
+    <enum name="action" encodingType="uint8"><validValue name="add">0</validValue><validValue name="change">1</validValue>
+      <validValue name="remove">2</validValue></enum>
+    <enum name="aggressor" encodingType="uint8"><validValue name="none">0</validValue><validValue name="buy">1</validValue>
+      <validValue name="sell">2</validValue></enum>
+  </types>
+  <sbe:message name="Book" id="1">
+    <field name="time" id="1" type="uint64"/><field name="indicator" id="2" type="uint8"/>
+    <group name="levels" id="3" dimensionType="size" blockLength="32">
+      <field name="price" id="4" type="price"/><field name="quantity" id="5" type="quantity"/><field name="security" id="6" type="int32"/>
+      <field name="report" id="7" type="uint32"/><field name="orders" id="8" type="quantity"/><field name="position" id="9" type="uint8"/>
+      <field name="action" id="10" type="action"/><field name="side" id="11" type="side"/>
+    </group>
+  </sbe:message>
+  <sbe:message name="Trades" id="2">
+    <field name="time" id="1" type="uint64"/><field name="indicator" id="2" type="uint8"/>
+    <group name="trades" id="3" dimensionType="size" blockLength="32">
+      <field name="price" id="4" type="price"/><field name="quantity" id="5" type="int32"/><field name="security" id="6" type="int32"/>
+      <field name="report" id="7" type="uint32"/><field name="orders" id="8" type="int32"/><field name="aggressor" id="9" type="aggressor"/>
+      <field name="action" id="10" type="action"/>
+    </group>
+  </sbe:message>
+  <sbe:message name="Listing" id="3">
+    <field name="security" id="1" type="int32"/><field name="symbol" id="2" type="symbol"/><field name="tick" id="3" type="price"/>
+  </sbe:message>
+</sbe:messageSchema>
+"""
+
+_MAPPING = """\
+[protocol]
+name = "bench_sbe"
+schema = "schema.xml"
+levels = 10
+[timestamp]
+field = "time"
+[instrument]
+code = "security"
+symbol = "symbol"
+[messages.Book.event]
+group = "levels"
+kind = "level"
+side = { field = "side", map = { bid = "BID", offer = "ASK" } }
+change = { field = "action", map = { add = "INSERT", change = "SET", remove = "REMOVE" } }
+position = "position"
+price = "price"
+qty = "quantity"
+aux = "orders"
+[messages.Trades.event]
+group = "trades"
+when = { action = ["add", "change"] }
+kind = "trade"
+side = { field = "aggressor", map = { none = "NO_SIDE", buy = "BID", sell = "ASK" } }
+price = "price"
+qty = "quantity"
+id = "report"
+aux = "orders"
+[messages.Listing.event]
+kind = "reference"
+tick_size = "tick"
+"""
+
+_LOOP = '''\
+# All of an image in batches, as a shard's receiver decodes it. Generated by the benchmark.
+import numpy as np
+
+from tickmesh.node.event import EVENT
+from tickmesh.transports.toolbox import loop
+import tickmesh_generated.{decoder} as decoder_module
+from tickmesh_generated.{decoder} import stream_events
+
+
+@loop
+def decode(buf, pos, end, feed, batch):
+    count = 1
+    while pos < end and count > 0:
+        pos, count = stream_events(buf, pos, end, np.int64(0), feed, batch)
+    return pos
+
+
+def warm():
+    decode(np.zeros(64, np.uint8), 0, 0, decoder_module.warm_feed(), np.zeros(32, EVENT))
+'''
+
+
+class EventsDiffer(Exception):
+    """The C++ decoder made other events of the same messages: no number would mean anything.
+
+    Attributes:
+        peer: the decoder that differs from tickmesh.
+        first: index of the first event that differs.
+    """
+
+    def __init__(self, peer: str, first: int) -> None:
+        super().__init__(f"{peer} and tickmesh disagree from event {first} on: one of them has a bug, report it")
+        self.peer, self.first = peer, first
+
+
+def write_image(messages: int, symbols: int = SYMBOLS, seed: int = 1) -> tuple[Image, int]:
+    """Listings, then book and trade messages, framed one after the other; the image has 64 bytes of slack after its end."""
+    rng = np.random.default_rng(seed)
+    body = bytearray()
+
+    def message(template: int, block: int, rest: bytes) -> None:
+        body.extend(struct.pack("<HHHHHH", 12 + len(rest), 0xEB50, block, template, 901, 1) + rest)
+
+    for i in range(symbols):
+        message(3, 32, struct.pack("<i20sq", 1000 + 7 * i, f"SYM{i:04d}".encode(), 250_000_000))
+    which, counts = rng.integers(0, symbols, messages), rng.integers(1, 5, messages)
+    trades = rng.random(messages) < 0.125
+    entries = rng.integers(0, 1 << 30, (messages, 4, 5))
+    for i in range(messages):
+        rows = []
+        for n in range(counts[i]):
+            a, b, c, d, e = (int(x) for x in entries[i, n])
+            security = 1000 + 7 * int((which[i] + n // 3) % symbols)
+            position = 1 + min(a % 11, b % 11) % 10
+            price = (5000 * 4 + (-position if c % 2 else position)) * 250_000_000
+            if trades[i]:
+                rows.append(struct.pack("<qiiIiBB", price, 1 + d % 50, security, i, 1 + e % 9, d % 3, 0) + bytes(6))
+            else:
+                action = (0, 1, 1, 1, 0, 2, 2, 1)[e % 8]
+                side = b"0" if c % 2 else b"1"
+                rows.append(struct.pack("<qiiIiBBc", price, 1 + d % 500, security, i, 1 + e % 20, position, action, side) + bytes(5))
+        message(2 if trades[i] else 1, 9, struct.pack("<QBHB", 10**18 + 1000 * i, 0x80, 32, len(rows)) + b"".join(rows))
+    image = np.zeros(len(body) + 64, np.uint8)
+    image[: len(body)] = np.frombuffer(bytes(body), np.uint8)
+    return image, len(body)
+
+
+class Tickmesh:
+    """Our generated decoder."""
+
+    def __init__(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "schema.xml").write_text(_SCHEMA)
+            (Path(folder) / "bench_sbe.toml").write_text(_MAPPING)
+            self.spec, self.framing = load_spec(Path(folder) / "bench_sbe.toml"), load_framing("sofh_compact")
+        decoder: Any = load_decoder(self.spec, self.framing)
+        self.decode_stream = decoder.decode_stream
+        self.loop: Any = load_generated("bench_sbe", _LOOP.format(decoder=decoder.__name__.rpartition(".")[2]))
+        self.batch = zeros_aligned(BATCH, EVENT)
+
+    def _feed(self) -> Any:
+        return make_feed(self.spec, InstrumentTable(4096), framing=self.framing)
+
+    def elapsed_ns(self, image: Image, end: int) -> float:
+        """Thread CPU time of decoding the image in batches."""
+        feed = self._feed()
+        begun = time.thread_time_ns()
+        self.loop.decode(image, 0, end, feed, self.batch)
+        return time.thread_time_ns() - begun
+
+    def events(self, image: Image, end: int, room: int) -> Events:
+        """All events of the image."""
+        out = np.zeros(room, EVENT)
+        _, count = self.decode_stream(image, 0, end, 0, self._feed(), out)
+        return out[:count]
+
+
+class Peer:
+    """The decoder in sbe_peer.cpp."""
+
+    def __init__(self, library: Path) -> None:
+        code = ctypes.CDLL(str(library))
+        self._run, self._decode, self._new, self._delete = code.sbe_run, code.sbe_decode, code.feed_new, code.feed_delete
+        self._run.restype = self._decode.restype = ctypes.c_int64
+        self._new.restype = ctypes.c_void_p
+        self.batch = zeros_aligned(BATCH, EVENT)
+
+    def elapsed_ns(self, image: Image, end: int) -> float:
+        """Thread CPU time of decoding the image in batches."""
+        feed = ctypes.c_void_p(self._new())
+        elapsed = self._run(_address(image), ctypes.c_int64(end), feed, _address(self.batch), ctypes.c_int64(BATCH - 12))
+        self._delete(feed)
+        return float(elapsed)
+
+    def events(self, image: Image, end: int, room: int) -> Events:
+        """All events of the image."""
+        out, count, feed = np.zeros(room, EVENT), ctypes.c_int64(), ctypes.c_void_p(self._new())
+        first, last = ctypes.c_int64(0), ctypes.c_int64(end)
+        self._decode(_address(image), first, last, feed, _address(out), ctypes.c_int64(room), ctypes.byref(count))
+        self._delete(feed)
+        return out[: count.value]
+
+
+def _address(array: npt.NDArray[Any]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def check_equal(ours: Events, theirs: Events, name: str) -> None:
+    """Compare events byte by byte.
+
+    Raises:
+        EventsDiffer: they are not equal.
+    """
+    mine, other = (events.view(np.uint64).reshape(-1, 8) for events in (ours, theirs))
+    common = min(len(mine), len(other))
+    differ = np.flatnonzero((mine[:common] != other[:common]).any(axis=1))
+    if len(differ) or len(mine) != len(other):
+        raise EventsDiffer(name, int(differ[0]) if len(differ) else common)
+
+
+def bench_sbe(messages: int = 200_000, repeats: int = 9) -> Result:
+    """Measure and compare.
+
+    Returns:
+        ``{"machine", "messages", "events", "repeats", "ns_per_event": {decoder: median}, "ratio": {peer: peer / tickmesh}, "rows": [...],
+        "skipped"}``; rows are for ``tickmesh bench``.
+
+    Raises:
+        EventsDiffer: the decoders' events are not equal.
+    """
+    image, end = write_image(messages)
+    ours = Tickmesh()
+    built, skipped = built_peers("sbe_peer.cpp")
+    peers = {compiler: Peer(path) for compiler, path in built.items()}
+    room = 10 * messages + 2 * SYMBOLS
+    mine = ours.events(image, end, room)
+    for name, peer in peers.items():
+        check_equal(mine, peer.events(image, end, room), name)
+    runs: dict[str, Tickmesh | Peer] = {"tickmesh": ours, **peers}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats):
+        for name in runs if repeat % 2 == 0 else reversed(runs):
+            samples[name].append(runs[name].elapsed_ns(image, end) / len(mine))
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    ratios = {name: statistics.median(x / y for x, y in zip(samples[name], samples["tickmesh"])) for name in peers}
+    rows = [
+        {
+            "name": "SBE decode to 64-byte events", "unit": "ns per event", "ours": medians["tickmesh"], "theirs": medians[name],
+            "peer": f"hand-written C++ ({name})", "ratio": ratio, "target": _TARGET if name == "g++" else None,
+        }
+        for name, ratio in ratios.items()
+    ]  # fmt: skip
+    return {
+        "machine": platform.platform(), "messages": messages, "events": len(mine), "repeats": repeats, "ns_per_event": medians,
+        "ratio": ratios, "rows": rows, "skipped": skipped,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    json.dump(bench_sbe(*(int(word) for word in sys.argv[1:])), sys.stdout, indent=2)
+    print()

@@ -393,7 +393,8 @@ class Source(Table):
     )
     data_format: str | None = key(
         None,
-        'Protocol: a shipped spec ("itch50"), a spec file (.toml), "binance", "okx", "bybit", "lobster", "dbn_mbo", "json" or "csv".',
+        'Protocol: a shipped spec ("itch50"), a spec file (.toml), "fix44" or a FIX dictionary ("fix:FILE.xml"), "binance", "okx", '
+        '"bybit", "lobster", "dbn_mbo", "json" or "csv".',
         live=True,
     )
     framing: str | None = key(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tickmesh.node import fix_mapping as M
-from tickmesh.node.event import ALL_INSTRUMENTS, ASK, BID, NO_INSTRUMENT, NO_PRICE, NO_SIDE, Flag, Kind, TradingStatus
+from tickmesh.node.event import ALL_INSTRUMENTS, ASK, BID, EVENT, NO_INSTRUMENT, NO_PRICE, NO_SIDE, Flag, Kind, TradingStatus
 from tickmesh.node.feed import (
     FILTERED_MESSAGES,
     QTY_EXPONENT,
@@ -47,19 +47,21 @@ from tickmesh.node.fix_text import (
 )  # fmt: skip
 from tickmesh.node.instruments import EXCLUDED, FILTERED, InstrumentTable, find_instrument, intern_unseen
 from tickmesh.transports.byte_masks import PLACES_SLACK, find_all
-from tickmesh.transports.toolbox import inlined, le16, le64, outlined, zeros_aligned
+from tickmesh.transports.toolbox import copy_record, inlined, le16, le64, outlined, zeros_aligned
 
-FixArrays = namedtuple("FixArrays", "instruments state counts malformed types roles data_tags groups cells masks tags places ends")
+FixArrays = namedtuple("FixArrays", "instruments state counts malformed types roles data_tags groups cells masks tags places ends held")
 """`instruments` see :class:`tickmesh.node.instruments.Instruments`; `state` i64; `counts` u64 per name of COUNTERS; `malformed` u64 per
 name of :data:`REASONS`; `types`, `roles`, `data_tags`, `groups` see :class:`tickmesh.node.fix_mapping.FixTables`; `cells`
 u64[entries * SLOTS]: where a field's value begins << 32 and ends, from the message's start, entry 0 being the body; `masks` u64 per entry:
-its slots; `tags` TAG, TAGS_MAX per class: those met so far, and `places` u8: index among the roles -> place there; `ends` i32: scratch."""
+its slots; `tags` TAG, TAGS_MAX per class: those met so far, and `places` u8: index among the roles -> place there; `ends` i32: scratch;
+`held` EVENT[HELD_MAX]."""
 
 TAG = np.dtype([("word", "<u8"), ("mask", "<u8"), ("next", "<u4"), ("tag", "<u4"), ("role", "u1"), ("size", "u1"), ("spare", "u1", 6)])
 """A tag as it stands in a message: ``(word ^ bytes) & mask == 0``, its `size` with the equals sign, its role, and the place of the tag that
 came behind it last time. Of a class's tags the first is the list's head (`next`: the first free place), the second stands for the start."""
 TAGS_MAX = 256
 
+HELD_MAX = 64
 ENTRIES_MAX = 16384
 """Most entries of a message's group; a message with more is refused."""
 RESERVE = 4
@@ -69,10 +71,10 @@ ROOM_MIN = 2 * RESERVE
 
 (
     EXPECTED, SENDER_KEY, FINAL, IN_GARBAGE, STEP, M_STOP, M_CLASS, M_SEQ, M_TIME, M_RECV, M_ROWS, M_INSTRUMENT, DATE_TEXT, DATE_NS,
-    BY_ORDER, GAPS, MISSING, DUPLICATES, RESTARTS, UNKNOWN_TAGS, ENTRIES_IGNORED,
-) = range(COMMON_WORDS, COMMON_WORDS + 21)  # fmt: skip
+    BY_ORDER, GAPS, MISSING, DUPLICATES, RESTARTS, UNKNOWN_TAGS, ENTRIES_IGNORED, SKIPPED, HELD,
+) = range(COMMON_WORDS, COMMON_WORDS + 23)  # fmt: skip
 """Indices of ``FixArrays.state``, behind those of :mod:`tickmesh.node.feed`. FINAL: no bytes come behind `end`. STEP to M_INSTRUMENT: the
-message that `out` had no room for."""
+message that `out` had no room for; HELD: how many of its events are in `held`. SKIPPED: bytes before a message that are no fault so far."""
 
 _OWN_REASONS = (
     "garbage", "bad_begin_string", "bad_body_length", "bad_header", "bad_checksum", "bad_tag", "repeated_tag", "bad_group_count",
@@ -127,7 +129,7 @@ def make_fix_arrays(instruments: Any, tables: M.FixTables, *, source: int, tick_
     """State of a decoder; a tick size of 0 and an exponent of -1 are inferred from a symbol's first message."""
     state = np.zeros(COMMON_WORDS + 32, np.int64)
     state[SOURCE], state[TICK_SIZE], state[QTY_EXPONENT], state[BY_ORDER] = source, tick_size, qty_exponent, tables.by_order
-    rows = ENTRIES_MAX + 1
+    rows = ENTRIES_MAX + 2  # the body, and the one that is too many
     tags = zeros_aligned(len(M.CLASSES) * TAGS_MAX + 1, TAG)
     tags["next"][::TAGS_MAX] = 2
     tags["mask"] = tags["word"] = np.uint64(0xFFFFFFFFFFFFFFFF)  # matches nothing: no tag has 0xFF
@@ -135,6 +137,7 @@ def make_fix_arrays(instruments: Any, tables: M.FixTables, *, source: int, tick_
         instruments, state, np.zeros(len(M.COUNTERS), np.uint64), np.zeros(len(REASONS), np.uint64), tables.types, tables.roles,
         tables.data_tags, tables.groups, np.zeros(rows << _SLOT_BITS, np.uint64), np.zeros(rows, np.uint64),
         tags, np.zeros(len(tables.roles), np.uint8), np.zeros(_CHUNK_BYTES + PLACES_SLACK, np.int32),
+        zeros_aligned(HELD_MAX, EVENT),
     )  # fmt: skip
 
 
@@ -247,7 +250,9 @@ def _fields(buf: Any, at: Any, body: Any, stop: Any, number: Any, feed: Any) -> 
                     break
             elif (role & _U(M.MEMBER) != _ZERO) != (entry != _ZERO):
                 if entry != _ZERO:  # of the body, behind the group
-                    fault = _I(REPEATED_TAG) if masks[0] & bit else fault
+                    if masks[0] & bit:
+                        fault = _I(REPEATED_TAG)
+                        break
                     masks[0] |= bit
                     cells[slot] = (_U(v - at) << _U(32)) | _U(e - at)
                     continue
@@ -640,14 +645,20 @@ def _entries(
     """Events of a snapshot's or an increment's entries from `row` (0: what comes before them) on.
 
     Book events of one instrument are one transaction: each gets MORE once the next is there. So where `out` has no room left the last of
-    them is taken back, and comes again with the next call.
+    them, and what came after it, are held back for the next call.
 
     Returns:
         ``(row, instrument, n)``; row is beyond `rows` when all is done.
     """
     room, by_order = _I(out.size) - RESERVE, feed.state[BY_ORDER] != 0
     flags = _SNAPSHOT if number == M.SNAPSHOT else np.uint16(0)
-    last, last_row, last_instrument = _I(-1), row, _NONE
+    last, last_instrument = _I(-1), _NONE
+    if feed.state[HELD] > 0:
+        for k in range(feed.state[HELD]):
+            copy_record(out, n + k, feed.held, k)
+        last, last_instrument = n, out[_U(n)].instrument
+        n += feed.state[HELD]
+        feed.state[HELD] = 0
     w0 = w1 = w2 = _ZERO
     if row == 0:
         instrument, cleared, n = _opening(buf, at, number, rows, feed, seq, ts, recv, out, n)
@@ -656,14 +667,17 @@ def _entries(
         row = _I(1) if number != M.SNAPSHOT or instrument < RESOLVED_BELOW else rows + 1
     while row <= rows:
         if n > room:
-            if last > 0:
-                n, row = last, last_row
+            if last > 0 and n - last <= HELD_MAX:
+                feed.state[HELD] = n - last
+                for k in range(n - last):
+                    copy_record(feed.held, k, out, last + k)
+                n = last
             break
         mask = feed.masks[_U(row)]
         if number != M.SNAPSHOT and _has(mask, M.SYMBOL):
             p, end = _cell(feed, at, row, M.SYMBOL)
             v0, v1, v2 = name_words(buf, p, end)
-            if v0 != w0 or v1 != w1 or v2 != w2 or instrument >= RESOLVED_BELOW:
+            if v0 != w0 or v1 != w1 or v2 != w2 or instrument >= RESOLVED_BELOW or end - p > _SYMBOL_BYTES:
                 instrument, n = _instrument(buf, at, row, row, feed, seq, ts, recv, out, n)
                 w0, w1, w2 = v0, v1, v2
         if instrument >= RESOLVED_BELOW:
@@ -703,7 +717,7 @@ def _entries(
         elif last >= 0 and last_instrument == instrument:
             out[_U(last)].flags |= _MORE
         if reason < 0:
-            last, last_row, last_instrument = n, row, instrument
+            last, last_instrument = n, instrument
         n += 1
         row += 1
     return row, instrument, n
@@ -748,7 +762,7 @@ def _quote(buf: Any, at: Any, instrument: Any, feed: Any, seq: Any, ts: Any, rec
     ask, wrong = _price_in(buf, feed, at, 0, M.ASK) if _has(mask, M.ASK) else (_NO_PRICE, _I(-1))
     bid_qty, wrong_bid = _qty_in(buf, feed, at, 0, M.QTY, instrument) if _has(mask, M.QTY) else (_I(0), _I(-1))
     ask_qty, wrong_ask = _qty_in(buf, feed, at, 0, M.ASK_QTY, instrument) if _has(mask, M.ASK_QTY) else (_I(0), _I(-1))
-    reason = max(max(reason, wrong), max(wrong_bid, wrong_ask))
+    reason = reason if reason >= 0 else wrong_bid if wrong_bid >= 0 else wrong if wrong >= 0 else wrong_ask
     if reason >= 0:
         _refuse(feed, reason)
         return n
@@ -805,19 +819,20 @@ def _skip(buf: Any, p: Any, end: Any, what: Any, stop: Any, feed: Any) -> Any:
     after = next_begin(buf, max(stop, p + _I(what != NO_BEGIN)), end)
     if what != NO_BEGIN:
         feed.malformed[_U(TRUNCATED if what == PARTIAL else GARBAGE + what - NO_BEGIN)] += _ONE
-        s[IN_GARBAGE] = 1
+        s[IN_GARBAGE], s[SKIPPED] = 1, 0
         return after
-    if s[IN_GARBAGE] == 0 and not _is_prefix(buf, p, after):
+    if s[IN_GARBAGE] == 0 and not _is_prefix(buf, p, after, s):
         feed.malformed[_U(GARBAGE)] += _ONE
         s[IN_GARBAGE] = 1
     return after
 
 
 @outlined
-def _is_prefix(buf: Any, p: Any, end: Any) -> Any:
-    while p < end and (buf[p] == 10 or buf[p] == 13):
+def _is_prefix(buf: Any, p: Any, end: Any, s: Any) -> Any:
+    while p < end and s[SKIPPED] == 0 and (buf[p] == 10 or buf[p] == 13):
         p += 1
-    if end - p > _PREFIX_BYTES:
+    s[SKIPPED] += end - p
+    if s[SKIPPED] > _PREFIX_BYTES:
         return False
     for k in range(p, end):
         if buf[k] < 32 or buf[k] > 126:
@@ -864,7 +879,7 @@ def fix_events(buf: Any, pos: Any, end: Any, ts_recv: Any, feed: Any, out: Any) 
                     break
                 pos = _skip(buf, pos, end, what, stop, feed)
                 continue
-            s[IN_GARBAGE] = 0
+            s[IN_GARBAGE], s[SKIPPED] = 0, 0
             number, rows, seq, ts, recv, n = _begin_message(buf, pos, body, stop, ts_recv, feed, out, n)
             row, instrument = _I(0), _NONE
         else:

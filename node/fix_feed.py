@@ -207,7 +207,7 @@ class FixFeed:
         if self._end > self._first:
             self.arrays.malformed[TRUNCATED] += np.uint64(1)
         self._first = self._end = 0
-        self.arrays.state[[decoder.FINAL, decoder.IN_GARBAGE, decoder.STEP]] = 0
+        self.arrays.state[[decoder.FINAL, decoder.IN_GARBAGE, decoder.STEP, decoder.HELD, decoder.SKIPPED]] = 0
 
     @property
     def messages(self) -> dict[str, int]:

@@ -131,11 +131,11 @@ def next_begin(buf: Any, p: Any, end: Any) -> Any:
 
 @inlined
 def tag_at(buf: Any, p: Any) -> Any:
-    """The tag at p: ``(tag, size)``; tag 0 if it is not 1 to 7 digits and an equals sign."""
+    """The tag at p: ``(tag, size)``; tag 0 if it is not 1 to 7 digits, the first not 0, and an equals sign."""
     word = le64(buf, p)
     size = first_equal(word, _EQUALS)
     nibbles = (word ^ _ZERO_DIGITS) << (_U(64 - 8 * size) & _U(63))
-    good = size >= 1 and size <= 7 and not_digits(nibbles) == _U(0)
+    good = size >= 1 and size <= 7 and not_digits(nibbles) == _U(0) and buf[p] != 48
     return _I(eight_digits(nibbles)) if good else _I(0), size
 
 

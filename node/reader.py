@@ -32,7 +32,7 @@ from tickmesh.node.decoder import (
 from tickmesh.node.event import EventArray
 from tickmesh.node.event_batch import EventBatch
 from tickmesh.node.feed import STARTED, bind_code
-from tickmesh.node.fix_decoder import FINAL, STEP
+from tickmesh.node.fix_decoder import FINAL, HELD, SKIPPED, STEP
 from tickmesh.node.fix_dictionary import DictionaryError
 from tickmesh.node.fix_feed import fix_counters, fix_malformed, fix_message_counts, fix_parts, load_fix_decoder, open_fix_feed
 from tickmesh.node.fix_mapping import FixMappingError, is_fix
@@ -223,7 +223,7 @@ class FixReader(StreamReader):
 
     def next_file(self) -> bool:
         """Go to the next file; false if there is none."""
-        self.arrays.state[STEP] = 0
+        self.arrays.state[[STEP, HELD, SKIPPED]] = 0
         self.buffer = read_bytes(self._files.pop(0), problems=self.problems) if self._files else None
         if self.buffer is None:
             return False

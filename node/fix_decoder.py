@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tickmesh.node import fix_mapping as M
+from tickmesh.node import fix_slots as M
 from tickmesh.node.event import ALL_INSTRUMENTS, ASK, BID, EVENT, NO_INSTRUMENT, NO_PRICE, NO_SIDE, Flag, Kind, TradingStatus
 from tickmesh.node.feed import (
     FILTERED_MESSAGES,
@@ -51,7 +51,7 @@ from tickmesh.transports.toolbox import copy_record, inlined, le16, le64, outlin
 
 FixArrays = namedtuple("FixArrays", "instruments state counts malformed types roles data_tags groups cells masks tags places ends held")
 """`instruments` see :class:`tickmesh.node.instruments.Instruments`; `state` i64; `counts` u64 per name of COUNTERS; `malformed` u64 per
-name of :data:`REASONS`; `types`, `roles`, `data_tags`, `groups` see :class:`tickmesh.node.fix_mapping.FixTables`; `cells`
+name of :data:`REASONS`; `types`, `roles`, `data_tags`, `groups` see :class:`tickmesh.node.fix_slots.FixTables`; `cells`
 u64[entries * SLOTS]: where a field's value begins << 32 and ends, from the message's start, entry 0 being the body; `masks` u64 per entry:
 its slots; `tags` TAG, TAGS_MAX per class: those met so far, and `places` u8: index among the roles -> place there; `ends` i32: scratch;
 `held` EVENT[HELD_MAX]."""
@@ -79,13 +79,13 @@ message that `out` had no room for; HELD: how many of its events are in `held`. 
 _OWN_REASONS = (
     "garbage", "bad_begin_string", "bad_body_length", "bad_header", "bad_checksum", "bad_tag", "repeated_tag", "bad_group_count",
     "group_order", "too_many_entries", "bad_data_length", "missing_field", "bad_number", "too_precise", "number_too_large", "bad_time",
-    "bad_symbol", "unsupported_action", "bad_side", "unknown_type", "bad_status",
+    "bad_symbol", "unsupported_action", "unknown_type", "bad_status",
 )  # fmt: skip
 REASONS = (*COMMON_REASONS, *_OWN_REASONS)
 (
     GARBAGE, BAD_BEGIN_STRING, BAD_BODY_LENGTH, BAD_HEADER, BAD_CHECKSUM, BAD_TAG, REPEATED_TAG, BAD_GROUP_COUNT, GROUP_ORDER,
     TOO_MANY_ENTRIES, BAD_DATA_LENGTH, MISSING_FIELD, BAD_NUMBER, TOO_PRECISE_NUMBER, NUMBER_TOO_LARGE, BAD_TIME, BAD_SYMBOL,
-    UNSUPPORTED_ACTION, BAD_SIDE, UNKNOWN_TYPE, BAD_STATUS,
+    UNSUPPORTED_ACTION, UNKNOWN_TYPE, BAD_STATUS,
 ) = range(len(COMMON_REASONS), len(REASONS))  # fmt: skip
 
 _U, _I = np.uint64, np.int64
@@ -904,4 +904,4 @@ def fix_events(buf: Any, pos: Any, end: Any, ts_recv: Any, feed: Any, out: Any) 
 
 def warm_fix_feed() -> FixArrays:
     """Arrays of the final types, for compiling."""
-    return make_fix_arrays(InstrumentTable(1).arrays, M.fix_tables({}), source=0, tick_size=0, qty_exponent=-1)
+    return make_fix_arrays(InstrumentTable(1).arrays, M.empty_tables(), source=0, tick_size=0, qty_exponent=-1)

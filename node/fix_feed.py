@@ -20,7 +20,8 @@ from tickmesh.node.event import EventArray
 from tickmesh.node.feed import FILTERED_MESSAGES, TRUNCATED
 from tickmesh.node.fix_decoder import REASONS, FixArrays, make_fix_arrays
 from tickmesh.node.fix_frame import BODY_BYTES_MAX
-from tickmesh.node.fix_mapping import COUNTERS, dictionary_of, fix_tables
+from tickmesh.node.fix_mapping import dictionary_of, fix_tables
+from tickmesh.node.fix_slots import COUNTERS
 from tickmesh.node.instruments import InstrumentTable, InstrumentTableFull, SymbolFiltered
 from tickmesh.transports.byte_masks import SLACK_BYTES
 from tickmesh.transports.codecache import import_generated, load_generated, write_generated

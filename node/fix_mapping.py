@@ -1,4 +1,4 @@
-"""Which FIX field means what: messages that become events, the part (slot) that each of their tags plays, and a source's own mapping.
+"""Which FIX field means what to a source: the tags of :mod:`tickmesh.node.fix_slots`, what a dictionary adds, and the source's own.
 
 :func:`fix_tables` makes the tables that the compiled decoder (:mod:`tickmesh.node.fix_decoder`) reads. What is mapped without a word of
 configuration is :data:`CLASSES`; a dictionary adds data fields, the delimiters of groups and what counts as an unknown tag; `fields` of a
@@ -8,7 +8,6 @@ source replaces tags by others, the venue's own too.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,67 +17,44 @@ import numpy.typing as npt
 from tickmesh.control.config import FieldOptions, Refusal, Source
 from tickmesh.node.fix_dictionary import Dictionary, DictionaryError, load_dictionary
 from tickmesh.node.fix_frame import DATA_PAIRS
+from tickmesh.node.fix_slots import (
+    ADMIN,
+    ASK,
+    ASK_QTY,
+    AUX,
+    CLASSES,
+    CODES,
+    COUNT,
+    DATA_LENGTH,
+    DEFINITION,
+    DEFINITIONS,
+    EXECUTION,
+    FREE,
+    HEADER,
+    ID,
+    INCREMENTAL,
+    KNOWN,
+    MEMBER,
+    OWN_SEQ,
+    PRICE,
+    QTY,
+    QUOTE,
+    ROLES,
+    SECURITY_STATUS,
+    SIDE,
+    SKIP,
+    SLOT_MASK,
+    SNAPSHOT,
+    SPECIAL,
+    SYMBOL,
+    TIME,
+    TRADE_REPORT,
+    FixTables,
+    MessageClass,
+)  # fmt: skip
 
 SHIPPED = ("fix42", "fix44", "fix50", "fix")
 """Formats that need no dictionary; they differ in name only: what is mapped has the same tags in all versions."""
-
-(
-    SKIP, KNOWN, SYMBOL, SIDE, PRICE, QTY, ID, AUX, ACTION, TYPE, SEQ, SENDING_TIME, TIME, ENTRY_DATE, ENTRY_TIME, STATUS, TICK_SIZE,
-    EXEC_TYPE, EXEC_TRANS, REF_ID, COUNT, POSS_DUP, SENDER, NEW_SEQ, ORDERS, ASK, ASK_QTY, OWN_SEQ, RESET, TRADE_ID, DATA_LENGTH,
-) = range(31)  # fmt: skip
-"""Slots: the part that a field plays. SKIP: the dictionary does not have it; KNOWN: it means nothing to us."""
-SLOTS = 32
-SLOT_MASK, SPECIAL, FREE, MEMBER = 31, 64, 32, 128
-"""A role is a slot and bits: MEMBER belongs to an entry of the group, FREE may stand before the group too, SPECIAL begins an entry or,
-where it is no MEMBER, announces a data field."""
-
-OTHER, SNAPSHOT, INCREMENTAL, EXECUTION, SECURITY_STATUS, DEFINITION, DEFINITIONS, QUOTE, TRADE_REPORT = range(9)
-"""Classes of messages; OTHER is counted, and watched for its sequence."""
-CODES = 1 << 16
-ROLES = 2 * CODES
-"""Roles of a class: first by the digits of a tag of up to four, then by the number of a longer one."""
-
-_HEADER = {34: SEQ, 49: SENDER, 52: SENDING_TIME, 43: POSS_DUP}
-
-
-@dataclass(frozen=True)
-class MessageClass:
-    """How the messages of a class are read.
-
-    Attributes:
-        type: MsgType.
-        name: what they are counted under.
-        body: tag -> slot outside the group.
-        count, delimiter: of its group; 0: none.
-        entry: tag -> slot inside the group.
-    """
-
-    type: str
-    name: str
-    body: Mapping[int, int]
-    count: int = 0
-    delimiter: int = 0
-    entry: Mapping[int, int] | None = None
-
-
-_ENTRY = {269: TYPE, 270: PRICE, 271: QTY, 272: ENTRY_DATE, 273: ENTRY_TIME, 346: ORDERS, 54: SIDE, 278: TRADE_ID}
-CLASSES = (
-    MessageClass("", "other", {36: NEW_SEQ, 141: RESET}),
-    MessageClass("W", "snapshot", {55: SYMBOL, 60: TIME}, 268, 269, _ENTRY),
-    MessageClass("X", "incremental", {60: TIME}, 268, 279, {**_ENTRY, 279: ACTION, 55: SYMBOL, 280: REF_ID}),
-    MessageClass(
-        "8", "execution_report",
-        {55: SYMBOL, 54: SIDE, 31: PRICE, 32: QTY, 17: TRADE_ID, 37: AUX, 60: TIME, 150: EXEC_TYPE, 20: EXEC_TRANS, 19: REF_ID},
-    ),
-    MessageClass("f", "security_status", {55: SYMBOL, 326: STATUS, 60: TIME}),
-    MessageClass("d", "security_definition", {55: SYMBOL, 969: TICK_SIZE, 60: TIME}),
-    MessageClass("y", "security_list", {60: TIME}, 146, 55, {55: SYMBOL, 969: TICK_SIZE}),
-    MessageClass("S", "quote", {55: SYMBOL, 132: PRICE, 133: ASK, 134: QTY, 135: ASK_QTY, 60: TIME}),
-    MessageClass("AE", "trade_report", {55: SYMBOL, 31: PRICE, 32: QTY, 571: TRADE_ID, 487: EXEC_TRANS, 572: REF_ID, 60: TIME}),
-)  # fmt: skip
-"""By the numbers of the classes, OTHER first."""
-COUNTERS = (*(c.name for c in CLASSES), "heartbeat", "test_request", "resend_request", "reject", "sequence_reset", "logout", "logon")
-_ADMIN = {"0": 9, "1": 10, "2": 11, "3": 12, "4": 13, "5": 14, "A": 15}
 
 _EVENT_SLOTS = {
     "symbol": SYMBOL, "price": PRICE, "qty": QTY, "side": SIDE, "id": ID, "aux": AUX, "ts_event": TIME, "seq": OWN_SEQ,
@@ -110,25 +86,6 @@ class FixMappingError(Exception):
     def __init__(self, problems: list[Refusal]) -> None:
         super().__init__("; ".join(f"{p.key}: {p.reason}" + (f" ({p.hint})" if p.hint else "") for p in problems))
         self.problems = problems
-
-
-@dataclass(frozen=True)
-class FixTables:
-    """What the decoder reads.
-
-    Attributes:
-        types: u8[65536]: the two bytes of a MsgType as a little-endian word -> index of :data:`COUNTERS`; the first are the classes.
-        roles: u8, ROLES per class.
-        data_tags: i32[65536]: length field -> its data field.
-        groups: u8 per class: whether it has a group.
-        by_order: `id` is mapped: books are kept by order.
-    """
-
-    types: npt.NDArray[np.uint8]
-    roles: npt.NDArray[np.uint8]
-    data_tags: npt.NDArray[np.int32]
-    groups: npt.NDArray[np.uint8]
-    by_order: bool
 
 
 # ---------------------------------------------------------------- formats
@@ -226,7 +183,7 @@ def _types() -> npt.NDArray[np.uint8]:
     for number, known in enumerate(CLASSES):
         if known.type:
             types[int.from_bytes(known.type.encode(), "little")] = number
-    for kind, counter in _ADMIN.items():
+    for kind, counter in ADMIN.items():
         types[ord(kind)] = counter
     return types
 
@@ -240,7 +197,7 @@ def _data_tags(pairs: Mapping[int, int]) -> npt.NDArray[np.int32]:
 
 
 def _header_roles(known: MessageClass, count: int) -> dict[int, int]:
-    return {**_HEADER, **({count: COUNT} if count else {})}
+    return {**HEADER, **({count: COUNT} if count else {})}
 
 
 def _group(known: MessageClass, dictionary: Dictionary | None) -> tuple[int, int]:
@@ -285,7 +242,7 @@ def _own_tags(fields: Mapping[Any, FieldOptions], dictionary: Dictionary | None)
         if tag in taken and not set(_WHERE[name]).isdisjoint(_WHERE[taken[tag]]):
             problems.append(Refusal(f"fields.{name}", f"tag {tag} feeds {taken[tag]} already", "one tag feeds one field"))
         taken[tag] = name
-        if tag in (8, 9, 10, 35, *_HEADER, 268, 269, 279, 146) and not (name == "ts_event" and tag == 52):
+        if tag in (8, 9, 10, 35, *HEADER, 268, 269, 279, 146) and not (name == "ts_event" and tag == 52):
             problems.append(Refusal(f"fields.{name}", f"tag {tag} has a meaning of its own", "choose another tag"))
         if tag >= CODES:
             problems.append(Refusal(f"fields.{name}", f"tag {tag} is too large", f"tags below {CODES} can be mapped"))

@@ -481,18 +481,18 @@ def _put(
 
 
 @inlined
-def _character(buf: Any, feed: Any, at: Any, row: Any, slot: Any, absent: Any) -> Any:
+def _character(buf: Any, feed: Any, at: Any, row: Any, mask: Any, slot: Any, absent: Any) -> Any:
     """The one character in a slot; `absent` if the slot is empty, -1 if it holds more."""
     p, e = _cell(feed, at, row, slot)
-    if not _has(feed.masks[_U(row)], slot):
+    if not _has(mask, slot):
         return _I(absent)
     return _I(buf[p]) if e - p == 1 else _I(-1)
 
 
 @inlined
-def _price_in(buf: Any, feed: Any, at: Any, row: Any, slot: Any) -> Any:
+def _price_in(buf: Any, feed: Any, at: Any, row: Any, mask: Any, slot: Any) -> Any:
     """``(price, reason)`` of a slot; the reason is -1 if there is one."""
-    if not _has(feed.masks[_U(row)], slot):
+    if not _has(mask, slot):
         return _I(0), _I(MISSING_FIELD)
     p, e = _cell(feed, at, row, slot)
     value, problem = price(buf, p, e)
@@ -500,9 +500,9 @@ def _price_in(buf: Any, feed: Any, at: Any, row: Any, slot: Any) -> Any:
 
 
 @inlined
-def _qty_in(buf: Any, feed: Any, at: Any, row: Any, slot: Any, instrument: Any) -> Any:
+def _qty_in(buf: Any, feed: Any, at: Any, row: Any, mask: Any, slot: Any, instrument: Any) -> Any:
     """``(quantity, reason)`` of a slot, in the instrument's exponent."""
-    if not _has(feed.masks[_U(row)], slot):
+    if not _has(mask, slot):
         return _I(0), _I(MISSING_FIELD)
     p, e = _cell(feed, at, row, slot)
     value, problem = quantity(buf, p, e, _I(feed.instruments.records[instrument].qty_exponent))
@@ -512,23 +512,22 @@ def _qty_in(buf: Any, feed: Any, at: Any, row: Any, slot: Any, instrument: Any) 
 
 
 @inlined
-def _id_in(buf: Any, feed: Any, at: Any, row: Any, slot: Any) -> Any:
+def _id_in(buf: Any, feed: Any, at: Any, row: Any, mask: Any, slot: Any) -> Any:
     """Id in a slot, u64; 0 if the slot is empty."""
     p, e = _cell(feed, at, row, slot)
-    return identity(buf, p, e) if _has(feed.masks[_U(row)], slot) else _ZERO
+    return identity(buf, p, e) if _has(mask, slot) else _ZERO
 
 
 @inlined
-def _side_in(buf: Any, feed: Any, at: Any, row: Any) -> Any:
+def _side_in(buf: Any, feed: Any, at: Any, row: Any, mask: Any) -> Any:
     """BID or ASK of Side or an aggressor's side (1, 2; short sales count as sales), else NO_SIDE."""
-    c = _character(buf, feed, at, row, M.SIDE, 48)
+    c = _character(buf, feed, at, row, mask, M.SIDE, 48)
     return _I(BID) if c == 49 else _I(ASK) if c == 50 or c == 53 or c == 54 else _I(NO_SIDE)
 
 
 @inlined
-def _entry_time(buf: Any, feed: Any, at: Any, row: Any, ts: Any) -> Any:
+def _entry_time(buf: Any, feed: Any, at: Any, row: Any, mask: Any, ts: Any) -> Any:
     """Time of an entry that has a date and a time of its own, otherwise its message's."""
-    mask = feed.masks[_U(row)]
     if not (_has(mask, M.ENTRY_DATE) and _has(mask, M.ENTRY_TIME)):
         return ts
     p, e = _cell(feed, at, row, M.ENTRY_DATE)
@@ -543,9 +542,9 @@ def _entry_time(buf: Any, feed: Any, at: Any, row: Any, ts: Any) -> Any:
 
 
 @inlined
-def _own_seq(buf: Any, feed: Any, at: Any, row: Any, seq: Any) -> Any:
+def _own_seq(buf: Any, feed: Any, at: Any, row: Any, mask: Any, seq: Any) -> Any:
     """The sequence of an event: the message's, or that of the source's own mapping."""
-    if not _has(feed.masks[_U(row)], M.OWN_SEQ):
+    if not _has(mask, M.OWN_SEQ):
         return seq
     p, e = _cell(feed, at, row, M.OWN_SEQ)
     value, problem = whole_number(buf, p, e)
@@ -553,18 +552,18 @@ def _own_seq(buf: Any, feed: Any, at: Any, row: Any, seq: Any) -> Any:
 
 
 @inlined
-def _level(buf: Any, at: Any, row: Any, feed: Any, action: Any, instrument: Any, e: Any) -> Any:
+def _level(buf: Any, at: Any, row: Any, mask: Any, feed: Any, action: Any, instrument: Any, e: Any) -> Any:
     """Fill LEVEL's price, quantity and orders; -1 or why not."""
-    px, reason = _price_in(buf, feed, at, row, M.PRICE)
+    px, reason = _price_in(buf, feed, at, row, mask, M.PRICE)
     qty = _I(0)
     if action != _REMOVE:
-        qty, wrong = _qty_in(buf, feed, at, row, M.QTY, instrument)
+        qty, wrong = _qty_in(buf, feed, at, row, mask, M.QTY, instrument)
         reason = reason if reason >= 0 else wrong
     if action < _NEW or action > _REMOVE:
         reason = _I(UNSUPPORTED_ACTION)
     orders = _I(0)
-    if _has(feed.masks[_U(row)], M.ORDERS) or _has(feed.masks[_U(row)], M.AUX):
-        p, end = _cell(feed, at, row, M.AUX if _has(feed.masks[_U(row)], M.AUX) else M.ORDERS)
+    if _has(mask, M.ORDERS) or _has(mask, M.AUX):
+        p, end = _cell(feed, at, row, M.AUX if _has(mask, M.AUX) else M.ORDERS)
         orders, problem = whole_number(buf, p, end)
         orders = orders if problem == 0 else _I(0)
     e.kind, e.price, e.qty, e.id, e.aux = _LEVEL, px, qty, _ZERO, orders
@@ -574,17 +573,18 @@ def _level(buf: Any, at: Any, row: Any, feed: Any, action: Any, instrument: Any,
 @outlined
 def _order(buf: Any, at: Any, row: Any, feed: Any, action: Any, instrument: Any, e: Any) -> Any:
     """Fill an order's kind, price, quantity and ids; -1 or why not."""
-    number = _id_in(buf, feed, at, row, M.ID)
-    if not _has(feed.masks[_U(row)], M.ID):
+    mask = feed.masks[_U(row)]
+    number = _id_in(buf, feed, at, row, mask, M.ID)
+    if not _has(mask, M.ID):
         return _I(MISSING_FIELD)
     e.kind, e.price, e.qty, e.id, e.aux = _DELETE, _I(0), _I(0), number, _I(0)
     if action == _REMOVE:
         return _I(-1)
-    px, reason = _price_in(buf, feed, at, row, M.PRICE)
-    qty, wrong = _qty_in(buf, feed, at, row, M.QTY, instrument)
+    px, reason = _price_in(buf, feed, at, row, mask, M.PRICE)
+    qty, wrong = _qty_in(buf, feed, at, row, mask, M.QTY, instrument)
     e.kind, e.price, e.qty = _ADD if action == _NEW else _MODIFY, px, qty
-    if action == _CHANGE and _has(feed.masks[_U(row)], M.REF_ID):
-        before = _id_in(buf, feed, at, row, M.REF_ID)
+    if action == _CHANGE and _has(mask, M.REF_ID):
+        before = _id_in(buf, feed, at, row, mask, M.REF_ID)
         if before != number:
             e.kind, e.aux = _REPLACE, _I(before)
     if action < _NEW or action > _REMOVE:
@@ -597,20 +597,21 @@ def _trade(
     buf: Any, at: Any, row: Any, feed: Any, action: Any, instrument: Any, seq: Any, ts: Any, recv: Any, flags: Any, out: Any, n: Any
 ) -> Any:
     """A TRADE, or the BREAK of one; returns n."""
-    number = _id_in(buf, feed, at, row, M.TRADE_ID if _has(feed.masks[_U(row)], M.TRADE_ID) else M.ID)
+    mask = feed.masks[_U(row)]
+    number = _id_in(buf, feed, at, row, mask, M.TRADE_ID if _has(mask, M.TRADE_ID) else M.ID)
     if action == _REMOVE:
         _put(out[n], _BREAK, instrument, NO_SIDE, flags, seq, ts, recv, _I(0), _I(0), number, _I(0))
         return n + 1
-    px, reason = _price_in(buf, feed, at, row, M.PRICE)
-    qty, wrong = _qty_in(buf, feed, at, row, M.QTY, instrument)
+    px, reason = _price_in(buf, feed, at, row, mask, M.PRICE)
+    qty, wrong = _qty_in(buf, feed, at, row, mask, M.QTY, instrument)
     reason = reason if reason >= 0 else wrong
     if action != _NEW:
         reason = _I(UNSUPPORTED_ACTION)
     if reason >= 0:
         _refuse(feed, reason)
         return n
-    side = _side_in(buf, feed, at, row)
-    _put(out[n], _TRADE, instrument, side, flags, seq, ts, recv, px, qty, number, _I(_id_in(buf, feed, at, row, M.AUX)))
+    side = _side_in(buf, feed, at, row, mask)
+    _put(out[n], _TRADE, instrument, side, flags, seq, ts, recv, px, qty, number, _I(_id_in(buf, feed, at, row, mask, M.AUX)))
     return n + 1
 
 
@@ -618,7 +619,7 @@ def _trade(
 def _holds_book(buf: Any, at: Any, feed: Any, rows: Any) -> Any:
     """Whether a snapshot is one of the book, an empty one too, and not of trades or statistics alone."""
     for row in range(1, rows + 1):
-        c = _character(buf, feed, at, row, M.TYPE, 0)
+        c = _character(buf, feed, at, row, feed.masks[_U(row)], M.TYPE, 0)
         if c in (_NEW, _CHANGE, _TYPE_EMPTY):
             return True
     return rows == 0
@@ -685,10 +686,10 @@ def _entries(
                 _refuse(feed, UNKNOWN_INSTRUMENT)
             row += 1
             continue
-        kind = _character(buf, feed, at, row, M.TYPE, _TYPE_EMPTY if by_order else 0)
-        action = _NEW if number == M.SNAPSHOT else _character(buf, feed, at, row, M.ACTION, _NEW)
-        moment = ts if number == M.SNAPSHOT and kind != _TYPE_TRADE else _entry_time(buf, feed, at, row, ts)
-        number_of = _own_seq(buf, feed, at, row, seq)
+        kind = _character(buf, feed, at, row, mask, M.TYPE, _TYPE_EMPTY if by_order else 0)
+        action = _NEW if number == M.SNAPSHOT else _character(buf, feed, at, row, mask, M.ACTION, _NEW)
+        moment = ts if number == M.SNAPSHOT and kind != _TYPE_TRADE else _entry_time(buf, feed, at, row, mask, ts)
+        number_of = _own_seq(buf, feed, at, row, mask, seq)
         e = out[_U(n)]
         if kind == _TYPE_TRADE:
             n = _trade(buf, at, row, feed, action, instrument, number_of, moment, recv, flags, out, n)
@@ -698,7 +699,10 @@ def _entries(
         if kind in (_NEW, _CHANGE) or (by_order and kind == _TYPE_EMPTY and action == _REMOVE and _has(mask, M.ID)):
             e.seq, e.ts_event, e.ts_recv = _U(number_of), moment, recv
             e.instrument, e.side, e.flags = instrument, np.uint8(kind - 48) if kind != _TYPE_EMPTY else _BOTH, flags
-            reason = _order(buf, at, row, feed, action, instrument, e) if by_order else _level(buf, at, row, feed, action, instrument, e)
+            if by_order:
+                reason = _order(buf, at, row, feed, action, instrument, e)
+            else:
+                reason = _level(buf, at, row, mask, feed, action, instrument, e)
         elif kind == _TYPE_EMPTY and _has(mask, M.TYPE):
             if number != M.SNAPSHOT:
                 _put(e, _CLEAR, instrument, NO_SIDE, flags, number_of, moment, recv, _I(0), _I(0), _ZERO, _I(0))
@@ -729,11 +733,12 @@ def _entries(
 @outlined
 def _execution(buf: Any, at: Any, number: Any, instrument: Any, feed: Any, seq: Any, ts: Any, recv: Any, out: Any, n: Any) -> Any:
     """A fill of an execution report, a trade report, or their cancellation; other reports make no event."""
-    kind = _character(buf, feed, at, 0, M.EXEC_TYPE, 70)
-    change = _character(buf, feed, at, 0, M.EXEC_TRANS, 48)
-    fill = number == M.TRADE_REPORT or kind == 70 or ((kind == 49 or kind == 50) and _has(feed.masks[0], M.EXEC_TRANS))
+    mask = feed.masks[0]
+    kind = _character(buf, feed, at, 0, mask, M.EXEC_TYPE, 70)
+    change = _character(buf, feed, at, 0, mask, M.EXEC_TRANS, 48)
+    fill = number == M.TRADE_REPORT or kind == 70 or ((kind == 49 or kind == 50) and _has(mask, M.EXEC_TRANS))
     if kind == 72 or (fill and change == 49):  # H, or ExecTransType / TradeReportTransType cancel
-        number = _id_in(buf, feed, at, 0, M.REF_ID)
+        number = _id_in(buf, feed, at, 0, mask, M.REF_ID)
         _put(out[n], _BREAK, instrument, NO_SIDE, np.uint16(0), seq, ts, recv, _I(0), _I(0), number, _I(0))
         return n + 1
     if not fill or change != 48:
@@ -744,10 +749,13 @@ def _execution(buf: Any, at: Any, number: Any, instrument: Any, feed: Any, seq: 
 
 @outlined
 def _status(buf: Any, at: Any, instrument: Any, feed: Any, seq: Any, ts: Any, recv: Any, out: Any, n: Any) -> Any:
+    if not _has(feed.masks[0], M.STATUS):
+        _refuse(feed, MISSING_FIELD)
+        return n
     p, e = _cell(feed, at, 0, M.STATUS)
     code, problem = whole_number(buf, p, e)
-    if not _has(feed.masks[0], M.STATUS) or problem != 0:
-        _refuse(feed, BAD_STATUS if _has(feed.masks[0], M.STATUS) else MISSING_FIELD)
+    if problem != 0:
+        _refuse(feed, BAD_STATUS)
         return n
     status = _STATUS_OF[_U(code)] if code < _STATUS_OF.size else _I(0)
     _put(out[n], _STATUS, instrument, NO_SIDE, np.uint16(0), seq, ts, recv, _I(0), _I(0), _ZERO, status)
@@ -758,10 +766,10 @@ def _status(buf: Any, at: Any, instrument: Any, feed: Any, seq: Any, ts: Any, re
 def _quote(buf: Any, at: Any, instrument: Any, feed: Any, seq: Any, ts: Any, recv: Any, out: Any, n: Any) -> Any:
     """A QUOTE; a side without a price, or with a quantity of 0, is absent."""
     mask = feed.masks[0]
-    bid, reason = _price_in(buf, feed, at, 0, M.PRICE) if _has(mask, M.PRICE) else (_NO_PRICE, _I(-1))
-    ask, wrong = _price_in(buf, feed, at, 0, M.ASK) if _has(mask, M.ASK) else (_NO_PRICE, _I(-1))
-    bid_qty, wrong_bid = _qty_in(buf, feed, at, 0, M.QTY, instrument) if _has(mask, M.QTY) else (_I(0), _I(-1))
-    ask_qty, wrong_ask = _qty_in(buf, feed, at, 0, M.ASK_QTY, instrument) if _has(mask, M.ASK_QTY) else (_I(0), _I(-1))
+    bid, reason = _price_in(buf, feed, at, 0, mask, M.PRICE) if _has(mask, M.PRICE) else (_NO_PRICE, _I(-1))
+    ask, wrong = _price_in(buf, feed, at, 0, mask, M.ASK) if _has(mask, M.ASK) else (_NO_PRICE, _I(-1))
+    bid_qty, wrong_bid = _qty_in(buf, feed, at, 0, mask, M.QTY, instrument) if _has(mask, M.QTY) else (_I(0), _I(-1))
+    ask_qty, wrong_ask = _qty_in(buf, feed, at, 0, mask, M.ASK_QTY, instrument) if _has(mask, M.ASK_QTY) else (_I(0), _I(-1))
     reason = reason if reason >= 0 else wrong_bid if wrong_bid >= 0 else wrong if wrong >= 0 else wrong_ask
     if reason >= 0:
         _refuse(feed, reason)
@@ -777,13 +785,14 @@ def _quote(buf: Any, at: Any, instrument: Any, feed: Any, seq: Any, ts: Any, rec
 @outlined
 def _single(buf: Any, at: Any, number: Any, feed: Any, seq: Any, ts: Any, recv: Any, out: Any, n: Any) -> Any:
     """Events of a message without a group; returns n."""
-    if not _has(feed.masks[0], M.SYMBOL):
+    mask = feed.masks[0]
+    if not _has(mask, M.SYMBOL):
         _refuse(feed, MISSING_FIELD)
         return n
     instrument, n = _instrument(buf, at, 0, 0, feed, seq, ts, recv, out, n)
     if instrument >= RESOLVED_BELOW:
         return n
-    seq = _own_seq(buf, feed, at, 0, seq)
+    seq = _own_seq(buf, feed, at, 0, mask, seq)
     if number == M.EXECUTION or number == M.TRADE_REPORT:
         return _execution(buf, at, number, instrument, feed, seq, ts, recv, out, n)
     if number == M.SECURITY_STATUS:

@@ -20,7 +20,7 @@ from tickmesh.node.fix_decoder import ENTRIES_MAX
 from tickmesh.node.fix_feed import BUFFER_BYTES
 from tickmesh.node.replay import replay
 
-EXAMPLES = int(os.environ.get("TICKMESH_FIX_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("TICKMESH_FIX_EXAMPLES", "200"))
 SNAPSHOT, MORE = int(Flag.SNAPSHOT), int(Flag.MORE)
 BOOK = of_type("W", 1, "55=ABC|268=3|269=0|270=10.25|271=100|269=1|270=10.5|271=50.5|346=3|269=2|270=10.3|271=7|278=77")
 

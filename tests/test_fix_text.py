@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tickmesh.node.fix_text import BAD_TIME, NOT_A_NUMBER, TOO_LARGE, TOO_PRECISE, identity, price, quantity, timestamp, whole_number
-from tickmesh.transports.byte_masks import SLACK_BYTES, byte_sum, find_all
+from tickmesh.transports.byte_masks import SLACK_BYTES, _put_places_by_bits, byte_sum, find_all
 from tickmesh.transports.toolbox import loop
 
 PROBLEMS = {NOT_A_NUMBER: "bad_number", TOO_PRECISE: "too_precise", TOO_LARGE: "number_too_large", BAD_TIME: "bad_time"}
@@ -35,6 +35,11 @@ def _values(buf: Any, end: Any, decimals: Any, cache: Any, out: Any) -> Any:
     out[4], out[5] = whole_number(buf, first, np.int64(end))
     out[6], out[7] = timestamp(buf, first, np.int64(end), cache)
     out[8] = np.int64(identity(buf, first, np.int64(end)))
+
+
+@loop
+def _places(mask: Any, places: Any) -> Any:
+    _put_places_by_bits(np.uint64(mask), np.int64(0), places, np.int64(0))
 
 
 @loop
@@ -96,3 +101,14 @@ def test_sums_and_places(data: bytes, first: int, byte: int) -> None:
     _bytes(buf, first, len(data), byte, places, out)
     assert out[0] == sum(data[first:]) % 256
     assert places[: out[1]].tolist() == [k for k in range(first, len(data)) if data[k] == byte]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, (1 << 64) - 1))
+@example((1 << 64) - 1)
+@example(0)
+def test_places_without_a_compressing_processor(mask: int) -> None:
+    places = np.zeros(160, np.int32)
+    _places(np.uint64(mask), places)
+    wanted = [k for k in range(64) if mask >> k & 1]
+    assert places[: len(wanted)].tolist() == wanted

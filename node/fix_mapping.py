@@ -122,6 +122,8 @@ def check_fix_source(name: str, options: Source, folder: Path = Path()) -> list[
     bad = [
         Refusal(key, "has no meaning for FIX", "remove it") for key in ("framing", "price_scale") if getattr(options, key) is not None
     ]
+    if options.type in ("pcap", "multicast"):
+        bad.append(Refusal("type", f"a {options.type} source has packets, and FIX is a stream", 'use type = "file"'))
     if bad:
         return bad
     try:

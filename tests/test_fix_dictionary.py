@@ -153,14 +153,16 @@ def test_faulty_dictionaries(tmp_path: Path, old: str, new: str, problem: str) -
         ('data_format = "fix44"\nfields = { aux = 5001, id = 5001 }', "feeds aux already"),
         ('data_format = "fix44"\nfields = { price = { path = "270", scale = 2 } }', "has no meaning for FIX"),
         ('data_format = "fix44"\nframing = "moldudp64"', "has no meaning for FIX"),
+        ('type = "pcap"\ndata_format = "fix44"', "FIX is a stream"),
         ('data_format = "fix44"\nevent = "trade"', "has no meaning for 'fix44'"),
     ],
 )  # fmt: skip
 def test_configurations_that_cannot_work(tmp_path: Path, body: str, problem: str) -> None:
     small(tmp_path)
     checks: Checks = config_checks(tmp_path)
+    kind = "" if body.startswith("type") else 'type = "file"\n'
     with pytest.raises(ConfigError, match=problem):
-        parse_config(f'[data_sources.s]\ntype = "file"\npath = "x"\n{body}\n', "mesh.toml", checks)
+        parse_config(f'[data_sources.s]\n{kind}path = "x"\n{body}\n', "mesh.toml", checks)
 
 
 def test_a_feed_without_dictionary_needs_no_file() -> None:

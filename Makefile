@@ -28,7 +28,7 @@ types: $(STAMP)
 	@$(BIN)/mypy
 
 bench: $(STAMP)
-	@$(BIN)/pip install --quiet '.[bench]' >/dev/null 2>&1 || $(BIN)/pip install --quiet order-book itchfeed
+	@$(BIN)/pip install --quiet '.[bench]' >/dev/null 2>&1 || $(BIN)/pip install --quiet order-book itchfeed simplefix
 	@$(BIN)/tickmesh bench $(ARGS)
 
 install: $(STAMP)

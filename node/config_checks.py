@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from tickmesh.control.config import Checks, RawTables, Refusal
+from tickmesh.control.config import Checks, RawTables, Refusal, Source
 from tickmesh.node.calculation import PlanError, plan
 from tickmesh.node.fields import check_source
+from tickmesh.node.fix_mapping import check_fix_source
 
 
 def config_checks(folder: Path) -> Checks:
     """The hooks for :func:`tickmesh.control.config.load_config`.
 
     Args:
-        folder: where the files of user calculations are: they are loaded to see their parameters.
+        folder: where the files of user calculations are, which are loaded to see their parameters, and FIX dictionaries.
     """
 
     def processing(calculations: RawTables, alerts: RawTables, bars: RawTables) -> Iterable[Refusal]:
@@ -27,4 +28,7 @@ def config_checks(folder: Path) -> Checks:
             return [Refusal(problem.path, problem.reason, problem.hint) for problem in error.problems]
         return []
 
-    return Checks(processing, check_source)
+    def source(name: str, options: Source) -> Iterable[Refusal]:
+        return [*check_source(name, options), *check_fix_source(name, options, folder)]
+
+    return Checks(processing, source)

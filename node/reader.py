@@ -32,6 +32,10 @@ from tickmesh.node.decoder import (
 from tickmesh.node.event import EventArray
 from tickmesh.node.event_batch import EventBatch
 from tickmesh.node.feed import STARTED, bind_code
+from tickmesh.node.fix_decoder import FINAL, HELD, SKIPPED, STEP
+from tickmesh.node.fix_dictionary import DictionaryError
+from tickmesh.node.fix_feed import fix_counters, fix_malformed, fix_message_counts, fix_parts, load_fix_decoder, open_fix_feed
+from tickmesh.node.fix_mapping import FixMappingError, is_fix
 from tickmesh.node.instruments import FILTERED, InstrumentTable, InstrumentTableFull, SymbolFiltered
 from tickmesh.node.json_feed import VenueFeed
 from tickmesh.node.protocol import Framing, Spec, is_sbe, load_framing, load_spec
@@ -190,6 +194,62 @@ class StreamReader(_SpecReader):
         return 0
 
 
+class FixReader(StreamReader):
+    """Files of FIX messages: a session's bytes, or a log with one message per line."""
+
+    def __init__(
+        self,
+        name: str,
+        files: Sequence[Path],
+        options: Source,
+        table: InstrumentTable,
+        source: int,
+        progress: Progress,
+        alone: bool,
+        folder: Path,
+    ) -> None:
+        self.format = options.data_format or ""
+        self.order_ids = "per_instrument"
+        self.decoder = load_fix_decoder(progress) if alone else fix_parts()
+        try:
+            self.arrays = open_fix_feed(options, table, source, folder)
+        except (FixMappingError, DictionaryError, OSError) as error:
+            raise SourceError(name, str(error)) from error
+        self.feed: Any = self.arrays  # by the name that loops know it under
+        self.arrays.state[FINAL] = 1  # a file is read as a whole: what is not there does not come
+        self.problems = []
+        self._files = list(files)
+        self.buffer = None
+        self.position = self.end = 0
+        self.next_file()
+
+    def next_file(self) -> bool:
+        """Go to the next file; false if there is none."""
+        self.arrays.state[[STEP, HELD, SKIPPED]] = 0
+        self.buffer = read_bytes(self._files.pop(0), problems=self.problems) if self._files else None
+        if self.buffer is None:
+            return False
+        self.position, self.end = 0, len(self.buffer) - SLACK
+        self.bytes += self.end
+        return True
+
+    @property
+    def messages(self) -> dict[str, int]:
+        return fix_message_counts(self.arrays)
+
+    @property
+    def malformed(self) -> dict[str, int]:
+        return {**fix_malformed(self.arrays), **Counter(f"recording_{problem.kind}" for problem in self.problems)}
+
+    @property
+    def duplicates(self) -> int:
+        return fix_counters(self.arrays)["duplicates"]
+
+    def counters(self) -> dict[str, int]:
+        more = fix_counters(self.arrays)
+        return {**Reader.counters(self), **{name: more[name] for name in ("filtered", "gaps", "missing")}}
+
+
 class PacketReader(_SpecReader):
     """Packet captures; the datagrams of lines A and B are arbitrated."""
 
@@ -333,6 +393,7 @@ def open_reader(
     progress: Progress = None,
     *,
     alone: bool = True,
+    folder: Path = Path(),
 ) -> Reader:
     """The reader of a recorded source.
 
@@ -344,6 +405,7 @@ def open_reader(
         source: the source's number.
         progress: told when a decoder has to be compiled.
         alone: whether it will be read from; otherwise its decoder is for a loop that contains it, and not compiled by itself.
+        folder: where the relative path of a dictionary (FIX) starts.
 
     Raises:
         SourceError: a file is missing, or the format is not known.
@@ -362,6 +424,8 @@ def open_reader(
         events = lobster_events if chosen == "lobster" else csv_events
         pairs: Iterator[tuple[Any, EventArray]] = (pair for path in files for pair in events(path, options, table, batch, source))
         return BatchReader(chosen, pairs, size)
+    if is_fix(chosen):
+        return FixReader(name, files, options, table, source, progress, alone, folder)
     spec, framing = spec_and_framing(name, options)
     if framing.packets:
         return PacketReader(files, spec, framing, options, table, source, progress, alone)

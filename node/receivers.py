@@ -13,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -216,9 +217,9 @@ class Receiver(ABC):
 class RecordedReceiver(Receiver):
     """A recording, at its own pace, faster, or as fast as it goes."""
 
-    def __init__(self, name: str, options: Source, files: Sequence[Any], context: ReceiverContext) -> None:
+    def __init__(self, name: str, options: Source, files: Sequence[Any], context: ReceiverContext, folder: Path = Path()) -> None:
         super().__init__(name, options, context, restamp=True)
-        self.reader: Reader = open_reader(name, options, files, context.table, context.number, context.progress)
+        self.reader: Reader = open_reader(name, options, files, context.table, context.number, context.progress, folder=folder)
         self.order_ids = self.reader.order_ids
         self._pace = Pace(options.pace) if options.pace != "max" else None
 
@@ -535,4 +536,4 @@ def make_receiver(
         return open_adapter(name, config, context)
     if options.type in generators:
         return GeneratedReceiver(name, options, generators[options.type](options, context.progress), context)
-    return RecordedReceiver(name, options, files or [config.resolve(path) for path in options.path], context)
+    return RecordedReceiver(name, options, files or [config.resolve(path) for path in options.path], context, config.folder)

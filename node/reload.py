@@ -29,6 +29,7 @@ from tickmesh.node.continuation import MADE_HERE
 from tickmesh.node.delivery import Gateway
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_SIDE, EventArray, Kind
 from tickmesh.node.fields import check_source
+from tickmesh.node.fix_mapping import check_fix_source
 from tickmesh.node.gateways import latency_of, nats_deliveries, signal_names
 from tickmesh.node.journal import JournalReader
 from tickmesh.node.journal_replay import config_event
@@ -248,10 +249,10 @@ class Reload:
 
 
 def _source_problems(config: Config) -> list[Problem]:
-    """What is wrong with the field mappings of the sources."""
+    """What is wrong with the field mappings and dictionaries of the sources."""
     found = []
     for name, options in config.data_sources.items():
-        for refusal in check_source(name, options):
+        for refusal in [*check_source(name, options), *check_fix_source(name, options, config.folder)]:
             path = f"data_sources.{name}.{refusal.key}"
             found.append(Problem(path, config.line(*path.split(".")), None, refusal.reason, refusal.hint))
     return found

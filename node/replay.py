@@ -55,7 +55,7 @@ def replay(
     options = config.data_sources[name]
     table = make_table(config)
     in_one_loop = observe is None and config.cluster.shards == 1
-    reader = open_reader(name, options, files, table, 0, progress, alone=not in_one_loop)
+    reader = open_reader(name, options, files, table, 0, progress, alone=not in_one_loop, folder=config.folder)
     in_parts = observe is not None or config.cluster.shards > 1
     rings = [Ring.create(None, 1 << 16 if in_parts else _RING_EVENTS, EVENT, mode="lossy") for _ in range(config.cluster.shards)]
     shards = make_shards(config, rings, folder, reader.order_ids, progress)

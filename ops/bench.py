@@ -123,6 +123,10 @@ BENCHES = (
         _given_rows, {"messages": 1_000_000, "repeats": 3},
     ),
     Bench(
+        "fix", "FIX to 64-byte events, checksum verified, against C++ and Python packages", "tickmesh.ops.bench_fix", "bench_fix",
+        _given_rows, {"messages": 30_000, "repeats": 3},
+    ),
+    Bench(
         "ring", "one process to another through shared memory, against C++", "tickmesh.ops.bench_ring", "bench_ring", _ring_rows,
         {"repeats": 3, "records": 400_000, "trips": 5_000},
     ),

@@ -18,6 +18,7 @@ from nodes import PROCESSING
 
 from tickmesh.control.config import parse_config
 from tickmesh.node.decoder import decoder_source
+from tickmesh.node.fix_feed import load_fix_decoder
 from tickmesh.node.loops import live_loop, receive_loop, replay_loop, step_loop
 from tickmesh.node.pipeline import make_plan
 from tickmesh.node.protocol import load_framing, load_spec
@@ -34,8 +35,8 @@ for name, found in t.entry_points().items():
 """
 ENTRY_POINTS = {
     "shard.step", "decoder_itch50_binaryfile.decode_stream", "decoder_itch50_moldudp64.decode_packets",
-    "decoder_itch50_moldudp64.decode_flush", "decoder_dbn_mbo_dbn.decode_stream", "live.run", "replay.replay", "receive.receive",
-    "receive_afxdp.receive", "receive_packet.receive",
+    "decoder_itch50_moldudp64.decode_flush", "decoder_dbn_mbo_dbn.decode_stream", "decoder_fix.decode_stream",
+    "live.run", "replay.replay", "receive.receive", "receive_afxdp.receive", "receive_packet.receive",
 }  # fmt: skip
 
 
@@ -51,6 +52,7 @@ def entry_points() -> dict[str, dict[str, set[str]]]:
         for name, framing in (("itch50", "binaryfile"), ("itch50", "moldudp64"), ("dbn_mbo", "dbn")):
             prefix = f"decoder_{name}_{framing}"
             modules[prefix] = codecache.load_generated(prefix, decoder_source(load_spec(name), load_framing(framing)))
+        modules["decoder_fix"] = load_fix_decoder()
         modules["replay"] = replay_loop(modules["decoder_itch50_binaryfile"], demo, timers=True)
         modules["receive"] = receive_loop(modules["decoder_itch50_moldudp64"], 2, 1)
         for way in ("afxdp", "packet"):

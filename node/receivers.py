@@ -25,6 +25,7 @@ from tickmesh.node.event import EVENT, EventArray
 from tickmesh.node.feed import RESOLVED_BELOW, SHORT_PACKET, UNBOUND, Feed, bind_unannounced
 from tickmesh.node.instruments import EXCLUDED, FILTERED, InstrumentTable
 from tickmesh.node.loops import receive_loop
+from tickmesh.node.order_map import take_orders
 from tickmesh.node.protocol import Field, load_framing, load_spec
 from tickmesh.node.reader import Reader, open_reader, protocol_fields, spec_and_framing
 from tickmesh.node.router import ROUTE_EVENTS, Router, make_router, route_now
@@ -339,6 +340,7 @@ class MulticastReceiver(Receiver):
         mine = np.flatnonzero((records["source"] == number) & (records["code"] != 0))
         bind_codes(self.feed, self.context.table, {int(i): int(records["code"][i]) for i in mine})
         self.feed.arbiter.state[START_SEQUENCE] = before.feed.arbiter.state[EXPECTED]
+        take_orders(self.feed, before.feed, np.flatnonzero(records["flags"] & EXCLUDED))
         if before.feed.arbiter.state[EXPECTED]:
             go_on(self.router.clock)
         return True

@@ -318,6 +318,8 @@ class MulticastReceiver(Receiver):
     def resume(self, codes: Mapping[int, int], last_sequence: int) -> None:
         bind_codes(self.feed, self.context.table, codes)
         self._expected = last_sequence + 1 if last_sequence else 0
+        if last_sequence and self.spec.follow_orders:  # it does not know the orders that rest: the books are told so by a gap
+            self._expected = last_sequence
         if last_sequence:
             go_on(self.router.clock)
 

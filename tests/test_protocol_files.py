@@ -23,6 +23,7 @@ from tickmesh.node.book import apply_events, make_books, top
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, Flag, Kind
 from tickmesh.node.feed import ORDERS_KNOWN
 from tickmesh.node.instruments import InstrumentTable
+from tickmesh.node.order_map import take_orders
 from tickmesh.node.protocol import Field, Message, Spec, SpecError, load_framing, load_spec, shipped_names
 from tickmesh.node.reader import USUAL_FRAMING, open_reader
 from tickmesh.transports.capture import PACKET
@@ -215,7 +216,7 @@ def test_captured_adds_by_hand() -> None:
     assert (line.table.symbol(yang["instrument"]), yang["side"], yang["qty"], yang["price"]) == ("YANG", 0, 8200, 11_330_000_000)
     assert (yang["id"], yang["seq"], yang["ts_event"]) == (0x3904B28AC1CDC2D9, 0x8B9F, 10**18 + 34200 * 10**9 + 754_000)
     assert xsvn["seq"] == 0x8BA0
-    assert (line.table.symbol(xsvn["instrument"]), xsvn["side"], xsvn["qty"], xsvn["price"]) == ("XSVN", 0, 100, 47_950_000_000)
+    assert (line.table.symbol(xsvn["instrument"]), xsvn["side"], xsvn["qty"], xsvn["price"]) == ("XSVN", 0, 100, 46_670_000_000)
     path = next(path for name, path in CAPTURES if name == "memx_memoir_depth" and path.stem == "OrderAddedMessage")
     line = Line("memx_memoir_depth")
     add = line.take([payload for _, payload in datagrams(path)])[-1]
@@ -242,9 +243,14 @@ def test_a_source_needs_no_framing(name: str) -> None:
     assert sum(reader.messages.values()) > 0
 
 
-def test_every_shipped_protocol_has_a_usual_framing() -> None:
-    assert set(USUAL_FRAMING) == set(shipped_names())
-    assert {framing for pair in USUAL_FRAMING.values() for framing in pair if framing} == set(shipped_names("framing_"))
+def test_usual_framings_are_shipped() -> None:
+    assert {*PROTOCOLS, "itch50", "iex_deep_plus", "dbn_mbo"} <= set(USUAL_FRAMING) <= set(shipped_names())
+    assert {framing for pair in USUAL_FRAMING.values() for framing in pair if framing} <= set(shipped_names("framing_"))
+
+
+def test_the_how_to_names_every_shipped_protocol() -> None:
+    page = (ROOT / "docs" / "howto" / "add-a-protocol.md").read_text()
+    assert [name for name in USUAL_FRAMING if f"`{name}`" not in page] == []
 
 
 # ---------------------------------------------------------------- books
@@ -347,6 +353,25 @@ def test_a_unit_clear_and_a_restart_forget_the_orders() -> None:
     events = line.take([packet("cboe_pitch", deletes(line, 2), 1)])
     assert [Kind(e["kind"]).name for e in events] == ["CLEAR"]
     assert line.malformed == {"unknown_order": 2}
+
+
+def test_what_expects_a_message_too_many_tells_a_gap() -> None:
+    """So goes on a node that was restarted: it does not know the orders that rest, which makes its books stale."""
+    line = Line("cboe_pitch", start_sequence=8)
+    gap, *events = line.take([packet("cboe_pitch", [*deletes(line, 1), *adds(line, (2, "ABC"))], 9)])
+    assert (gap["kind"], gap["instrument"], gap["id"], gap["aux"]) == (Kind.GAP, ALL_INSTRUMENTS, 8, 8)
+    assert [Kind(e["kind"]).name for e in plain(events)] == ["ADD"]
+    assert line.malformed == {"unknown_order": 1}
+
+
+def test_a_feed_goes_on_with_the_orders_of_another() -> None:
+    before, line = Line("cboe_pitch"), Line("cboe_pitch")
+    before.take([packet("cboe_pitch", adds(before, (1, "ABC"), (2, "XYZ")), 1)])
+    take_orders(line.feed, before.feed, [1])
+    line.take([packet("cboe_pitch", adds(line, (3, "ABC"), (4, "XYZ")), 1)])
+    events = line.take([packet("cboe_pitch", deletes(line, 1, 2, 3, 4), 3)])
+    assert [(Kind(e["kind"]).name, int(e["id"])) for e in events] == [("DELETE", 1), ("DELETE", 3), ("DELETE", 4)]
+    assert (D.filtered(line.feed), int(line.feed.state[ORDERS_KNOWN]), line.malformed) == (1, 0, {})
 
 
 def test_messages_that_are_not_wanted_still_tell_of_which_instrument_an_order_is() -> None:

@@ -290,3 +290,14 @@ def read(protocol: str, payloads: list[bytes]) -> tuple[Counter[str], list[Told]
                     said["at"] = None if base is None else base + ns
                 told.append(said)
     return counts, told
+
+
+def write_pcap(path: Path, payloads: list[bytes], port: int = 30501) -> None:
+    """A classic pcap with one datagram per payload, a second apart."""
+    found = [struct.pack("<IHHiIII", 0xA1B2C3D4, 2, 4, 0, 0, 65535, 1)]
+    for second, payload in enumerate(payloads):
+        udp = struct.pack(">HHHH", 4000, port, 8 + len(payload), 0) + payload
+        ip = struct.pack(">BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), 0, 0, 64, 17, 0, bytes([10, 0, 0, 1]), bytes([233, 209, 92, 1])) + udp
+        frame = bytes(12) + b"\x08\x00" + ip
+        found += [struct.pack("<IIII", 1_692_711_000 + second, 0, len(frame), len(frame)), frame]
+    path.write_bytes(b"".join(found))

@@ -31,7 +31,7 @@ from tickmesh.node.event import NO_PRICE, NO_SIDE
 from tickmesh.node.feed import REASONS, Feed
 from tickmesh.node.instruments import FILTERED, InstrumentTable
 from tickmesh.node.layout import NEVER, Column, Layout, common_layout
-from tickmesh.node.protocol import KINDS, Case, Field, FlagRule, Framing, MappingError, Message, Spec, fields_of
+from tickmesh.node.protocol import KINDS, OF_ORDER, Case, Field, FlagRule, Framing, MappingError, Message, Spec, fields_of
 from tickmesh.node.sbe_mapping import SbeSpec, select_sbe
 from tickmesh.transports.codecache import import_generated, load_generated, write_generated
 
@@ -113,18 +113,23 @@ def select(spec: Spec, fields: Mapping[str, str] | Sequence[str], messages: Iter
         missing = [name for name in fields if name not in _ALWAYS and _EVENT_NAMES.get(name, name) not in given]
         problems += [f"fields: {spec.name} gives no {name!r}; it gives {known}" for name in missing]
     if not problems:
-        chosen = tuple(_remap(m, changes, problems) if not wanted or m.name in wanted else _silent(m) for m in spec.messages)
+        chosen = tuple(_remap(m, changes, problems) if not wanted or m.name in wanted else _silent(m, spec) for m in spec.messages)
     if problems:
         raise MappingError(problems)
     return dataclasses.replace(spec, messages=chosen)
 
 
-def _silent(message: Message) -> Message:
-    """The message, counted only; directory and time messages keep working, since other messages need them."""
-    kept = tuple(
-        c if c.kind in ("reference", "time") else dataclasses.replace(c, kind="nothing", values={}, flag_rules=()) for c in message.cases
-    )
-    return dataclasses.replace(message, cases=kept)
+def _silent(message: Message, spec: Spec) -> Message:
+    """The message, counted only; directory and time messages keep working, and the orders that are followed, since others need them."""
+    return dataclasses.replace(message, cases=tuple(_silent_case(case, spec) for case in message.cases))
+
+
+def _silent_case(case: Case, spec: Spec) -> Case:
+    if case.kind in ("reference", "time"):
+        return case
+    if spec.follow_orders and case.kind in ("add", *OF_ORDER):
+        return dataclasses.replace(case, silent=True)
+    return dataclasses.replace(case, kind="nothing", values={}, flag_rules=())
 
 
 def _remap(message: Message, changes: Mapping[str, str], problems: list[str]) -> Message:
@@ -161,6 +166,7 @@ def make_feed(
     hold_bytes: int = 2048,
     start_sequence: int = 0,
     restart_distance: int = 65536,
+    order_slots: int = 1 << 22,
 ) -> Feed:
     """State of one source's decoder.
 
@@ -171,6 +177,7 @@ def make_feed(
         hold_packets, hold_bytes: how many packets wait for a missing one, and the longest that can.
         start_sequence: first sequence expected; 0 takes the first that comes.
         restart_distance: see :mod:`tickmesh.node.arbiter`; only for framings without a session id.
+        order_slots: for protocols that follow orders, a power of two: three quarters of it may rest at once.
     """
     size = spec.code_bytes
     packets = framing is not None and framing.packets
@@ -191,6 +198,8 @@ def make_feed(
         hold_bytes=hold_bytes if packets else 0,
         start_sequence=start_sequence,
         restart_distance=0 if framing is None or framing.session else restart_distance,
+        order_slots=order_slots if spec.follow_orders else 1,
+        time_told=spec.timestamp_since != "time_message",
     )
 
 
@@ -324,6 +333,7 @@ def decoder_source(spec: Spec, framing: Framing) -> str:
     out(f'"""Decoder of {spec.title} in {framing.title}: generated from {spec.name}.toml and {framing.name}."""')
     out(_IMPORTS.strip("\n").format(no_price=NO_PRICE, bad=_BAD))
     writer = _writer(spec, framing, out)
+    writer.more_imports()
     writer.tables()
     writer.total()
     writer.messages()
@@ -374,7 +384,12 @@ def _text_word(field: Field, base: str, word: int) -> str:
 
 
 def _words(field: Field, base: str) -> str:
-    return f"trim_words({', '.join(_text_word(field, base, w) for w in range(3))})"
+    """Expression for a symbol's words; a word that the field fills in part is filled up with spaces, which are trimmed."""
+    words = [_text_word(field, base, w) for w in range(3)]
+    if field.size % 8:
+        padding = sum(0x20 << 8 * at for at in range(field.size % 8, 8))
+        words[field.size // 8] += f" | np.uint64({hex(padding)})"
+    return f"trim_words({', '.join(words)})"
 
 
 def _equals(raw: str, field: Field, values: Sequence[int]) -> str:
@@ -382,7 +397,9 @@ def _equals(raw: str, field: Field, values: Sequence[int]) -> str:
     return " or ".join(f"{raw} == {kind}({v})" if kind else f"{raw} == {v}" for v in values)
 
 
-_VARYING = {"stamp": "np.int64(0)", "stamped": "False", "received": "ts_recv", "number": "_ZERO", "tick": "np.int64(0)"}
+_VARYING = {
+    "stamp": "np.int64(0)", "stamped": "False", "received": "ts_recv", "number": "_ZERO", "tick": "np.int64({tick})", "symbol_bytes": "0",
+}  # fmt: skip
 """Locals that a branch sets where their field has no common place, and what they are before."""
 
 
@@ -413,7 +430,7 @@ class _DecoderWriter:
 
     def __init__(self, spec: Spec, framing: Framing, out: _Source) -> None:
         self.spec, self.framing, self.out = spec, framing, out
-        self.layout = common_layout(spec)
+        self.layout = None if spec.follow_orders else common_layout(spec)
         self.cells = _cells(self.layout) if self.layout else {}
         self.columns = {name: column for name, column in self.cells.items() if name == "length" or len(set(column)) > 1}
         self.maps: dict[tuple[tuple[tuple[int, int], ...], int | None], str] = {}
@@ -423,6 +440,14 @@ class _DecoderWriter:
                     f = message.fields[name]
                     if f.map is not None and f.size == 1:
                         self.maps.setdefault((tuple(f.map.items()), f.map_default), f"_MAP_{len(self.maps)}")
+
+    def more_imports(self) -> None:
+        if self.spec.follow_orders:
+            self.out("from tickmesh.node.order_map import follow_order, forget_orders")
+        if len(self._symbol_sizes()) > 1:
+            self.out("from tickmesh.node.feed import text_words")
+        if self.spec.timestamp_since == "time_message":
+            self.out("from tickmesh.node.feed import NOT_TOLD")
 
     def tables(self) -> None:
         for (items, default), name in self.maps.items():
@@ -558,8 +583,10 @@ class _DecoderWriter:
         """One branch per message type: counter, kind and event fields, or the reason of a refusal."""
         out, tf = self.out, self.spec.type_field
         out("kind, counter, reason, symbol_at, whole = -1, 0, UNKNOWN_MESSAGE, -1, False")
+        if self.spec.follow_orders:
+            out("named, order, silent = False, 0, False")
         for name in self._varying():
-            out(f"{name} = {_VARYING[name]}")
+            out(f"{name} = {_VARYING[name].format(tick=self.spec.tick_size)}")
         reach = tf.offset + tf.size
         word = "if"
         if reach > 1:
@@ -609,7 +636,8 @@ class _DecoderWriter:
         out.indent()
         out(f"kind, counter = {kind}, {counter}" + (f"  # {case.kind}" if kind else ""))
         if case.kind == "time":
-            out(f"base = feed.state[MIDNIGHT_NS] + ({values['seconds']}) * 1000000000\nfeed.state[TIME_BASE_NS] = base")
+            since = "feed.state[MIDNIGHT_NS] + " if self.spec.seconds_since == "midnight" else ""
+            out(f"base = {since}({values['seconds']}) * 1000000000\nfeed.state[TIME_BASE_NS] = base")
         if kind:
             self._assign(message, case, values, kind)
         out.indent(-1)
@@ -624,12 +652,14 @@ class _DecoderWriter:
                 cast = "np.uint64" if name == "id" else "np.int64"
                 out(f"e.{name} = {cast}({values.get(name, '0')})")
         if "tick_size" in values:
-            out(f"tick = {values['tick_size']}")
+            out(f"tick = {values['tick_size']} if {values['tick_size']} > 0 else {spec.tick_size}")
         symbol, varying = message.fields.get(spec.symbol or ""), self._varying()
         if case.all_instruments:
             out("whole = True")
         elif symbol:
-            out(f"symbol_at = {symbol.offset}")
+            out(f"symbol_at = {symbol.offset}" + (f"\nsymbol_bytes = {symbol.size}" if "symbol_bytes" in varying else ""))
+        if spec.follow_orders:
+            self._follow(case, kind)
         for variable, source in (("stamp", spec.timestamp), ("received", spec.received), ("number", spec.code)):
             found = message.fields.get(source or "")
             if variable in varying and found and not (variable == "number" and case.all_instruments):
@@ -637,6 +667,17 @@ class _DecoderWriter:
                 out(f"{variable} = {cast}({_load(found, 'm')})")
                 if variable == "stamp":
                     out("stamped = True")
+
+    def _follow(self, case: Case, kind: int) -> None:
+        """Set the locals by which the tail finds the instrument of an order."""
+        given = {"named": not case.by_order and not case.all_instruments, "silent": case.silent}
+        names = [name for name, value in given.items() if value]
+        if case.kind in ("add", *OF_ORDER):
+            self.out(f"order = {kind}")
+        if names:
+            self.out("\n".join(f"{name} = True" for name in names))
+        if case.kind == "clear" and case.all_instruments:
+            self.out("forget_orders(feed)")
 
     # ---- what messages share
 
@@ -659,7 +700,12 @@ class _DecoderWriter:
             names.append("number")
         if any("tick_size" in c.values for m in spec.messages for c in m.cases):
             names.append("tick")
+        if len(self._symbol_sizes()) > 1:
+            names.append("symbol_bytes")
         return names
+
+    def _symbol_sizes(self) -> set[int]:
+        return {m.fields[self.spec.symbol].size for m in self.spec.messages if self.spec.symbol in m.fields} if self.spec.symbol else set()
 
     def _tail(self) -> None:
         """Count; then instrument and event."""
@@ -674,11 +720,14 @@ class _DecoderWriter:
             out(f"ts_event = {self._stamp('stamp')} if stamped else ts_recv" if spec.timestamp else "ts_event = ts_recv")
         if "received" not in varying:
             out(f"received = np.int64({_load(received, 'm')})" if received else "received = ts_recv")
-        out("instrument = _ALL\nif not whole:")
+        out(f"instrument = _ALL\nif {'named' if spec.follow_orders else 'not whole'}:")
         out.indent()
         tick = "tick" if "tick" in varying else str(spec.tick_size)
         self._resolve(f"np.int64({tick}), seq, ts_event, received, out, n")
         out.indent(-1)
+        if spec.follow_orders:
+            out("if order > 0:\n    instrument = follow_order(feed, order, out, n, instrument)")
+            out("    if silent or instrument >= RESOLVED_BELOW:\n        kind = 0")
         out("if kind > 0:")
         out.indent()
         out("e = out[np.uint64(n)]\ne.seq = np.uint64(seq)\ne.ts_event = ts_event\ne.ts_recv = received\ne.instrument = instrument\nn += 1")
@@ -687,6 +736,8 @@ class _DecoderWriter:
     def _stamp(self, raw: str) -> str:
         """Expression for the time of a raw time stamp, in nanoseconds since the epoch."""
         unit = f" * {self.spec.timestamp_unit_ns}" if self.spec.timestamp_unit_ns != 1 else ""
+        if self.spec.timestamp_since == "time_message":
+            return f"(base + np.int64({raw}){unit} if base != NOT_TOLD else ts_recv)"
         return f"{'' if self.spec.timestamp_since == 'epoch' else 'base + '}np.int64({raw}){unit}"
 
     def _resolve(self, rest: str) -> None:
@@ -695,6 +746,8 @@ class _DecoderWriter:
         symbol = next((m.fields[spec.symbol] for m in spec.messages if spec.symbol in m.fields), None) if spec.symbol else None
         code = self._shared(spec.code, False)
         words = _words(dataclasses.replace(symbol, offset=0), "m + symbol_at") if symbol else ""
+        if "symbol_bytes" in self._varying():
+            words = "trim_words(*text_words(buf, m + symbol_at, symbol_bytes))"
         if not spec.code:
             if symbol is None:
                 return
@@ -810,7 +863,7 @@ class _DecoderWriter:
 
     def on_clear(self) -> str:
         """What else is to be forgotten when the venue begins a new session: a statement, or nothing."""
-        return ""
+        return "\n            forget_orders(feed)" if self.spec.follow_orders else ""
 
     def _accept(self) -> None:
         """``_accept``: read one packet's header and act on the arbiter's verdict; returns whether the packet is done with."""

@@ -14,24 +14,32 @@ import numpy as np
 from tickmesh.node.arbiter import make_arbiter
 from tickmesh.node.event import EVENT, NO_INSTRUMENT, NO_PRICE, Kind
 from tickmesh.node.instruments import FILTERED, code_words, intern
-from tickmesh.transports.toolbox import inlined, outlined, quick
+from tickmesh.transports.toolbox import inlined, le64, outlined, quick
 
-Feed = namedtuple("Feed", "instruments codes code_keys state counts malformed arbiter ladders depths held")
+Feed = namedtuple("Feed", "instruments codes code_keys state counts malformed arbiter ladders depths held orders")
 """`instruments` see :class:`tickmesh.node.instruments.Instruments`; `codes` u32: numeric code -> instrument (direct, or by the hash of
 `code_keys` u64); `state` i64; `counts` u64, one per name in ``spec.counters``; `malformed` u64, one per name in :data:`REASONS`;
 `arbiter` see :mod:`tickmesh.node.arbiter`; `ladders` i64, `depths` i64 by instrument, `held` EVENT[1]: see
-:mod:`tickmesh.node.sbe_kernels`."""
+:mod:`tickmesh.node.sbe_kernels`; `orders` ORDER, see :mod:`tickmesh.node.order_map`."""
 
 NEXT_SEQ, MIDNIGHT_NS, TIME_BASE_NS, SOURCE, TICK_SIZE, QTY_EXPONENT, FILTERED_MESSAGES, ENDS, MESSAGES, STARTED, CODES, REBIND = range(12)
 """Indices of ``Feed.state``. REBIND is 1 where a message's symbol text may later name an instrument known by its code only."""
+ORDERS_KNOWN = 15
+"""Index of ``Feed.state``: entries of ``Feed.orders``."""
+NOT_TOLD = -1
+"""In TIME_BASE_NS: no message has given the seconds yet; until one does, events have the time of receipt."""
 STATE_WORDS = 16
+ORDER = np.dtype([("id", "<u8"), ("instrument", "<u4"), ("qty", "<u4")])
+"""A resting order in ``Feed.orders``; free where `qty` is 0."""
 
 REASONS = (
+    "unknown_order", "orders_full",
     "truncated", "zero_length", "length_past_end", "bad_length", "unknown_message", "bad_field", "price_overflow",
     "unknown_instrument", "symbol_table_full", "short_packet", "trailing_bytes", "bad_sequence", "bad_preamble", "bad_group",
     "other_schema", "bad_encoding",
 )  # fmt: skip
 (
+    UNKNOWN_ORDER, ORDERS_FULL,
     TRUNCATED, ZERO_LENGTH, LENGTH_PAST_END, BAD_LENGTH, UNKNOWN_MESSAGE, BAD_FIELD, PRICE_OVERFLOW,
     UNKNOWN_INSTRUMENT, SYMBOL_TABLE_FULL, SHORT_PACKET, TRAILING_BYTES, BAD_SEQUENCE, BAD_PREAMBLE, BAD_GROUP, OTHER_SCHEMA, BAD_ENCODING,
 ) = range(len(REASONS))  # fmt: skip
@@ -44,21 +52,26 @@ _FALLBACK_FILTERED = np.uint32(0xFFFFFFFC)
 _FILTERED, _NONE = np.uint32(FILTERED), np.uint32(NO_INSTRUMENT)
 _ID_BITS = np.uint32((1 << 30) - 1)
 _GOLDEN, _ONE, _ZERO, _S32 = np.uint64(0x9E3779B97F4A7C15), np.uint64(1), np.uint64(0), np.uint64(32)
+_SPACES = np.uint64(0x2020202020202020)
 _REFERENCE = np.uint8(Kind.REFERENCE)
 
 
 def make_arrays(
     instruments: Any, *, source: int, counters: int, direct_codes: int, hashed_codes: int, header_bytes: int = 0, midnight_ns: int = 0,
     tick_size: int = 10_000_000, qty_exponent: int = 0, rebind: bool = False, gap_wait_ns: int = 0, hold_packets: int = 0,
-    hold_bytes: int = 0, start_sequence: int = 0, restart_distance: int = 0, ladder_levels: int = 0,
+    hold_bytes: int = 0, start_sequence: int = 0, restart_distance: int = 0, ladder_levels: int = 0, order_slots: int = 1,
+    time_told: bool = True,
 ) -> Feed:  # fmt: skip
     """A feed's arrays; `direct_codes` entries by code, or `hashed_codes` (a power of two) entries by hash, or neither.
 
     `ladder_levels` > 0: ladders of so many levels for every instrument.
+    `order_slots` (a power of two): room for orders, where messages name nothing else. `time_told`: no message has to give the time base.
     """
     state = np.zeros(STATE_WORDS, np.int64)
     state[NEXT_SEQ], state[MIDNIGHT_NS], state[TIME_BASE_NS], state[SOURCE] = 1, midnight_ns, midnight_ns, source
     state[TICK_SIZE], state[QTY_EXPONENT], state[REBIND] = tick_size, qty_exponent, rebind
+    if not time_told:
+        state[TIME_BASE_NS] = NOT_TOLD
     arbiter = make_arbiter(
         header_bytes=header_bytes, gap_wait_ns=gap_wait_ns, hold_packets=hold_packets, hold_bytes=hold_bytes,
         start_sequence=start_sequence, restart_distance=restart_distance,
@@ -67,9 +80,9 @@ def make_arrays(
     keys = np.zeros(max(1, hashed_codes), np.uint64)
     with_ladder = instruments.records.size if ladder_levels else 1
     ladders = np.full(2 * with_ladder * max(1, ladder_levels), NO_PRICE, np.int64)
-    depths, held = np.zeros(with_ladder, np.int64), np.zeros(1, EVENT)
+    depths, held, orders = np.zeros(with_ladder, np.int64), np.zeros(1, EVENT), np.zeros(order_slots, ORDER)
     counts, refused = np.zeros(max(1, counters), np.uint64), np.zeros(len(REASONS), np.uint64)
-    return Feed(instruments, codes, keys, state, counts, refused, arbiter, ladders, depths, held)
+    return Feed(instruments, codes, keys, state, counts, refused, arbiter, ladders, depths, held, orders)
 
 
 @inlined
@@ -141,6 +154,26 @@ def resolve_symbol(feed: Any, w0: Any, w1: Any, w2: Any, tick: Any, seq: Any, ts
     else:
         n = announce(feed, found, seq, ts_event, ts_recv, out, n)
     return found, n
+
+
+@inlined
+def _filled_up(word: Any, size: Any) -> Any:
+    """The first `size` bytes of a word, 0 to 7, then spaces; zero if there are none."""
+    kept = (_ONE << np.uint64(8 * size)) - _ONE
+    return (word & kept) | (_SPACES & ~kept) if size > 0 else _ZERO
+
+
+@inlined
+def text_words(buf: Any, at: Any, size: Any) -> Any:
+    """The first `size` bytes of a text, at most 24, as three words; one that they fill in part is filled up with spaces."""
+    w0, w1, w2 = le64(buf, at), le64(buf, at + 8), le64(buf, at + 16)
+    if size < 24:
+        w2 = _filled_up(w2, size - 16)
+    if size < 16:
+        w1 = _filled_up(w1, size - 8)
+    if size < 8:
+        w0 = _filled_up(w0, size)
+    return w0, w1, w2
 
 
 @outlined

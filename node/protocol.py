@@ -37,6 +37,9 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 OF_INSTRUMENT = ("add", "execute", "cancel", "delete", "replace", "modify", "level", "trade", "quote", "reference")
 """Kinds that make no sense without an instrument."""
 
+OF_ORDER = ("execute", "cancel", "delete", "replace", "modify")
+"""Kinds whose message may name an order and no instrument, where orders are followed (``follow_orders``)."""
+
 UNITS_NS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
 NAMES: dict[str, int] = {"BID": 0, "ASK": 1, "NO_SIDE": 2, **{s.name: int(s) for s in TradingStatus}}
 """Words a map may give instead of a number."""
@@ -115,7 +118,10 @@ class FlagRule:
 
 @dataclass(frozen=True)
 class Case:
-    """One event mapping of a message. `when`: field -> raw values that select it; `values`: event field -> field name or constant."""
+    """One event mapping of a message. `when`: field -> raw values that select it; `values`: event field -> field name or constant.
+
+    `by_order`: the message names no instrument, its order does; `silent`: it is taken note of, but makes no event.
+    """
 
     name: str
     kind: str
@@ -124,6 +130,8 @@ class Case:
     flags: int = 0
     flag_rules: tuple[FlagRule, ...] = ()
     all_instruments: bool = False
+    by_order: bool = False
+    silent: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,6 +163,8 @@ class Spec:
     code: str | None
     symbol: str | None
     messages: tuple[Message, ...]
+    seconds_since: str = "midnight"
+    follow_orders: bool = False
 
     @property
     def counters(self) -> list[str]:
@@ -437,8 +447,8 @@ def load_spec(name: str | Path) -> Spec:
     order = doc.text(head, ("protocol", "byte_order"), ("big", "little"))
     maps = doc.table(root, ("maps",))
     type_field = _type_field(doc, head, order)
-    time = doc.table(root, ("timestamp",), ("field", "unit", "since", "received"))
-    instrument = doc.table(root, ("instrument",), ("code", "symbol"))
+    time = doc.table(root, ("timestamp",), ("field", "unit", "since", "received", "seconds_since"))
+    instrument = doc.table(root, ("instrument",), ("code", "symbol", "follow_orders"))
     common = {k: f for k, raw in doc.table(root, ("fields",)).items() if (f := _field(doc, ("fields", k), raw, order, maps))}
     tables = doc.table(root, ("messages",), required=True)
     messages = [m for k in tables if (m := _message(doc, ("messages", k), tables, order, maps, common, instrument, time, type_field))]
@@ -459,7 +469,11 @@ def load_spec(name: str | Path) -> Spec:
         code=instrument.get("code"),
         symbol=instrument.get("symbol"),
         messages=tuple(messages),
+        seconds_since=doc.text(time, ("timestamp", "seconds_since"), ("midnight", "epoch"), "midnight"),
+        follow_orders=doc.truth(instrument, ("instrument", "follow_orders"), False),
     )
+    if spec.follow_orders and not any(c.kind == "add" for m in messages for c in m.cases):
+        doc.fault(("instrument", "follow_orders"), "no message has an event of kind 'add' that says of which instrument an order is")
     doc.done()
     return spec
 
@@ -550,7 +564,8 @@ def _case(
             doc.fault((*key, name), f"is missing: an event of kind {kind!r} needs {', '.join(REQUIRED[kind])}")
     everything = doc.text(raw, (*key, "instrument"), ("own", "all"), "own") == "all"
     has_instrument = instrument.get("code", instrument.get("symbol")) in fields
-    if kind in OF_INSTRUMENT and (everything or not has_instrument):
+    by_order = instrument.get("follow_orders") is True and kind in OF_ORDER and not has_instrument and not everything
+    if kind in OF_INSTRUMENT and (everything or not has_instrument) and not by_order:
         doc.fault(key, f"an event of kind {kind!r} needs an instrument: the field that [instrument] names is not in this message")
     if kind == "reference" and instrument.get("symbol") not in fields:
         doc.fault(key, "an event of kind 'reference' needs the symbol field of [instrument] in its message")
@@ -558,7 +573,7 @@ def _case(
     flags, rules = _flags(doc, key, raw, fields)
     if kind == "execute" and "price" in values:
         flags |= int(Flag.PRICED)
-    return Case(str(raw.get("name", kind)), kind, when, values, flags, rules, everything or not has_instrument)
+    return Case(str(raw.get("name", kind)), kind, when, values, flags, rules, not by_order and (everything or not has_instrument), by_order)
 
 
 def _event_value(doc: _Document, key: tuple[str, ...], raw: Any, fields: Mapping[str, Field]) -> str | int | None:
@@ -646,7 +661,7 @@ def _check_names(doc: _Document, messages: list[Message], instrument: Mapping[st
         users = [m.fields[name] for m in messages if name in m.fields]
         if not users:
             doc.fault((section, key), f"no message has a field {name!r}")
-        if key in ("code", "symbol") and len({f.size for f in users}) > 1:
+        if key == "code" and len({f.size for f in users}) > 1:
             doc.fault((section, key), f"field {name!r} must have one type in every message")
         for found in users:
             if key == "symbol" and not (found.text and found.size <= SYMBOL_BYTES_MAX):

@@ -44,7 +44,12 @@ from tickmesh.node.venues import VENUE_FEEDS, venue_feed
 from tickmesh.transports.capture import read_capture
 from tickmesh.transports.recording import SLACK, Problem, read_bytes, read_lines
 
-USUAL_FRAMING = {"itch50": ("binaryfile", "moldudp64"), "iex_deep_plus": ("iex_tp", "iex_tp"), "dbn_mbo": ("dbn", "dbn")}
+USUAL_FRAMING = {
+    "itch50": ("binaryfile", "moldudp64"), "nasdaq_bbo": ("binaryfile", "moldudp64"), "jnx_itch": ("binaryfile", "moldudp64"),
+    "iex_deep_plus": ("iex_tp", "iex_tp"), "iex_deep": ("iex_tp", "iex_tp"), "iex_tops": ("iex_tp", "iex_tp"),
+    "cboe_pitch": ("", "cboe_unit"), "cboe_pitch_options": ("", "cboe_unit"), "cboe_pitch_complex": ("", "cboe_unit"),
+    "cboe_cfe_pitch": ("", "cboe_unit"), "memx_memoir_depth": ("", "memx_udp"), "dbn_mbo": ("dbn", "dbn"),
+}  # fmt: skip
 """Framing of a shipped protocol in a file and in packets, for a source that names none."""
 CSV_FORMATS = ("lobster", "csv")
 

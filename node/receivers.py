@@ -26,6 +26,7 @@ from tickmesh.node.event import EVENT, EventArray
 from tickmesh.node.feed import RESOLVED_BELOW, SHORT_PACKET, UNBOUND, Feed, bind_unannounced
 from tickmesh.node.instruments import EXCLUDED, FILTERED, InstrumentTable
 from tickmesh.node.loops import receive_loop
+from tickmesh.node.order_map import take_orders
 from tickmesh.node.protocol import Field, load_framing, load_spec
 from tickmesh.node.reader import Reader, SourceError, open_reader, protocol_fields, spec_and_framing
 from tickmesh.node.rerequest import FOREVER_NS, Rerequest, RerequestCounters, can_rerequest
@@ -39,7 +40,7 @@ from tickmesh.transports.receive_path import (
     WAY_NUMBERS,
     BypassRefused,
     Lack,
-    Path,
+    OpenPath,
     Refusal,
     Wish,
     lacking,
@@ -331,7 +332,7 @@ class MulticastReceiver(Receiver):
             self.close()
             raise
 
-    def _open(self, decoder: Any) -> tuple[Path, Any]:
+    def _open(self, decoder: Any) -> tuple[OpenPath, Any]:
         """The best way to receive that the configuration allows and that this host can; says so, and why not a better one.
 
         Raises:
@@ -365,7 +366,7 @@ class MulticastReceiver(Receiver):
             self.refusals.append(refusal)
         raise AssertionError("sockets are always possible")
 
-    def _tell(self, path: Path, configured: bool) -> None:
+    def _tell(self, path: OpenPath, configured: bool) -> None:
         self.why = Lack.CONFIGURED if configured else self.refusals[0].lack if self.refusals else Lack.NOTHING
         because = "; ".join(map(str, self.refusals)) or LACK_ABOUT[self.why]
         if self.options.bypass != "none":
@@ -376,6 +377,8 @@ class MulticastReceiver(Receiver):
     def resume(self, codes: Mapping[int, int], last_sequence: int) -> None:
         bind_codes(self.feed, self.context.table, codes)
         self._expected = last_sequence + 1 if last_sequence else 0
+        if last_sequence and self.spec.follow_orders:  # it does not know the orders that rest: the books are told so by a gap
+            self._expected = last_sequence
         if last_sequence:
             go_on(self.router.clock)
 
@@ -400,6 +403,7 @@ class MulticastReceiver(Receiver):
         self.feed.arbiter.state[START_SEQUENCE] = before.feed.arbiter.state[EXPECTED]
         if before.feed.ladders.size == self.feed.ladders.size:  # a book by position goes on where it stands
             self.feed.ladders[:], self.feed.depths[:] = before.feed.ladders, before.feed.depths
+        take_orders(self.feed, before.feed, np.flatnonzero(records["flags"] & EXCLUDED))
         if before.feed.arbiter.state[EXPECTED]:
             go_on(self.router.clock)
         return True

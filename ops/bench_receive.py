@@ -38,7 +38,7 @@ from tickmesh.transports.afxdp import Mode
 from tickmesh.transports.bpf import jump, op
 from tickmesh.transports.codecache import load_generated
 from tickmesh.transports.multicast import parse_endpoint
-from tickmesh.transports.receive_path import AFXDP, MODULES, PACKET_RING, SOCKETS, Path, Wish, open_way
+from tickmesh.transports.receive_path import AFXDP, MODULES, PACKET_RING, SOCKETS, OpenPath, Wish, open_way
 from tickmesh.transports.toolbox import address_of, cpu_pause, loop, monotonic_ns, put_be16, put_be32, put_be64, zeros_aligned
 
 ENDPOINT = "udp://239.78.3.1:26400"
@@ -232,7 +232,7 @@ class _Receiver:
         way, mode = WAYS[name]
         self.name, self._module = name, module
         wish = Wish(endpoints=(ENDPOINT,), interface=INTERFACE, owner="bench", buffer_bytes=_BUFFER_BYTES, mode=mode)
-        self.path: Path = open_way(way, wish)
+        self.path: OpenPath = open_way(way, wish)
         self.path.face.begin()
         self._batch = zeros_aligned(256, EVENT)
         self._feed: Any = None

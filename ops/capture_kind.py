@@ -16,7 +16,8 @@ _JSON_MARKS = (
     (b'"channel":"trades"', "okx"),
     (b'"topic":"orderbook', "bybit"),
 )
-_IEX_DEEP_PLUS = 0x8005
+_IEX = {0x8002: "iex_tops", 0x8003: "iex_tops", 0x8004: "iex_deep", 0x8005: "iex_deep_plus"}
+"""Message protocol id in the header of IEX-TP."""
 
 
 class UnknownCapture(Exception):
@@ -80,8 +81,8 @@ def _packet_protocol(path: Path) -> dict[str, object]:
         raise UnknownCapture(path, str(error)) from error
     for packet in packets[:64]:
         payload = bytes(buffer[int(packet["offset"]) : int(packet["offset"]) + int(packet["length"])])
-        if len(payload) >= 40 and payload[0] == 1 and int.from_bytes(payload[2:4], "little") == _IEX_DEEP_PLUS:
-            return {"data_format": "iex_deep_plus", "framing": "iex_tp"}
+        if len(payload) >= 40 and payload[0] == 1 and int.from_bytes(payload[2:4], "little") in _IEX:
+            return {"data_format": _IEX[int.from_bytes(payload[2:4], "little")], "framing": "iex_tp"}
         if len(payload) >= 23 and _is_itch(payload[20:]):
             return {"data_format": "itch50", "framing": "moldudp64"}
     raise UnknownCapture(path, "no protocol that is known was found in its packets")

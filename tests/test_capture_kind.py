@@ -20,6 +20,18 @@ def test_real_recordings(path: str, data_format: str) -> None:
     assert capture_settings(recording(path)) == {"type": "file", "data_format": data_format}
 
 
+@pytest.mark.parametrize(
+    ("path", "data_format"),
+    [
+        ("omi_pcaps/Iex/Tops.IexTp.v1.6/QuoteUpdateMessage.pcap", "iex_tops"),
+        ("omi_pcaps/Iex/Deep.IexTp.v1.0/PriceLevelBuyUpdateMessage.pcap", "iex_deep"),
+        ("omi_pcaps/Iex/DeepPlus.IexTp.1.0.2/a_AddOrder.pcap", "iex_deep_plus"),
+    ],
+)
+def test_packets_of_iex(path: str, data_format: str) -> None:
+    assert capture_settings(recording(path)) == {"type": "pcap", "data_format": data_format, "framing": "iex_tp"}
+
+
 def simulator() -> Simulator:
     return Simulator(SimulatorConfig(seed=1, symbols=2, messages=300, names=("ALFA", "BRVO")))
 

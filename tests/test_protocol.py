@@ -59,8 +59,8 @@ def load(tmp_path: Path, text: str) -> list[tuple[int, str, str]]:
 
 
 def test_shipped_specs_are_valid() -> None:
-    assert shipped_names() == ["dbn_mbo", "iex_deep_plus", "itch50"]
-    assert shipped_names("framing_") == ["binaryfile", "dbn", "iex_tp", "moldudp64"]
+    assert {"cboe_pitch", "dbn_mbo", "iex_deep", "iex_deep_plus", "iex_tops", "itch50", "memx_memoir_depth"} <= set(shipped_names())
+    assert {"binaryfile", "cboe_unit", "dbn", "iex_tp", "memx_udp", "moldudp64"} <= set(shipped_names("framing_"))
     for name in shipped_names():
         spec = load_spec(name)
         assert spec.name == name

@@ -9,7 +9,7 @@ way           what it is                                                    need
 ``sockets``   :mod:`.multicast`: ``recvmmsg(2)``                            nothing
 ============  ============================================================  =====================================
 
-All have one face for a compiled loop, ``receive_batch(kernel, buffer, packets, line, now_ns)``, and one for Python, :class:`Path`.
+All have one face for a compiled loop, ``receive_batch(kernel, buffer, packets, line, now_ns)``, and one for Python, :class:`OpenPath`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from enum import IntEnum
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any, Protocol
 
 from tickmesh.transports import afxdp, bpf, multicast, packet_ring
@@ -167,7 +167,7 @@ class _Sockets:
 
 
 @dataclass
-class Path:
+class OpenPath:
     """An open way.
 
     Attributes:
@@ -287,9 +287,9 @@ def _has(capability: str) -> bool:
     return False
 
 
-def _text(path: FilePath | str) -> str:
+def _text(path: Path | str) -> str:
     try:
-        return FilePath(path).read_text().strip()
+        return Path(path).read_text().strip()
     except OSError:
         return ""
 
@@ -302,7 +302,7 @@ def _frames(buffer_bytes: int) -> int:
     return min(1 << max(6, (buffer_bytes // 1024 - 1).bit_length()), 1 << 20)
 
 
-def open_way(way: str, wish: Wish) -> Path:
+def open_way(way: str, wish: Wish) -> OpenPath:
     """Open a way.
 
     Raises:
@@ -321,10 +321,10 @@ def open_way(way: str, wish: Wish) -> Path:
             face = _open_xdp(wish, interface) if way == AFXDP else _open_ring(wish, interface)
         except (BpfError, XdpError, PacketRingError) as error:
             raise BypassRefused(wish.endpoints[0], _judged(way, error)) from error
-        return Path(way, face, _warnings(wish, way, face), opened.pop_all())
+        return OpenPath(way, face, _warnings(wish, way, face), opened.pop_all())
 
 
-def _open_sockets(wish: Wish) -> Path:
+def _open_sockets(wish: Wish) -> OpenPath:
     with ExitStack() as opened:
         receivers = [
             opened.enter_context(
@@ -339,7 +339,7 @@ def _open_sockets(wish: Wish) -> Path:
             for endpoint in wish.endpoints
         ]
         opened.pop_all()
-    return Path(SOCKETS, _Sockets(receivers), [text for one in receivers for text in one.warnings])
+    return OpenPath(SOCKETS, _Sockets(receivers), [text for one in receivers for text in one.warnings])
 
 
 def mtu_of(interface: str) -> int:

@@ -120,7 +120,7 @@ class Template:
     cases: tuple[SbeCase, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SbeSpec(Spec):
     """A checked mapping of a schema. `levels`: of a ladder; 0: no mapping goes by position."""
 

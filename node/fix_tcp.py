@@ -86,6 +86,10 @@ class Link:
             self.bytes_out += len(data)
             self._writer.write(data)
 
+    def abort(self) -> None:
+        """Drop the connection as it is; the session goes on with the next."""
+        self._writer.transport.abort()
+
     async def logout(self, text: str = "") -> None:
         """Begin to end the session; :meth:`run` returns when it has ended."""
         self.session.logout(text)
@@ -211,6 +215,14 @@ class Acceptor:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for accepted in self._accepted.values():
             accepted.store.close()
+
+    def session(self, peer: str, ours: str) -> Session:
+        """The session of a peer, connected or not: what is sent while it is not comes when it asks for it.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return self._sessions[peer, ours]
 
     @property
     def session_counters(self) -> Mapping[tuple[str, str], Counter[str]]:

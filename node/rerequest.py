@@ -66,12 +66,13 @@ def ask(request: Any, arbiter: Any, now_ns: Any) -> Any:
     if end <= first:
         r.end = 0
         return False
-    if end != r.end:
-        r.first, r.end, r.tries, r.due = first, end, 0, now_ns + r.wait_ns
+    if first < r.first or first >= r.end:  # another hole
+        r.first, r.tries, r.due = first, 0, now_ns + r.wait_ns
     elif first != r.first:  # a part has come: the rest is asked for at once
         if r.tries > 0:
             r.due = now_ns
         r.first, r.tries = first, 0
+    r.end = end  # heartbeats may move it on, which is no progress
     if now_ns >= r.due:
         if r.tries >= r.tries_max:
             r.given_up += end - first

@@ -21,6 +21,7 @@ from tickmesh.ops.egress_loss import EgressLoss
 from tickmesh.ops.namespaces import INTERFACE
 from tickmesh.ops.rerequest_server import RerequestServer
 from tickmesh.ops.simulated_lines import FaultConfig, SimulatedLines, send_lines
+from tickmesh.transports.multicast import parse_endpoint
 
 LOSSY = FaultConfig(loss=0.2)
 
@@ -129,6 +130,28 @@ def test_a_silent_server_is_asked_a_few_times_then_it_is_a_gap() -> None:
     assert set(asked.values()) == {3}
     wanted = {(int.from_bytes(p[10:18], "big"), int.from_bytes(p[18:20], "big")) for p in asked}
     assert wanted == {(int(gap["id"]), int(gap["qty"])) for gap in gaps}
+
+
+def test_heartbeats_that_go_on_do_not_put_the_gap_off() -> None:
+    """Each heartbeat makes the hole longer; that is no progress, and the venue may send them for hours."""
+    endpoints, sequence = free_endpoints(), 1
+    address = parse_endpoint(endpoints[0])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
+        silent.bind(("127.0.0.1", 0))
+        line.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
+        ends = {"endpoint": endpoints[0], "endpoint_b": endpoints[1], "interface": "lo"}
+        asks = {"rerequest": f"udp://127.0.0.1:{silent.getsockname()[1]}", "rerequest_timeout_ms": 50.0, "rerequest_tries": 2}
+        with receiving("none", **ends, **asks, gap_wait_ms=50.0) as received:
+
+            def beaten() -> bool:
+                nonlocal sequence
+                line.sendto(request(sequence, 0), (address.address, address.port))
+                sequence += 1
+                return received.receiver.counters()["given_up"] > 0
+
+            until(beaten, "a gap", 10)
+            until(lambda: received.receiver.counters()["gaps"] > 0, "its event", 10)
+            assert received.receiver.counters()["requests"] >= 2
 
 
 def test_a_server_that_is_not_there_is_a_gap_too() -> None:

@@ -277,7 +277,7 @@ def warm():
 """
 
 _ASKING = {
-    "imports": "from tickmesh.node.rerequest import ask, count_recovered, lacks, note_session, take_answers, warm_request\n"
+    "imports": "from tickmesh.node.rerequest import ask, count_recovered, drop_answers, lacks, note_session, take_answers, warm_request\n"
     "from tickmesh.node.arbiter import EXPECTED\n",
     "argument": ", request",
     "noted": "            if count > 0:\n                note_session(request, buffers[line], packets[line])\n",
@@ -289,6 +289,8 @@ _ASKING = {
             if not hand_on(request.buffer, request.packets, count, feed, batch, router):
                 return
             count_recovered(request, before, feed.arbiter)
+        elif received == 0 and idle_mode == IDLE_SLEEP:
+            drop_answers(request, now_ns())
 """,
     "warmed": ", warm_request()",
 }

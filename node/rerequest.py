@@ -119,6 +119,12 @@ def _answers(request: Any, at: Any) -> Any:
     return same and 0 < count <= _COUNT_MAX and 0 < sequence <= request.state[0].end
 
 
+@outlined
+def drop_answers(request: Any, now_ns: Any) -> Any:
+    """Receive what comes while nothing is asked for (late, twice, an ICMP error) and count it: else epoll would never wait again."""
+    request.state[0].foreign += receive_batch(request.answers, request.buffer, request.packets, ANSWER_LINE, now_ns)
+
+
 @inlined
 def count_recovered(request: Any, before: Any, arbiter: Any) -> Any:
     """After answers were decoded: how many missing sequences they have brought."""
@@ -129,7 +135,7 @@ def count_recovered(request: Any, before: Any, arbiter: Any) -> Any:
 
 
 class RerequestCounters(NamedTuple):
-    """`requests` sent, sequences `recovered` by answers and `given_up` (then a GAP), `foreign` packets that were no answer."""
+    """`requests` sent, sequences `recovered` by answers and `given_up` (then a GAP), `foreign` packets that were no answer or came too late."""
 
     requests: int
     recovered: int

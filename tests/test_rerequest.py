@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import socket
 import threading
 from collections.abc import Iterator
@@ -163,6 +165,22 @@ def test_a_server_that_is_not_there_is_a_gap_too() -> None:
     with on_loopback(lines, None, rerequest=nobody, rerequest_timeout_ms=1.0, rerequest_tries=2) as received:
         until(lambda: received.receiver.counters()["given_up"] > 0, "gaps", 20)
         assert received.receiver.error is None
+        until(lambda: not select.select([received.receiver.request], [], [], 0)[0], "no error on the socket", 5)
+
+
+def test_an_answer_that_comes_too_late_is_taken_off_the_socket() -> None:
+    """What stayed there would keep an idle loop from sleeping ever again."""
+    lines = simulated(200)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as late:
+        late.bind(("127.0.0.1", 0))
+        with on_loopback(lines, None, rerequest=f"udp://127.0.0.1:{late.getsockname()[1]}") as received:
+            asked = received.receiver.request
+            assert asked is not None
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM, fileno=os.dup(asked.fileno())) as shared:
+                late.sendto(request(1, 1) + b"\x00\x01S", shared.getsockname())
+            until(lambda: asked.counters().foreign == 1, "an empty socket", 5)
+            assert not select.select([asked], [], [], 0)[0]
+            assert received.receiver.counters()["requests"] == 0
 
 
 def test_answers_that_are_none_change_nothing() -> None:

@@ -183,6 +183,31 @@ def test_an_answer_that_comes_too_late_is_taken_off_the_socket() -> None:
             assert received.receiver.counters()["requests"] == 0
 
 
+def test_requests_name_the_new_session_while_a_line_lags_in_the_old_one() -> None:
+    endpoints = free_endpoints()
+    addresses = [(to.address, to.port) for to in map(parse_endpoint, endpoints)]
+    message, new = b"\x00\x01S", b"TOMORROW  "
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
+        server.bind(("127.0.0.1", 0))
+        server.settimeout(10)
+        line.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
+        ends = {"endpoint": endpoints[0], "endpoint_b": endpoints[1], "interface": "lo"}
+        with receiving("none", **ends, rerequest=f"udp://127.0.0.1:{server.getsockname()[1]}", gap_wait_ms=100.0) as received:
+            packets = iter(range(1, 9))
+
+            def by(to: tuple[str, int], payload: bytes) -> None:
+                """Send one packet, and wait until it is decoded: packets of a batch are not what this is about."""
+                line.sendto(payload, to)
+                wanted = next(packets)
+                until(lambda: received.receiver.counters()["packets"] >= wanted, "a packet", 10)
+
+            by(addresses[0], request(1, 1) + message)
+            by(addresses[0], request(1, 1, new) + message)
+            by(addresses[0], request(5, 1, new) + message)
+            by(addresses[1], request(2, 1) + message)
+            assert server.recv(100) == request(2, 3, new)
+
+
 def test_answers_that_are_none_change_nothing() -> None:
     """Another session, sequences far ahead, heartbeats, ends of session, noise."""
     lines = simulated(1000, LOSSY, LOSSY)

@@ -39,7 +39,7 @@ from tickmesh.ops.namespaces import INTERFACE, VethPair
 from tickmesh.transports.capture import read_capture
 from tickmesh.transports.multicast import MulticastError
 from tickmesh.transports.privileges import drop_capabilities
-from tickmesh.transports.receive_path import BypassRefused, Lack
+from tickmesh.transports.receive_path import BypassRefused, Lack, Wish, open_way
 from tickmesh.transports.ring import Ring
 
 pytestmark = needs_namespaces
@@ -255,6 +255,18 @@ def test_auto_leaves_the_loopback_to_others_and_says_why() -> None:
         assert received.receiver.path.way == "packet"
         assert received.receiver.counters()["way_because"] == Lack.LOOPBACK
         assert "loopback" in str(received.receiver.refusals[0])
+
+
+@pytest.mark.parametrize("way", ["packet", "afxdp"])
+def test_lines_that_come_by_different_interfaces_are_left_to_sockets(way: str) -> None:
+    """Without the key interface each line follows the routing table; one ring or program sees one interface."""
+    with cable():
+        for group, interface in ((GROUP, INTERFACE), ("239.78.1.2", "lo")):
+            subprocess.run(["ip", "route", "add", f"{group}/32", "dev", interface], check=True)
+        with pytest.raises(BypassRefused, match="different interfaces") as caught:
+            open_way(way, Wish(endpoints=ENDPOINTS))
+        assert caught.value.refusal.lack == Lack.INTERFACES
+        open_way("sockets", Wish(endpoints=ENDPOINTS)).close()
 
 
 def test_a_second_source_on_the_interface_takes_the_next_best_way() -> None:

@@ -59,6 +59,7 @@ class Lack(IntEnum):
     HELD = 9
     KERNEL = 10
     REFUSED = 11
+    INTERFACES = 12
 
 
 LACK_ABOUT = {
@@ -74,6 +75,7 @@ LACK_ABOUT = {
     Lack.HELD: "another XDP program or source has the interface: `ip link` shows it; end it, or give the feed its own interface",
     Lack.KERNEL: "this kernel cannot do it: AF_XDP takes Linux 5.9 with CONFIG_XDP_SOCKETS",
     Lack.REFUSED: "the kernel refused it",
+    Lack.INTERFACES: "the lines come by different interfaces, and only sockets read several: name one that both come by with the key interface",
 }  # fmt: skip
 
 
@@ -314,6 +316,10 @@ def open_way(way: str, wish: Wish) -> Path:
     interface = wish.interface_name()
     if interface is None:
         raise BypassRefused(wish.endpoints[0], Refusal(way, Lack.NO_INTERFACE))
+    others = {interface_of(endpoint, wish.interface) for endpoint in wish.endpoints[1:]} - {interface}
+    if others:
+        detail = ", ".join([interface, *sorted(other or "no route" for other in others)])
+        raise BypassRefused(wish.endpoints[0], Refusal(way, Lack.INTERFACES, detail))
     with ExitStack() as opened:
         for endpoint in wish.endpoints:
             opened.enter_context(join_group(endpoint, wish.interface or interface))

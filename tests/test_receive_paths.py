@@ -36,11 +36,13 @@ from veth import (
 
 from tickmesh.node.event import EVENT, Kind
 from tickmesh.ops.namespaces import INTERFACE, VethPair
+from tickmesh.transports.afxdp import open_xdp
 from tickmesh.transports.capture import read_capture
 from tickmesh.transports.multicast import MulticastError
 from tickmesh.transports.privileges import drop_capabilities
 from tickmesh.transports.receive_path import BypassRefused, Lack, Wish, open_way
 from tickmesh.transports.ring import Ring
+from tickmesh.transports.udp_frames import Wanted
 
 pytestmark = needs_namespaces
 GROUP, PORT = "239.78.1.1", 26400
@@ -374,6 +376,26 @@ def test_busy_polling_is_asked_of_every_socket(bypass: str) -> None:
         finally:
             receiver.close()
             ring.close()
+
+
+def test_stamping_changes_when_the_next_path_begins_and_leaves_no_program_behind() -> None:
+    """A change of the configuration that is called off opens a path beside the one that runs, and closes it."""
+    wanted = [Wanted(GROUP, PORT, None, 0)]
+
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    with cable(), open_xdp(wanted, INTERFACE, owner="lines") as running:
+        running.begin()
+        open_xdp(wanted, INTERFACE, owner="lines", stamped=True).close()
+        assert running.kernels[0].state["stamped"][0] == 0
+        assert programs_on(INTERFACE) == ["tickmesh_rx"]
+        before = descriptors()
+        for stamped in (True, False, True):
+            with open_xdp(wanted, INTERFACE, owner="lines", stamped=stamped) as after:
+                after.begin()
+                assert running.kernels[0].state["stamped"][0] == stamped
+        assert descriptors() == before
 
 
 @pytest.mark.parametrize("bypass", WAYS)

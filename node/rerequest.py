@@ -144,7 +144,7 @@ def count_recovered(request: Any, before: Any, arbiter: Any) -> Any:
 
 
 class RerequestCounters(NamedTuple):
-    """`requests` sent, sequences `recovered` by answers and `given_up` (then a GAP), `foreign` packets that were no answer or came too late."""
+    """`requests` sent, sequences `recovered` by answers and `given_up` (then a GAP), `foreign` packets: no answer, or too late."""
 
     requests: int
     recovered: int

@@ -330,6 +330,7 @@ class _Interface:
         self.name, self.owner, self.stamped, self.users, self._wished = name, owner, stamped, 0, mode
         self.sockets: list[_QueueSocket] = []
         self._groups: Counter[bytes] = Counter()
+        self.promised: Counter[tuple[str, int]] = Counter()  # to whoever has it open, begun or not
         self._opened: list[Map | Program | Link] = []
         try:
             self._open(frames, chunk_bytes, busy_poll_us)
@@ -474,6 +475,7 @@ class XdpPath:
     def __init__(self, place: tuple[int, int], shared: _Interface, wanted: Sequence[Wanted], batch: int, stamped: bool) -> None:
         self._key, self._shared, self._wanted, self.begun = place, shared, list(wanted), False
         self._stamped, self._takes = stamped, False
+        shared.promised.update((one.address, one.port) for one in wanted)
         self.mode, self.zero_copy = shared.mode, all(one.zero_copy for one in shared.sockets)
         self._counts = np.zeros(1, FRAME_COUNTS)
         groups = make_groups(wanted)
@@ -540,6 +542,7 @@ class XdpPath:
             if self._takes:
                 self._shared.want_no_more(self._wanted)
             self.begun = self._takes = False
+            self._shared.promised.subtract((one.address, one.port) for one in self._wanted)
             self.kernels = self.buffers = ()
             self._shared.users -= 1
             if self._shared.users == 0:
@@ -601,6 +604,14 @@ def open_xdp(
         if shared.users > 1:
             path.take_groups()  # the rings are in use: what both want must not go to the stack when the other one closes
     return path
+
+
+def taker_of(wanted: Wanted, interface: str, owner: str) -> str | None:
+    """The other owner in this process whose program takes a group away from every other way to receive it; None: nobody does."""
+    with _opened_lock:
+        shared = _opened.get(_place(interface))
+        taken = shared is not None and shared.owner != owner and shared.promised[wanted.address, wanted.port] > 0
+        return shared.owner if shared is not None and taken else None
 
 
 def warm_line() -> tuple[XdpKernel, Bytes, Packets]:

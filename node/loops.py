@@ -247,9 +247,9 @@ def receive(stop, lines, buffers, packets, feed, batch, router, idle_mode, reada
             now = now_ns()
             count = receive_batch(lines[line], buffers[line], packets[line], line, now)
             received += count
-{noted}            if not hand_on(buffers[line], packets[line], count, feed, batch, router):
+            if not hand_on(buffers[line], packets[line], count, feed, batch, router):
                 return
-{asking}        if received == 0:
+{noted}{asking}        if received == 0:
             events = flush_events(now_ns(), feed, batch)
             while events > 0:
                 if not route(router, batch, FIRST, events):
@@ -277,10 +277,10 @@ def warm():
 """
 
 _ASKING = {
-    "imports": "from tickmesh.node.rerequest import ask, count_recovered, lacks, note_session, take_answers, warm_request\n"
+    "imports": "from tickmesh.node.rerequest import ask, count_recovered, drop_answers, lacks, note_session, take_answers, warm_request\n"
     "from tickmesh.node.arbiter import EXPECTED\n",
     "argument": ", request",
-    "noted": "            if count > 0:\n                note_session(request, buffers[line], packets[line])\n",
+    "noted": "            if count > 0:\n                note_session(request, feed.arbiter, buffers[line], packets[line], count)\n",
     "asking": """\
         if lacks(feed.arbiter) and ask(request, feed.arbiter, now_ns()):
             count = take_answers(request, now_ns())
@@ -289,6 +289,8 @@ _ASKING = {
             if not hand_on(request.buffer, request.packets, count, feed, batch, router):
                 return
             count_recovered(request, before, feed.arbiter)
+        elif received == 0 and idle_mode == IDLE_SLEEP:
+            drop_answers(request, now_ns())
 """,
     "warmed": ", warm_request()",
 }

@@ -371,7 +371,8 @@ class MulticastReceiver(Receiver):
         because = "; ".join(map(str, self.refusals)) or LACK_ABOUT[self.why]
         if self.options.bypass != "none":
             _log.info("receives", source=self.name, way=path.way, because=because)
-        for warning in path.warnings:
+        foreign = [str(one) for one in self.refusals if one.lack == Lack.FOREIGN_PROGRAM]
+        for warning in path.warnings + foreign:
             _log.warning("receives, but", source=self.name, warning=warning)
 
     def resume(self, codes: Mapping[int, int], last_sequence: int) -> None:

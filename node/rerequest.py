@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import types
 
-from tickmesh.node.arbiter import EXPECTED, FORCE_TO, HELD_COUNT, HELD_SEQ_MIN, KNOWN_NEXT
+from tickmesh.node.arbiter import EXPECTED, FORCE_TO, HELD_COUNT, HELD_SEQ_MIN, KNOWN_NEXT, SESSION
 from tickmesh.node.protocol import Framing
 from tickmesh.transports.multicast import open_answers, receive_batch, warm_line
 from tickmesh.transports.toolbox import address_of, be16, be64, inlined, le16, le64, outlined, put_be16, put_be64, put_le16, put_le64
@@ -33,7 +33,7 @@ REQUEST = np.dtype(
         (name, "<i8")
         for name in (
             "socket", "wait_ns", "timeout_ns", "tries_max", "first", "end", "tries", "due", "requests", "recovered", "given_up",
-            "foreign", "refused",
+            "foreign", "refused", "session", "has_session",
         )
     ]
 )  # fmt: skip
@@ -41,13 +41,22 @@ REQUEST = np.dtype(
 Request = namedtuple("Request", "state packet answers buffer packets")
 
 
-@inlined
-def note_session(request: Any, buffer: Any, packets: Any) -> Any:
-    """Remember the session of a packet of the feed, which a request must name."""
-    if packets[0].length >= _HEADER_BYTES:
-        at = np.int64(packets[0].offset)
-        put_le64(request.packet, 0, le64(buffer, at))
-        put_le16(request.packet, 8, le16(buffer, at + 8))
+@outlined
+def note_session(request: Any, arbiter: Any, buffer: Any, packets: Any, count: Any) -> Any:
+    """Remember the session that a request must name: the arbiter's, not that of a line which lags behind in the session before.
+
+    To be called after the packets were decoded: where the session is a new one, a packet of it is among them.
+    """
+    r, session = request.state[0], arbiter.state[SESSION]
+    if r.has_session != 0 and r.session == session:
+        return
+    for i in range(count):
+        at = np.int64(packets[i].offset)
+        if packets[i].length >= _HEADER_BYTES and np.int64(be64(buffer, at)) ^ np.int64(be16(buffer, at + 8)) << 17 == session:
+            put_le64(request.packet, 0, le64(buffer, at))
+            put_le16(request.packet, 8, le16(buffer, at + 8))
+            r.has_session, r.session, r.end = 1, session, 0  # what was missing in the session before is not asked for any more
+            return
 
 
 @inlined
@@ -66,12 +75,13 @@ def ask(request: Any, arbiter: Any, now_ns: Any) -> Any:
     if end <= first:
         r.end = 0
         return False
-    if end != r.end:
-        r.first, r.end, r.tries, r.due = first, end, 0, now_ns + r.wait_ns
+    if first < r.first or first >= r.end:  # another hole
+        r.first, r.tries, r.due = first, 0, now_ns + r.wait_ns
     elif first != r.first:  # a part has come: the rest is asked for at once
         if r.tries > 0:
             r.due = now_ns
         r.first, r.tries = first, 0
+    r.end = end  # heartbeats may move it on, which is no progress
     if now_ns >= r.due:
         if r.tries >= r.tries_max:
             r.given_up += end - first
@@ -118,6 +128,12 @@ def _answers(request: Any, at: Any) -> Any:
     return same and 0 < count <= _COUNT_MAX and 0 < sequence <= request.state[0].end
 
 
+@outlined
+def drop_answers(request: Any, now_ns: Any) -> Any:
+    """Receive what comes while nothing is asked for (late, twice, an ICMP error) and count it: else epoll would never wait again."""
+    request.state[0].foreign += receive_batch(request.answers, request.buffer, request.packets, ANSWER_LINE, now_ns)
+
+
 @inlined
 def count_recovered(request: Any, before: Any, arbiter: Any) -> Any:
     """After answers were decoded: how many missing sequences they have brought."""
@@ -128,7 +144,7 @@ def count_recovered(request: Any, before: Any, arbiter: Any) -> Any:
 
 
 class RerequestCounters(NamedTuple):
-    """`requests` sent, sequences `recovered` by answers and `given_up` (then a GAP), `foreign` packets that were no answer."""
+    """`requests` sent, sequences `recovered` by answers and `given_up` (then a GAP), `foreign` packets: no answer, or too late."""
 
     requests: int
     recovered: int
@@ -176,7 +192,8 @@ def can_rerequest(framing: Framing) -> bool:
     sequence, count = framing.sequence, framing.count
     if sequence is None or count is None or framing.header_bytes != _HEADER_BYTES:
         return False
-    return (sequence.offset, sequence.size, sequence.big, count.offset, count.size, count.big) == (10, 8, True, 18, 2, True)
+    fields = (*framing.session, sequence, count)
+    return [(one.offset, one.size, one.big) for one in fields] == [(0, 8, True), (8, 2, True), (10, 8, True), (18, 2, True)]
 
 
 def warm_request() -> Request:

@@ -11,12 +11,15 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from nodes import until
 from replays import DATA
+from structlog.testing import capture_logs
 from veth import (
     ENDPOINTS,
     WAYS,
@@ -36,11 +39,14 @@ from veth import (
 
 from tickmesh.node.event import EVENT, Kind
 from tickmesh.ops.namespaces import INTERFACE, VethPair
+from tickmesh.transports.afxdp import filter_program, make_maps, open_xdp
+from tickmesh.transports.bpf import AT_XDP, XDP_PROGRAM, Program
 from tickmesh.transports.capture import read_capture
 from tickmesh.transports.multicast import MulticastError
 from tickmesh.transports.privileges import drop_capabilities
-from tickmesh.transports.receive_path import BypassRefused, Lack
+from tickmesh.transports.receive_path import BypassRefused, GroupTaken, Lack, Wish, open_way
 from tickmesh.transports.ring import Ring
+from tickmesh.transports.udp_frames import Wanted
 
 pytestmark = needs_namespaces
 GROUP, PORT = "239.78.1.1", 26400
@@ -257,18 +263,69 @@ def test_auto_leaves_the_loopback_to_others_and_says_why() -> None:
         assert "loopback" in str(received.receiver.refusals[0])
 
 
+@pytest.mark.parametrize("way", ["packet", "afxdp"])
+def test_lines_that_come_by_different_interfaces_are_left_to_sockets(way: str) -> None:
+    """Without the key interface each line follows the routing table; one ring or program sees one interface."""
+    with cable():
+        for arguments in (
+            "link add second0 type veth peer name second1",
+            "addr add 10.99.99.1/24 dev second0",
+            "link set second0 up",
+            f"route add {GROUP}/32 dev {INTERFACE}",
+            "route add 239.78.1.2/32 dev second0",
+        ):
+            subprocess.run(["ip", *arguments.split()], check=True)
+        with pytest.raises(BypassRefused, match="different interfaces") as caught:
+            open_way(way, Wish(endpoints=ENDPOINTS))
+        assert caught.value.refusal.lack == Lack.INTERFACES
+        open_way("sockets", Wish(endpoints=ENDPOINTS)).close()
+
+
 def test_a_second_source_on_the_interface_takes_the_next_best_way() -> None:
     ring = Ring.create(None, 1 << 10, EVENT)
-    with cable(), receiving("afxdp"):
-        second = make("auto", ring, "other")
+    others = {"endpoint": "udp://239.78.2.1:26500", "endpoint_b": "udp://239.78.2.2:26501"}
+    with cable() as pair, receiving("afxdp") as first:
+        second = make("auto", ring, "other", **others)
         try:
             assert second.path.way == "packet"
             assert second.counters()["way_because"] == Lack.HELD
+            put_on_the_wire(pair, frame(pair, packet(1)), frame(pair, packet(7), group="239.78.2.1", port=26500))
+            until(lambda: second.path.face.peek(0, drop=False) is not None, "a packet of its group", 10)
+            assert second.path.face.peek(0, drop=False) == packet(7)
+            wait_for_packets(first, 1)
         finally:
             second.close()
         with pytest.raises(BypassRefused, match=r"lines.*has it") as caught:
-            make("afxdp", ring, "other")
+            make("afxdp", ring, "other", **others)
         assert caught.value.refusal.lack == Lack.HELD
+    ring.close()
+
+
+@pytest.mark.parametrize("bypass", ["auto", "packet", "none"])
+def test_a_second_source_of_groups_that_af_xdp_takes_is_refused(bypass: str) -> None:
+    """Nothing would come, by whatever way: not a packet, not a gap."""
+    ring = Ring.create(None, 1 << 10, EVENT)
+    with cable():
+        with receiving("afxdp"), pytest.raises(GroupTaken, match=r"'lines' takes this group") as caught:
+            make(bypass, ring, "other", endpoint="udp://239.78.2.1:26500")  # line B is the same
+        assert (caught.value.endpoint, caught.value.interface, caught.value.owner) == (ENDPOINTS[1], INTERFACE, "lines")
+        make(bypass, ring, "other").close()
+    ring.close()
+
+
+def test_a_program_of_another_process_on_the_interface_is_warned_of() -> None:
+    ring = Ring.create(None, 1 << 10, EVENT)
+    with cable(), ExitStack() as closing:
+        opened: list[Any] = []
+        closing.callback(lambda: [one.close() for one in reversed(opened)])
+        opened.append(program := Program(filter_program(*make_maps(1, opened)), XDP_PROGRAM, AT_XDP, "theirs"))
+        opened.append(program.attach(socket.if_nametoindex(INTERFACE), 2))  # XDP_FLAGS_SKB_MODE
+        with capture_logs() as logs:
+            receiver = make("auto", ring)
+        closing.callback(receiver.close)
+        assert receiver.path.way == "packet"
+        assert receiver.counters()["way_because"] == Lack.FOREIGN_PROGRAM
+        assert [log["source"] for log in logs if log["log_level"] == "warning" and "takes these groups" in log["warning"]] == ["lines"]
     ring.close()
 
 
@@ -362,6 +419,26 @@ def test_busy_polling_is_asked_of_every_socket(bypass: str) -> None:
         finally:
             receiver.close()
             ring.close()
+
+
+def test_stamping_changes_when_the_next_path_begins_and_leaves_no_program_behind() -> None:
+    """A change of the configuration that is called off opens a path beside the one that runs, and closes it."""
+    wanted = [Wanted(GROUP, PORT, None, 0)]
+
+    def descriptors() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    with cable(), open_xdp(wanted, INTERFACE, owner="lines") as running:
+        running.begin()
+        open_xdp(wanted, INTERFACE, owner="lines", stamped=True).close()
+        assert running.kernels[0].state["stamped"][0] == 0
+        assert programs_on(INTERFACE) == ["tickmesh_rx"]
+        before = descriptors()
+        for stamped in (True, False, True):
+            with open_xdp(wanted, INTERFACE, owner="lines", stamped=stamped) as after:
+                after.begin()
+                assert running.kernels[0].state["stamped"][0] == stamped
+        assert descriptors() == before
 
 
 @pytest.mark.parametrize("bypass", WAYS)

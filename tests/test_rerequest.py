@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import socket
 import threading
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from tickmesh.ops.egress_loss import EgressLoss
 from tickmesh.ops.namespaces import INTERFACE
 from tickmesh.ops.rerequest_server import RerequestServer
 from tickmesh.ops.simulated_lines import FaultConfig, SimulatedLines, send_lines
+from tickmesh.transports.multicast import parse_endpoint
 
 LOSSY = FaultConfig(loss=0.2)
 
@@ -131,6 +134,28 @@ def test_a_silent_server_is_asked_a_few_times_then_it_is_a_gap() -> None:
     assert wanted == {(int(gap["id"]), int(gap["qty"])) for gap in gaps}
 
 
+def test_heartbeats_that_go_on_do_not_put_the_gap_off() -> None:
+    """Each heartbeat makes the hole longer; that is no progress, and the venue may send them for hours."""
+    endpoints, sequence = free_endpoints(), 1
+    address = parse_endpoint(endpoints[0])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
+        silent.bind(("127.0.0.1", 0))
+        line.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
+        ends = {"endpoint": endpoints[0], "endpoint_b": endpoints[1], "interface": "lo"}
+        asks = {"rerequest": f"udp://127.0.0.1:{silent.getsockname()[1]}", "rerequest_timeout_ms": 50.0, "rerequest_tries": 2}
+        with receiving("none", **ends, **asks, gap_wait_ms=50.0) as received:
+
+            def beaten() -> bool:
+                nonlocal sequence
+                line.sendto(request(sequence, 0), (address.address, address.port))
+                sequence += 1
+                return received.receiver.counters()["given_up"] > 0
+
+            until(beaten, "a gap", 10)
+            until(lambda: received.receiver.counters()["gaps"] > 0, "its event", 10)
+            assert received.receiver.counters()["requests"] >= 2
+
+
 def test_a_server_that_is_not_there_is_a_gap_too() -> None:
     """The kernel answers for it that nobody listens; that ends nothing."""
     lines = simulated(1000, LOSSY, LOSSY)
@@ -140,6 +165,47 @@ def test_a_server_that_is_not_there_is_a_gap_too() -> None:
     with on_loopback(lines, None, rerequest=nobody, rerequest_timeout_ms=1.0, rerequest_tries=2) as received:
         until(lambda: received.receiver.counters()["given_up"] > 0, "gaps", 20)
         assert received.receiver.error is None
+        until(lambda: not select.select([received.receiver.request], [], [], 0)[0], "no error on the socket", 5)
+
+
+def test_an_answer_that_comes_too_late_is_taken_off_the_socket() -> None:
+    """What stayed there would keep an idle loop from sleeping ever again."""
+    lines = simulated(200)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as late:
+        late.bind(("127.0.0.1", 0))
+        with on_loopback(lines, None, rerequest=f"udp://127.0.0.1:{late.getsockname()[1]}") as received:
+            asked = received.receiver.request
+            assert asked is not None
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM, fileno=os.dup(asked.fileno())) as shared:
+                late.sendto(request(1, 1) + b"\x00\x01S", shared.getsockname())
+            until(lambda: asked.counters().foreign == 1, "an empty socket", 5)
+            assert not select.select([asked], [], [], 0)[0]
+            assert received.receiver.counters()["requests"] == 0
+
+
+def test_requests_name_the_new_session_while_a_line_lags_in_the_old_one() -> None:
+    endpoints = free_endpoints()
+    addresses = [(to.address, to.port) for to in map(parse_endpoint, endpoints)]
+    message, new = b"\x00\x01S", b"TOMORROW  "
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
+        server.bind(("127.0.0.1", 0))
+        server.settimeout(10)
+        line.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
+        ends = {"endpoint": endpoints[0], "endpoint_b": endpoints[1], "interface": "lo"}
+        with receiving("none", **ends, rerequest=f"udp://127.0.0.1:{server.getsockname()[1]}", gap_wait_ms=100.0) as received:
+            packets = iter(range(1, 9))
+
+            def by(to: tuple[str, int], payload: bytes) -> None:
+                """Send one packet, and wait until it is decoded: packets of a batch are not what this is about."""
+                line.sendto(payload, to)
+                wanted = next(packets)
+                until(lambda: received.receiver.counters()["packets"] >= wanted, "a packet", 10)
+
+            by(addresses[0], request(1, 1) + message)
+            by(addresses[0], request(1, 1, new) + message)
+            by(addresses[0], request(5, 1, new) + message)
+            by(addresses[1], request(2, 1) + message)
+            assert server.recv(100) == request(2, 3, new)
 
 
 def test_answers_that_are_none_change_nothing() -> None:

@@ -14,7 +14,12 @@ from tickmesh.transports.packet_ring import filter_code
 from tickmesh.transports.toolbox import loop
 from tickmesh.transports.udp_frames import CHECK, FRAME_COUNTS, Wanted, make_groups, read_datagram
 
-WANTED = [Wanted("239.1.1.1", 5000, None, 0), Wanted("239.1.1.2", 5001, "10.0.0.9", 1), Wanted("239.1.1.1", 5002, None, 2)]
+WANTED = [
+    Wanted("239.1.1.1", 5000, None, 0),
+    Wanted("239.1.1.2", 5001, "10.0.0.9", 1),
+    Wanted("239.1.1.1", 5002, None, 2),
+    Wanted("239.1.1.2", 5001, "10.0.0.7", 3),  # the same group from another sender
+]
 GROUPS = make_groups(WANTED)
 REASONS = ("truncated", "fragments", "bad_checksum", "not_wanted")
 
@@ -60,8 +65,8 @@ def twin(frame: bytes) -> tuple[str, bytes, int]:
     source, target = (".".join(map(str, frame[i : i + 4])) for i in (12, 16))
     udp = frame[header:]
     port, length, stored = (int.from_bytes(udp[i : i + 2], "big") for i in (2, 4, 6))
-    found = next((w for w in WANTED if (w.address, w.port) == (target, port)), None)
-    if found is None or (found.sender and found.sender != source):
+    found = next((w for w in WANTED if (w.address, w.port) == (target, port) and w.sender in (None, source)), None)
+    if found is None:
         return "not_wanted", b"", 0
     if not 8 <= length <= total - header:
         return "truncated", b"", 0
@@ -77,7 +82,7 @@ def frames(draw: st.DrawFn) -> bytes:
     """IPv4 datagrams that are right in most things, so that every check is reached."""
     payload, options = draw(st.binary(max_size=90)), bytes(4 * draw(st.sampled_from((0, 0, 1, 10))))
     wanted = draw(st.sampled_from(WANTED))
-    source = draw(st.sampled_from(("10.0.0.9", "10.0.0.8")))
+    source = draw(st.sampled_from(("10.0.0.9", "10.0.0.8", "10.0.0.7")))
     port = wanted.port + draw(st.sampled_from((0, 0, 0, 1)))
     addresses = bytes(map(int, source.split("."))) + bytes(map(int, wanted.address.split(".")))
     udp = struct.pack("!4H", 1, port, 8 + len(payload), 0) + payload

@@ -330,6 +330,7 @@ class _Interface:
         self.name, self.owner, self.stamped, self.users, self._wished = name, owner, stamped, 0, mode
         self.sockets: list[_QueueSocket] = []
         self._groups: Counter[bytes] = Counter()
+        self.promised: Counter[tuple[str, int]] = Counter()  # to whoever has it open, begun or not
         self._opened: list[Map | Program | Link] = []
         try:
             self._open(frames, chunk_bytes, busy_poll_us)
@@ -368,9 +369,12 @@ class _Interface:
         """Have frames stamped or not from now on: another program in the place of the one that runs. Raises BpfError."""
         if stamped == self.stamped:
             return
-        program = Program(filter_program(self._wanted, self._by_queue, self.passed, stamped), bpf.XDP_PROGRAM, bpf.AT_XDP, "tickmesh_rx")
-        self._opened.insert(0, program)
-        self._link.replace(program)
+        code = filter_program(self._wanted, self._by_queue, self.passed, stamped)
+        program = Program(code, bpf.XDP_PROGRAM, bpf.AT_XDP, "tickmesh_rx")
+        try:
+            self._link.replace(program)
+        finally:
+            program.close()  # the link holds it
         self.stamped = stamped
         for one in self.sockets:
             one.state["stamped"] = stamped
@@ -468,8 +472,10 @@ class XdpPath:
         begun: whether it takes the groups.
     """
 
-    def __init__(self, place: tuple[int, int], shared: _Interface, wanted: Sequence[Wanted], batch: int) -> None:
+    def __init__(self, place: tuple[int, int], shared: _Interface, wanted: Sequence[Wanted], batch: int, stamped: bool) -> None:
         self._key, self._shared, self._wanted, self.begun = place, shared, list(wanted), False
+        self._stamped, self._takes = stamped, False
+        shared.promised.update((one.address, one.port) for one in wanted)
         self.mode, self.zero_copy = shared.mode, all(one.zero_copy for one in shared.sockets)
         self._counts = np.zeros(1, FRAME_COUNTS)
         groups = make_groups(wanted)
@@ -480,10 +486,17 @@ class XdpPath:
         self.packets: tuple[Packets, ...] = tuple(np.zeros(batch, PACKET) for _ in shared.sockets)
 
     def begin(self) -> None:
-        """Take the groups from now on; before, the stack has them. Raises BpfError."""
-        if not self.begun:
-            self._shared.want(self._wanted)
+        """Take the groups from now on, stamped or not; before, the stack has them. Raises BpfError."""
+        with _opened_lock:
+            self.take_groups()
+            self._shared.restamp(self._stamped)
         self.begun = True
+
+    def take_groups(self) -> None:
+        """Have the groups put into the rings, though somebody else still reads those. Raises BpfError."""
+        if not self._takes:
+            self._shared.want(self._wanted)
+        self._takes = True
 
     def descriptors(self) -> list[int]:
         """For epoll: readable while something waits."""
@@ -526,9 +539,10 @@ class XdpPath:
     def close(self) -> None:
         """Leave the groups to the stack; the last user of an interface takes the program off. No compiled loop may be using it."""
         with _opened_lock:
-            if self.begun:
+            if self._takes:
                 self._shared.want_no_more(self._wanted)
-            self.begun = False
+            self.begun = self._takes = False
+            self._shared.promised.subtract((one.address, one.port) for one in self._wanted)
             self.kernels = self.buffers = ()
             self._shared.users -= 1
             if self._shared.users == 0:
@@ -585,13 +599,19 @@ def open_xdp(
             shared = _opened[place] = _Interface(interface, owner, frames, chunk_bytes, stamped, busy_poll_us, mode)
         elif shared.owner != owner:
             raise InterfaceHeld(interface, shared.owner)
-        else:
-            shared.restamp(stamped)
         shared.users += 1
-        path = XdpPath(place, shared, wanted, batch)
-    if shared.users > 1:
-        path.begin()  # the rings are in use: what both want must not go to the stack when the other one closes
+        path = XdpPath(place, shared, wanted, batch, stamped)
+        if shared.users > 1:
+            path.take_groups()  # the rings are in use: what both want must not go to the stack when the other one closes
     return path
+
+
+def taker_of(wanted: Wanted, interface: str, owner: str) -> str | None:
+    """The other owner in this process whose program takes a group away from every other way to receive it; None: nobody does."""
+    with _opened_lock:
+        shared = _opened.get(_place(interface))
+        taken = shared is not None and shared.owner != owner and shared.promised[wanted.address, wanted.port] > 0
+        return shared.owner if shared is not None and taken else None
 
 
 def warm_line() -> tuple[XdpKernel, Bytes, Packets]:

@@ -59,6 +59,8 @@ class Lack(IntEnum):
     HELD = 9
     KERNEL = 10
     REFUSED = 11
+    INTERFACES = 12
+    FOREIGN_PROGRAM = 13
 
 
 LACK_ABOUT = {
@@ -71,9 +73,12 @@ LACK_ABOUT = {
     Lack.LOCKED_MEMORY: "too little memory may be locked: raise memlock (LimitMEMLOCK=infinity), or lower recv_buffer_kb",
     Lack.FRAME_SIZE: "the interface's MTU is larger than an AF_XDP frame (3822): lower it, or use bypass = \"packet\"",
     Lack.QUEUES: f"the interface has more than {afxdp.QUEUES_MAX} receive queues: ethtool -L eth0 combined 4",
-    Lack.HELD: "another XDP program or source has the interface: `ip link` shows it; end it, or give the feed its own interface",
+    Lack.HELD: "another source of this node has the interface: give the feed its own",
     Lack.KERNEL: "this kernel cannot do it: AF_XDP takes Linux 5.9 with CONFIG_XDP_SOCKETS",
     Lack.REFUSED: "the kernel refused it",
+    Lack.FOREIGN_PROGRAM: "another process has an XDP program on the interface (`ip link` shows it). If it takes these groups nothing "
+    "comes: end it, use bypass = \"packet\" there too, or give the feed its own interface",
+    Lack.INTERFACES: "the lines come by different interfaces, and only sockets read several: name the one of both with the key interface",
 }  # fmt: skip
 
 
@@ -95,6 +100,14 @@ class BypassRefused(MulticastError):
     def __init__(self, endpoint: str, refusal: Refusal) -> None:
         super().__init__(endpoint, f"bypass = \"{refusal.way}\" is not possible: {str(refusal).partition(': ')[2]}")
         self.refusal = refusal
+
+
+class GroupTaken(MulticastError):
+    """Another source of this node, `owner`, takes the group off the `interface` by AF_XDP: nothing would ever come."""
+
+    def __init__(self, endpoint: str, interface: str, owner: str) -> None:
+        super().__init__(endpoint, f"the source {owner!r} takes this group off {interface} by AF_XDP; give that source bypass = \"packet\"")
+        self.interface, self.owner = interface, owner
 
 
 class Face(Protocol):
@@ -307,13 +320,20 @@ def open_way(way: str, wish: Wish) -> OpenPath:
 
     Raises:
         MulticastError: an endpoint or interface is wrong.
+        GroupTaken: another source of this node takes a group away.
         BypassRefused: this way is not possible here.
     """
+    if way != AFXDP:
+        _check_not_taken(wish)
     if way == SOCKETS:
         return _open_sockets(wish)
     interface = wish.interface_name()
     if interface is None:
         raise BypassRefused(wish.endpoints[0], Refusal(way, Lack.NO_INTERFACE))
+    others = {interface_of(endpoint, wish.interface) for endpoint in wish.endpoints[1:]} - {interface}
+    if others:
+        detail = ", ".join([interface, *sorted(other or "no route" for other in others)])
+        raise BypassRefused(wish.endpoints[0], Refusal(way, Lack.INTERFACES, detail))
     with ExitStack() as opened:
         for endpoint in wish.endpoints:
             opened.enter_context(join_group(endpoint, wish.interface or interface))
@@ -322,6 +342,14 @@ def open_way(way: str, wish: Wish) -> OpenPath:
         except (BpfError, XdpError, PacketRingError) as error:
             raise BypassRefused(wish.endpoints[0], _judged(way, error)) from error
         return OpenPath(way, face, _warnings(wish, way, face), opened.pop_all())
+
+
+def _check_not_taken(wish: Wish) -> None:
+    for endpoint, wanted in zip(wish.endpoints, wish.wanted()):
+        interface = interface_of(endpoint, wish.interface)
+        owner = afxdp.taker_of(wanted, interface, wish.owner) if interface else None
+        if interface and owner is not None:
+            raise GroupTaken(endpoint, interface, owner)
 
 
 def _open_sockets(wish: Wish) -> OpenPath:
@@ -383,8 +411,10 @@ def _open_ring(wish: Wish, interface: str) -> Face:
 
 def _judged(way: str, error: BpfError | XdpError | PacketRingError) -> Refusal:
     text, number = str(error).splitlines()[0], error.errno
-    if isinstance(error, InterfaceHeld) or number == errno.EBUSY:
+    if isinstance(error, InterfaceHeld):
         return Refusal(way, Lack.HELD, text)
+    if number == errno.EBUSY:
+        return Refusal(way, Lack.FOREIGN_PROGRAM, text)
     if number in (errno.EPERM, errno.EACCES):
         return Refusal(way, Lack.NO_BPF if way == AFXDP else Lack.NO_NET_RAW, text)
     if number in (errno.ENOBUFS, errno.ENOMEM):

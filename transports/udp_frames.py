@@ -120,10 +120,10 @@ def datagram_checksum_holds(buffer: Any, ip: Any, udp: Any, length: Any) -> Any:
 
 
 @inlined
-def find_group(groups: Any, address: Any, port: Any) -> Any:
-    """Index of the group of a destination, -1 if it is not wanted."""
+def find_group(groups: Any, address: Any, port: Any, sender: Any) -> Any:
+    """Index of the group of a destination that this sender may send to, -1 if it is not wanted. Lines may differ by sender alone."""
     for i in range(groups.size):
-        if groups[i].address == address and groups[i].port == port:
+        if groups[i].address == address and groups[i].port == port and (groups[i].sender == 0 or groups[i].sender == sender):
             return np.int64(i)
     return np.int64(-1)
 
@@ -154,8 +154,8 @@ def read_datagram(counts: Any, groups: Any, buffer: Any, ip: Any, size: Any, che
         return 0
     udp, address = ip + header, be32(buffer, ip + 16)
     port, length = be16(buffer, udp + 2), np.int64(be16(buffer, udp + 4))
-    found = find_group(groups, address, port)
-    if found < 0 or (groups[found].sender != 0 and groups[found].sender != be32(buffer, ip + 12)):
+    found = find_group(groups, address, port, be32(buffer, ip + 12))
+    if found < 0:
         counts.not_wanted += 1
         return 0
     if length < 8 or length > total - header:

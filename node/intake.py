@@ -304,6 +304,8 @@ class StreamIntake(_SpecIntake):
         self._recv_ns = 0
         self._marks: deque[tuple[int, int]] = deque()
         """Ends of pieces that have a sequence, and that."""
+        self._is_open = False
+        """The last of them found room for a part only; the rest follows."""
 
     def has_room(self, size: int) -> bool:
         return self._end - self._at < self.capacity_bytes and (not self._marks or len(self._marks) < 4096)
@@ -320,12 +322,16 @@ class StreamIntake(_SpecIntake):
         self._recv_ns = recv_ns
         self.bytes += taken
         self.waiting_bytes = self._end - self._at
-        if sequence and taken == len(data):
+        if sequence:
+            if self._is_open:
+                self._marks.pop()
             self._marks.append((self._end, sequence))
+            self._is_open = taken < len(data)
         return taken
 
     def next(self) -> EventArray:
         end, sequence = self._marks[0] if self._marks else (self._end, 0)
+        is_open = self._is_open and len(self._marks) == 1
         while self._at < end:
             before = self._at
             self._at, count = self.decoder.decode_stream(self._buffer, self._at, end, self._recv_ns, self.feed, self._out)
@@ -335,12 +341,12 @@ class StreamIntake(_SpecIntake):
                     self._out["seq"][:count] = sequence
                 return self._out[:count]
             if self._at == before:
-                if not sequence:
+                if not sequence or is_open:
                     self._check_length()
                     return _NOTHING
                 end_of_stream(self.feed, end - self._at)  # a message of the broker ends in the middle of one of the protocol
                 self._at = end
-        if sequence:
+        if sequence and not is_open:
             self._marks.popleft()
             self.feed.state[NEXT_SEQ] = sequence + 1
             return self.next()
@@ -354,6 +360,7 @@ class StreamIntake(_SpecIntake):
         end_of_stream(self.feed, self._end - self._at)
         self._at = self._end = self.waiting_bytes = 0
         self._marks.clear()
+        self._is_open = False
         self.feed.state[STARTED] = 0
 
     @property

@@ -270,6 +270,27 @@ def test_binary_messages_of_a_stream(nats_server: NatsServer, image: Any, from_f
     assert_same_events(found, expected)
 
 
+def test_a_message_of_a_stream_that_finds_room_for_a_part(nats_server: NatsServer, image: Any, from_file: EventArray) -> None:
+    """Its events have its sequence nevertheless: they are what a restart goes on with."""
+    data, pieces, ends, at, number = image.tobytes(), [], [], 0, 0
+    while len(pieces) < 12:
+        end = at
+        while end - at < 10_000:
+            end += 2 + int.from_bytes(data[end : end + 2], "big")
+            number += 1
+        pieces.append(data[at:end])
+        ends.append(number)
+        at = end
+    asyncio.run(_publish(nats_server.url, "large", pieces, "LARGE"))
+    text = from_nats(nats_server.url, 'stream = "LARGE"', 'data_format = "itch50"\nbuffer_kb = 16\nmessage_max_kb = 16\n')
+    with receiving(text, capacity=512) as received:
+        received.wait_for(ring_full=1)
+        expected = from_file[: int(np.searchsorted(from_file["seq"], number, "right"))]
+        found = received.wait(len(expected))
+        assert (received.counter("malformed"), received.receiver.expected) == (0, len(pieces) + 1)
+    assert found["seq"].tolist() == (1 + np.searchsorted(ends, expected["seq"])).tolist()
+
+
 def test_datagrams_over_a_subject(nats_server: NatsServer) -> None:
     """MoldUDP64 in a broker's messages: arbitrated by its own sequence; what is left out is a gap."""
     lines = SimulatedLines(Simulator(SimulatorConfig(seed=3, symbols=3, messages=2000)), LineConfig())

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import difflib
 import inspect
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -92,11 +93,15 @@ class Sink:
     @property
     def next_sequence(self) -> int:
         """For an adapter that `resumes`: the sequence to go on with; 0: there is nothing to go on from."""
-        return self._receiver.expected
+        return self._receiver.asked()
 
     async def begin(self, sequence: int, session: str = "") -> None:
         """For an adapter that `resumes`: the next message has this sequence. What is missing before it is a gap; another session than
-        before, or a sequence that goes back, is the venue's new beginning."""
+        before, or a sequence that goes back, is the venue's new beginning.
+
+        Raises:
+            ConnectionLost: `next_sequence` is another one meanwhile; let it through.
+        """
         await self._receiver.begin(sequence, session)
 
     async def gap(self) -> None:
@@ -206,6 +211,9 @@ class AdapterReceiver(Receiver):
         self._events: EventArray = np.zeros(0, EVENT)
         self._first = self._free = 0
         self._expected = self._session = 0
+        self._asked: int | None = None
+        """What the adapter was told to go on with."""
+        self._beginning = threading.Lock()
         self._stale = False
         """The journal has had something of this source, or we have; the books are not known to be right any more."""
         self._had_data = self._is_connected = self._scheduled = self._blocked = False
@@ -259,8 +267,14 @@ class AdapterReceiver(Receiver):
         return self._session
 
     def go_on_from(self, sequence: int) -> None:
-        if self.begun_at == 0 and self.adapter.resumes:
-            self._expected = min(self._expected, sequence) if self._expected else sequence
+        with self._beginning:
+            if self.begun_at == 0 and self.adapter.resumes:
+                self._expected = min(self._expected, sequence) if self._expected else sequence
+
+    def asked(self) -> int:
+        """What :attr:`Sink.next_sequence` says."""
+        self._asked = self.expected
+        return self._asked
 
     def take_over(self, before: Receiver) -> bool:
         if not isinstance(before, AdapterReceiver) or not (self.adapter.resumes and before.adapter.resumes):
@@ -526,10 +540,15 @@ class AdapterReceiver(Receiver):
         """What :meth:`Sink.begin` does."""
         await self.flush()
         now_ns, number = time.time_ns(), session_number(session)
-        expected = self.expected
-        if expected and ((self._session and number != self._session) or sequence < expected):
+        with self._beginning:
+            expected = self.expected
+            if self.begun_at == 0 and self._asked not in (None, expected):  # a takeover, while the login was under way
+                raise ConnectionLost(self.adapter.endpoint, f"the place to go on with is {expected} now: asks again")
+            anew = expected != 0 and ((self._session != 0 and number != self._session) or sequence < expected)
+            expected = 1 if anew else expected
+            self.begun_at = self.begun_at or expected or sequence
+        if anew:
             await self._emit(whole_source(Kind.CLEAR, now_ns, id=number))
-            expected = 1
         self._session = number
         if expected and sequence > expected:
             self._more_gaps += 1
@@ -538,8 +557,6 @@ class AdapterReceiver(Receiver):
         self._had_begun = True
         self.intake.expect(sequence)
         self._expected = sequence
-        if self.begun_at == 0:
-            self.begun_at = expected or sequence
         self.connected()
 
     async def unknown_gap(self) -> None:

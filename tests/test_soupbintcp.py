@@ -183,6 +183,30 @@ def test_what_the_roles_ask_of_a_receiver(image: Any) -> None:
             second.ring.close()
 
 
+def test_a_takeover_while_a_login_is_under_way_doubles_nothing() -> None:
+    """What the login asked for is not what the journal lacks any more: it is asked for again."""
+    asked: list[int] = []
+    may_answer = threading.Event()
+
+    async def answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readexactly(49)
+        asked.append(int(head[-20:].decode()))
+        while not may_answer.is_set():
+            await asyncio.sleep(0.005)
+        count = max(0, 60 - asked[-1] + 1)
+        writer.write(accept(asked[-1]) + packet(b"S", b"S" + bytes(11)) * count)
+        await reader.read()
+
+    with RawServer(answers) as server, receiving(body(server.port)) as received:
+        until(lambda: asked, "a login")
+        received.receiver.go_on_from(50)
+        may_answer.set()
+        until(lambda: received.receiver.expected == 61, "the end")
+        events = received.made()
+        assert (asked, received.receiver.begun_at, received.counter("gaps")) == ([1, 50], 50, 0)
+    assert events["seq"].tolist() == list(range(50, 61))
+
+
 def test_a_server_that_begins_later_leaves_a_gap(image: Any) -> None:
     """A server that has nothing as old as what we need says so by its answer."""
 

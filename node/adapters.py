@@ -28,7 +28,7 @@ from tickmesh.control.config import Config, Source
 from tickmesh.node.calculation import CalculationError, load_source
 from tickmesh.node.event import EVENT, EventArray, Kind
 from tickmesh.node.intake import Data, Intake, PacketIntake, codes_of, make_intake, whole_source
-from tickmesh.node.json_feed import VenueFeed
+from tickmesh.node.json_feed import MappedFeed, VenueFeed
 from tickmesh.node.reader import SourceError
 from tickmesh.node.receivers import Receiver, ReceiverContext, bind_codes
 from tickmesh.node.router import ROUTE_EVENTS
@@ -252,9 +252,16 @@ class AdapterReceiver(Receiver):
             self._expected = last_sequence + 1
         known = self.context.table.arrays.records[: len(self.context.table)]
         journalled = bool(np.any((known["source"] == self.context.number) & (known["announced"] != 0)))
-        self._stale = journalled and not self.adapter.resumes
+        self._stale = journalled and self._forgets
         if last_sequence:
             go_on(self.router.clock)
+
+    @property
+    def _forgets(self) -> bool:
+        """Whether books are not known to be right after a lost connection or a restart: messages may be missing, or the decoder keeps
+        books in step by the venue's rules, and has to begin with their snapshots."""
+        venue = self.intake.venue
+        return not self.adapter.resumes or (venue is not None and not isinstance(venue, MappedFeed))
 
     @property
     def expected(self) -> int:
@@ -392,7 +399,7 @@ class AdapterReceiver(Receiver):
         self._numbers["reconnects" if was_connected else "connect_failures"] += 1
         await self.flush()
         self.intake.lost()
-        if self._had_data and not self.adapter.resumes:
+        if self._had_data and self._forgets:
             await self.unknown_gap()
         self._had_data = False
 

@@ -135,7 +135,7 @@ def resume(position: Any, batch: Any, count: Any) -> Any:
     """Take out of ``batch[:count]``, events of one source as its receiver gave them, what the journal has already; returns how many stay.
 
     `position` is POSITION[1]. A gap that begins before the place and ends after it is cut; a session that is newer than the place is
-    taken from its beginning. From the first event that stays, everything stays.
+    taken from its beginning. A gap of unknown size stays wherever it is. From the first other event that stays, everything stays.
     """
     at = position[0]
     kept = np.int64(0)
@@ -152,10 +152,11 @@ def resume(position: Any, batch: Any, count: Any) -> Any:
             elif _is_session(event):
                 at.resuming = 0
             elif event.kind == _GAP and _is_whole(event):
-                if _U(event.aux) <= at.sequence:
-                    continue
-                event.id = max(event.id, at.sequence + _U(1))
-                at.resuming = 0
+                if event.aux != 0:  # of an unknown one nobody knows whether the journal has it: it stays
+                    if _U(event.aux) <= at.sequence:
+                        continue
+                    event.id = max(event.id, at.sequence + _U(1))
+                    at.resuming = 0
             elif event.seq < at.sequence:
                 continue
             elif event.seq == at.sequence and at.left > 0:

@@ -147,6 +147,16 @@ def test_a_standby_keeps_everything_that_a_takeover_may_need(feed: list[dict[str
     assert market(np.concatenate([leader[:cut], left])) == market(leader)
 
 
+def test_a_gap_of_unknown_size_stays_and_what_the_journal_has_behind_it_goes() -> None:
+    position = make_positions(1)
+    position["sequence"], position["same"] = 10, 1
+    begin_resuming(position)
+    rows = [{"kind": Kind.ADD, "seq": seq, "id": seq} for seq in (9, 10, 11)]
+    batch = events([{"kind": Kind.GAP, "instrument": ALL_INSTRUMENTS}, *rows])
+    kept = batch[: int(_resume_now(position, batch, len(batch)))]
+    assert kept["seq"].tolist() == [0, 11]
+
+
 def test_a_gap_that_the_journal_had_in_part_is_cut() -> None:
     position = make_positions(1)
     seen = events([{"kind": Kind.ADD, "seq": number, "instrument": 1, "ts_event": number} for number in range(1, 12)])

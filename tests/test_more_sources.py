@@ -565,6 +565,57 @@ def test_a_venue_over_a_websocket_makes_the_books_of_its_recording(
             until(lambda: books(node) == expected, "its books")
 
 
+def okx(action: str, number: int) -> bytes:
+    """A message of the venue's book."""
+    data = {"bids": [["100", "1", "0", "1"]], "asks": [], "ts": "1", "seqId": number, "prevSeqId": number - 1}
+    return json.dumps({"arg": {"channel": "books", "instId": "AAA"}, "action": action, "data": [data]}).encode()
+
+
+def test_a_venues_books_over_a_stream_wait_for_their_snapshots(own_nats_server: NatsServer, cluster: str, tmp_path: Path) -> None:
+    """After a restart no message is missing, but the decoder knows no book: until a snapshot the book is stale, not silently behind."""
+    url = own_nats_server.url
+    asyncio.run(_publish(url, "okx", [okx("snapshot", 1), okx("update", 2)], "OKX"))
+    source = from_nats(url, 'stream = "OKX"', 'data_format = "okx"\n')
+    text = f"[data_sources.feed]\n{source}"
+    config = node_config(cluster, tmp_path, text)
+    with running(config, url) as node:
+        until(lambda: node.receivers[0].expected == 3 and books(node).get("AAA", {}).get("bids"), "its book")
+        assert not is_stale(node)
+    asyncio.run(_publish(url, "okx", [okx("update", 3)]))
+    with running(config, url) as node:
+        until(lambda: node.receivers[0].expected == 4 and is_stale(node), "a stale book")
+        asyncio.run(_publish(url, "okx", [okx("snapshot", 4)]))
+        until(lambda: not is_stale(node), "its snapshot")
+
+
+RESUMING = """
+from tickmesh.node.adapters import Adapter
+from tickmesh.transports.connection import ConnectionLost
+
+class Resuming(Adapter):
+    resumes = True
+
+    async def run(self):
+        number = self.sink.next_sequence or 1
+        await self.sink.begin(number)
+        if number <= 3:
+            await self.sink(MESSAGES[number - 1], 0, number)
+            raise ConnectionLost("here", "over")
+        await __import__("asyncio").sleep(60)
+
+MESSAGES = """
+
+
+def test_a_venues_books_are_stale_after_a_connection_that_loses_nothing(tmp_path: Path) -> None:
+    messages = [okx("snapshot", 1), okx("update", 2), okx("snapshot", 3)]
+    (tmp_path / "resuming.py").write_text(f"{RESUMING}{messages!r}\n")
+    text = f'type = "custom"\nuse = "resuming.py:Resuming"\ndata_format = "okx"\n{FAST}'
+    with receiving(text, tmp_path) as received:
+        received.wait_for(reconnects=3, gaps=3)
+        kinds = received.made()["kind"].tolist()
+    assert kinds == [Kind.REFERENCE, Kind.CLEAR, Kind.LEVEL, Kind.GAP, Kind.GAP, Kind.CLEAR, Kind.LEVEL, Kind.GAP]
+
+
 def test_a_node_restarts_with_a_source_that_cannot_go_on(nats_server: NatsServer, cluster: str, tmp_path: Path) -> None:
     """What came in between is not known: the books are stale until their snapshots, which come with the connection."""
     snapshot = json.dumps({"type": "snapshot", "product_id": "AAA", "bids": [["1", "1"]], "asks": [["2", "1"]]})

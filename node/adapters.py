@@ -26,6 +26,7 @@ import uvloop
 
 from tickmesh.control.config import Config, Source
 from tickmesh.node.calculation import CalculationError, load_source
+from tickmesh.node.continuation import Place
 from tickmesh.node.event import EVENT, EventArray, Kind
 from tickmesh.node.intake import Data, Intake, PacketIntake, codes_of, make_intake, whole_source
 from tickmesh.node.json_feed import MappedFeed, VenueFeed
@@ -94,6 +95,11 @@ class Sink:
     def next_sequence(self) -> int:
         """For an adapter that `resumes`: the sequence to go on with; 0: there is nothing to go on from."""
         return self._receiver.asked()
+
+    @property
+    def session(self) -> int:
+        """For an adapter that `resumes`: :func:`session_number` of the session in which `next_sequence` counts; 0: not known."""
+        return self._receiver.session
 
     async def begin(self, sequence: int, session: str = "") -> None:
         """For an adapter that `resumes`: the next message has this sequence. What is missing before it is a gap; another session than
@@ -214,6 +220,8 @@ class AdapterReceiver(Receiver):
         self._asked: int | None = None
         """What the adapter was told to go on with."""
         self._beginning = threading.Lock()
+        self._begins_anew = False
+        """The shards' journals do not end in one session."""
         self._stale = False
         """The journal has had something of this source, or we have; the books are not known to be right any more."""
         self._had_data = self._is_connected = self._scheduled = self._blocked = False
@@ -256,6 +264,11 @@ class AdapterReceiver(Receiver):
         if last_sequence:
             go_on(self.router.clock)
 
+    def go_on_at(self, place: Place) -> bool:
+        if self.adapter.resumes:
+            self._expected, self._session, self._begins_anew = place.sequence, place.session, not place.is_one
+        return self.adapter.resumes
+
     @property
     def _forgets(self) -> bool:
         """Whether books are not known to be right after a lost connection or a restart: messages may be missing, or the decoder keeps
@@ -273,10 +286,11 @@ class AdapterReceiver(Receiver):
     def session(self) -> int:
         return self._session
 
-    def go_on_from(self, sequence: int) -> None:
+    def go_on_from(self, sequence: int, session: int = 0) -> None:
         with self._beginning:
             if self.begun_at == 0 and self.adapter.resumes:
                 self._expected = min(self._expected, sequence) if self._expected else sequence
+                self._session = self._session or session
 
     def asked(self) -> int:
         """What :attr:`Sink.next_sequence` says."""
@@ -551,8 +565,9 @@ class AdapterReceiver(Receiver):
             expected = self.expected
             if self.begun_at == 0 and self._asked not in (None, expected):  # a takeover, while the login was under way
                 raise ConnectionLost(self.adapter.endpoint, f"the place to go on with is {expected} now: asks again")
-            anew = expected != 0 and ((self._session != 0 and number != self._session) or sequence < expected)
-            expected = 1 if anew else expected
+            another = self._session not in (0, number) or self._begins_anew
+            anew, unnamed = expected != 0 and (another or sequence < expected), self._session == 0 != number
+            expected, self._begins_anew = 1 if anew else expected, False
             self.begun_at = self.begun_at or expected or sequence
         if anew:
             await self._emit(whole_source(Kind.CLEAR, now_ns, id=number))
@@ -561,6 +576,10 @@ class AdapterReceiver(Receiver):
             self._more_gaps += 1
             self._more_missing += sequence - expected
             await self._emit(whole_source(Kind.GAP, now_ns, first=expected, last=sequence - 1))
+        if not anew and (expected == 0 or unnamed):  # so that every journal knows where it begins
+            named = whole_source(Kind.CODE, now_ns, id=number)
+            named["seq"] = sequence
+            await self._emit(named)
         self._had_begun = True
         self.intake.expect(sequence)
         self._expected = sequence

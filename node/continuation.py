@@ -10,7 +10,7 @@ count. Timers are judged by their time, since silence is not measured alike on t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,9 +29,10 @@ POSITION = np.dtype(
         ("left", "<i8"),
     ]
 )
-"""Where a journal stands in a source: the last sequence and how many events with it, the venue's session (the `id` of the last CLEAR of the
-whole source, 0 before the first), the time of the last timer (ns, the source's clock). And of this node's own receiver: the session that
-its ring begins in; while a new leader looks for its place, `resuming` is not 0, `left` events of the last sequence are to be skipped."""
+"""Where a journal stands in a source: the last sequence and how many events with it, the venue's session (the `id` of the last CLEAR or
+CODE of the whole source, 0 before the first), the time of the last timer (ns, the source's clock). And of this node's own receiver: the
+session that its ring begins in; while a new leader looks for its place, `resuming` is not 0, `left` events of the last sequence are to be
+skipped. A CODE of the whole source says that it begins at sequence `seq` of session `id`; unlike a CLEAR it empties nothing."""
 
 _CLEAR, _REFERENCE, _GAP, _TIMER, _CONFIG, _CODE, _PEER_REFERENCE = (
     np.uint8(kind) for kind in (Kind.CLEAR, Kind.REFERENCE, Kind.GAP, Kind.TIMER, Kind.CONFIG, Kind.CODE, Kind.PEER_REFERENCE)
@@ -52,6 +53,20 @@ def make_ids(instruments_max: int) -> tuple[Any, Any]:
 def make_positions(sources: int) -> Any:
     """POSITION[sources], at the beginning of every source."""
     return np.zeros(sources, POSITION)
+
+
+class Place(NamedTuple):
+    """Where the journals of a node's shards end in a source.
+
+    Attributes:
+        sequence: the first of the source's sequences that one of them may lack; another may have it, or a part of its events.
+        session: the venue's session in which it counts; 0: not known.
+        is_one: whether they all stand in one session; else the venue's current one is begun with anew.
+    """
+
+    sequence: int
+    session: int
+    is_one: bool
 
 
 @inlined
@@ -91,6 +106,12 @@ def advance(position: Any, event: Any) -> None:
         position.sequence = _U(0)
         position.same = np.int64(0)
         position.session = event.id
+    elif event.kind == _CODE and _is_whole(event):  # what comes next, none of which the journal has
+        if event.id != _U(0):
+            position.session = event.id
+        if event.seq > position.sequence:
+            position.sequence = event.seq
+            position.same = np.int64(0)
     elif event.kind == _GAP and _is_whole(event):
         if _U(event.aux) > position.sequence:
             position.sequence = _U(event.aux)
@@ -151,6 +172,9 @@ def resume(position: Any, batch: Any, count: Any) -> Any:
                 continue
             elif _is_session(event):
                 at.resuming = 0
+            elif event.kind == _CODE and _is_whole(event):
+                if at.session != 0:
+                    continue
             elif event.kind == _GAP and _is_whole(event):
                 if event.aux != 0:  # of an unknown one nobody knows whether the journal has it: it stays
                     if _U(event.aux) <= at.sequence:

@@ -40,7 +40,7 @@ _PACKET_BYTES_MAX = 65_535
 
 
 def whole_source(kind: Kind, now_ns: int, *, first: int = 0, last: int = 0, id: int = 0) -> EventArray:
-    """A GAP of source sequences `first` to `last` (0: unknown which), or a CLEAR of session `id`, of a whole source."""
+    """A GAP of source sequences `first` to `last` (0: unknown which), or a CLEAR or CODE of session `id`, of a whole source."""
     event = zeros_aligned(1, EVENT)
     event["ts_event"], event["ts_recv"] = now_ns, now_ns
     event["instrument"], event["kind"], event["side"] = ALL_INSTRUMENTS, kind, NO_SIDE

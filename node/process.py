@@ -127,6 +127,8 @@ class Node:
         self._reload = Reload(self)
         self._ids: list[dict[int, int]] = []
         self._known: list[RestoredShard] = []
+        self._gone_on: list[int] = []
+        """Sources that begin again before the end of some journal."""
         self._replays = False
         self._snapshotter: Snapshotter | None = None
         self._stopped = False
@@ -179,6 +181,8 @@ class Node:
             thread = ShardThread(number, shard, mine, output, journal, self.telemetry, idle, self.progress)
             if self._ids:
                 thread.know_ids(self._ids[number])
+            for source in self._gone_on:
+                thread.positions[source] = self._known[number].resuming(source)[0]
             fresh = journal is None or journal.next_sequence == 0
             begins = {other: begun[other][0].document.outputs for other in range(cluster.shards)} if fresh else {}
             self.make_exchange(thread, self._known[number] if self._known else RestoredShard(), begins)
@@ -371,6 +375,9 @@ class Node:
         for receiver in self.receivers:
             number = receiver.context.number
             receiver.resume(codes.get(number, {}), restored.sequences.get(number, 0))
+            place = restored.place(number)
+            if place is not None and receiver.go_on_at(place):
+                self._gone_on.append(number)
 
     # ---- running
 

@@ -21,6 +21,7 @@ import structlog
 
 from tickmesh.control.config import CONNECTED, Config, Source
 from tickmesh.node.arbiter import CLEAR_DUE, EXPECTED, FIRST_SEQUENCE, SESSION, START_SEQUENCE
+from tickmesh.node.continuation import Place
 from tickmesh.node.decoder import arbitration, decoder_parts, filtered, load_decoder, make_feed, malformed, message_counts
 from tickmesh.node.event import EVENT, EventArray
 from tickmesh.node.feed import RESOLVED_BELOW, SHORT_PACKET, UNBOUND, Feed, bind_unannounced
@@ -173,6 +174,10 @@ class Receiver(ABC):
             last_sequence: the last of the source's sequences that the journal has; 0: none.
         """
 
+    def go_on_at(self, place: Place) -> bool:
+        """After :meth:`resume`: begin where a shard may lack something; each leaves out what it has. False: it cannot be asked for."""
+        return False
+
     @property
     def expected(self) -> int:
         """The source's sequence that comes next; 0: not known."""
@@ -188,8 +193,8 @@ class Receiver(ABC):
         """Time of the source's last event, on its own clock; 0: none has come."""
         return int(self.router.clock[C_EVENT])
 
-    def go_on_from(self, sequence: int) -> None:  # noqa: B027 (a recording has nothing to go on with)
-        """While nothing has come yet: what is missing from this sequence of the source on is a gap."""
+    def go_on_from(self, sequence: int, session: int = 0) -> None:  # noqa: B027 (a recording has nothing to go on with)
+        """While nothing has come yet: what is missing from this sequence of the source on, in this session (0: not known), is a gap."""
 
     def take_over(self, before: Receiver) -> bool:
         """Before the start: go on where the source's receiver so far has ended; false if it begins anew (a recording)."""
@@ -391,7 +396,7 @@ class MulticastReceiver(Receiver):
     def session(self) -> int:
         return int(self.feed.arbiter.state[SESSION].view(np.uint64))
 
-    def go_on_from(self, sequence: int) -> None:
+    def go_on_from(self, sequence: int, session: int = 0) -> None:
         if self.begun_at == 0:
             self._expected = min(self._expected, sequence) if self._expected else sequence
 

@@ -515,10 +515,11 @@ class _Change:
             yield
 
     def _empty_source(self, number: int) -> Iterator[None]:
-        """Empty the books of a whole source."""
+        """Empty the books of a whole source, of which a journal has nothing of what comes next."""
         event = _clear()
         event["instrument"], event["price"] = ALL_INSTRUMENTS, number
         for thread in self.threads:
+            thread.positions["resuming"][number] = 0
             yield from self._send(thread, event)
 
     def _empty_books(self, instruments: list[int]) -> Iterator[None]:

@@ -506,7 +506,7 @@ class Replica:
                 found.append(_break(Kind.CLEAR, buffer.source, buffer.session))
                 last = 0
             elif begun == 0 and last:
-                receiver.go_on_from(last + 1)  # it has heard nothing yet: it will see the gap itself
+                receiver.go_on_from(last + 1, int(at["session"]))  # it has heard nothing yet: it will see the gap itself
                 continue
             known_to_its_beginning = 0 < buffer.begun_ns <= int(at["timer_ns"])
             begun_after = 0 if known_to_its_beginning or not (last or found) else begun - 1

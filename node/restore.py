@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tickmesh.node.continuation import POSITION, follow_positions, make_positions
-from tickmesh.node.event import DERIVED, EVENT, PEERS, EventArray, Kind
+from tickmesh.node.continuation import MADE_HERE, POSITION, Place, begin_resuming, follow_positions, make_positions
+from tickmesh.node.event import ALL_INSTRUMENTS, DERIVED, EVENT, PEERS, EventArray, Kind
 from tickmesh.node.instruments import InstrumentTable, InstrumentTableFull, SymbolFiltered
 from tickmesh.node.journal import JournalReader
 from tickmesh.node.shard_state import SOURCES
@@ -31,16 +31,23 @@ class RestoredShard:
         references: the last REFERENCE event of each instrument, by the shard's id; of another shard's: PEER_REFERENCE.
         codes: the venue's numeric code, by the same.
         positions: where the journal stands in each source (:mod:`tickmesh.node.continuation`).
+        defined: per source a sequence, the last that defines instruments, and how many events do so.
+        unfinished: the instrument that the journal's very last event defines, whose code may have been cut off; -1: none.
     """
 
     references: dict[int, Any] = field(default_factory=dict)
     codes: dict[int, int] = field(default_factory=dict)
     positions: Any = field(default_factory=lambda: make_positions(SOURCES))
+    defined: dict[int, tuple[int, int]] = field(default_factory=dict)
+    unfinished: int = -1
     _owners: Any = field(default_factory=lambda: np.zeros(0, np.int32))
 
     def take(self, batch: EventArray) -> None:
         """Take note of events of the journal."""
-        definitions = batch[_DEFINES[batch["kind"]]]
+        if len(batch):
+            self.unfinished = int(batch["instrument"][-1]) if batch["kind"][-1] == Kind.REFERENCE else -1
+        whole = batch["instrument"] == ALL_INSTRUMENTS
+        definitions = batch[_DEFINES[batch["kind"]] & ~whole]
         for event in definitions:
             if event["kind"] != Kind.CODE:
                 self.references[int(event["instrument"])] = event.copy()
@@ -49,6 +56,31 @@ class RestoredShard:
         if len(definitions):
             self._own(int(definitions["instrument"].max()))
         follow_positions(self.positions, self._owners, batch if batch.flags.writeable else batch.copy())
+        sessions = whole & (batch["kind"] == Kind.CLEAR) & (batch["aux"] != MADE_HERE)
+        for event in batch[sessions | (_DEFINES[batch["kind"]] & ~whole)] if len(definitions) or sessions.any() else ():
+            self._count(event)
+
+    def _count(self, event: Any) -> None:
+        """Take note of a definition, or of a session that begins."""
+        if event["kind"] == Kind.CLEAR:
+            self.defined.pop(int(event["price"]), None)
+            return
+        source, sequence = int(self._owners[int(event["instrument"])]), int(event["seq"])
+        before, count = self.defined.get(source, (sequence, 0))
+        self.defined[source] = (sequence, count + 1 if before == sequence else 1)
+
+    def resuming(self, source: int) -> Any:
+        """POSITION[1] with which this shard's loop steps over what its journal has, when a restarted receiver begins at or before its end.
+
+        A receiver that knows an instrument does not define it again, so that definitions are not among the events to be skipped.
+        """
+        position = self.positions[source : source + 1].copy()
+        position["own_session"] = position["session"]
+        begin_resuming(position)
+        sequence, count = self.defined.get(source, (0, 0))
+        if sequence == int(position["sequence"][0]):
+            position["left"] = np.maximum(position["left"] - count, 0)
+        return position
 
     def _own(self, last: int) -> None:
         """Make room in the table of owners for instruments up to `last`."""
@@ -67,7 +99,8 @@ class RestoredShard:
         references = {str(number): event.tobytes().hex() for number, event in self.references.items()}
         used = np.flatnonzero(self.positions != np.zeros(1, POSITION))
         positions = {str(source): self.positions[source].tobytes().hex() for source in used}
-        return {"references": references, "codes": {str(k): v for k, v in self.codes.items()}, "positions": positions}
+        defined = {str(source): found for source, found in self.defined.items()}
+        return {"references": references, "codes": {str(k): v for k, v in self.codes.items()}, "positions": positions, "defined": defined}
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> RestoredShard:
@@ -76,6 +109,7 @@ class RestoredShard:
         made = cls(references, {int(k): int(v) for k, v in facts["codes"].items()})
         for source, text in facts["positions"].items():
             made.positions[int(source)] = np.frombuffer(bytes.fromhex(text), POSITION)[0]
+        made.defined = {int(source): (found[0], found[1]) for source, found in facts.get("defined", {}).items()}
         made._own(max(references, default=-1))
         for number, event in references.items():
             made._owners[number] = int(event["flags"])
@@ -125,6 +159,15 @@ class Restored:
     shards: list[RestoredShard] = field(default_factory=list)
     sequences: dict[int, int] = field(default_factory=dict)
 
+    def place(self, source: int) -> Place | None:
+        """Where a source that can be gone on with has to begin, so that no shard lacks anything; None: no journal has any of it."""
+        positions = [shard.positions[source] for shard in self.shards]
+        sessions = {int(at["session"]) for at in positions if at["session"] or at["sequence"]}
+        if not sessions:
+            return None
+        first = min(int(at["sequence"]) for at in positions)
+        return Place(max(1, first), sessions.pop(), is_one=True) if len(sessions) == 1 else Place(1, 0, is_one=False)
+
     def intern(self, table: InstrumentTable) -> tuple[list[dict[int, int]], dict[int, dict[int, int]]]:
         """Make the instruments known to the node.
 
@@ -138,6 +181,8 @@ class Restored:
         codes: dict[int, dict[int, int]] = {}
         for number, shard in enumerate(self.shards):
             mine, found = shard.intern(table, number)
+            for node in [node for node, known in mine.items() if known == shard.unfinished]:
+                table.arrays.records["announced"][node] = 0  # it is defined again, with its code
             ids.append(mine)
             for source, by_id in found.items():
                 codes.setdefault(source, {}).update(by_id)

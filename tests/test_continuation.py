@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tickmesh.node.continuation import (
@@ -20,6 +20,7 @@ from tickmesh.node.continuation import (
     trim,
 )  # fmt: skip
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_INSTRUMENT, EventArray, Kind
+from tickmesh.node.restore import Restored, RestoredShard
 from tickmesh.transports.ring import Ring
 from tickmesh.transports.toolbox import loop
 
@@ -145,6 +146,56 @@ def test_a_standby_keeps_everything_that_a_takeover_may_need(feed: list[dict[str
         left = reader.read(512).view(EVENT).copy()
         left = left[: int(_resume_now(position, left, len(left)))]
     assert market(np.concatenate([leader[:cut], left])) == market(leader)
+
+
+@settings(deadline=None)
+@given(feeds(), st.data())
+def test_a_restarted_node_gives_each_shard_what_its_journal_lacks(feed: list[dict[str, Any]], data: st.DataObject) -> None:
+    """Two shards whose journals were cut anywhere; the receiver begins again where one of them may lack something."""
+    shards = [_defined(feed, instruments) for instruments in ((3, 9), (4,))]
+    cuts = [data.draw(st.integers(1, len(rows))) for rows in shards]
+    restored = Restored()
+    for rows, cut in zip(shards, cuts):
+        restored.shards.append(RestoredShard())
+        restored.shards[-1].take(events(rows[:cut]))
+    place = restored.place(0)
+    assert place is not None
+    assume(place.is_one)
+    for rows, cut, shard in zip(shards, cuts, restored.shards):
+        begun = max((i for i, row in enumerate(rows) if row.get("id") == place.session and row["kind"] in (Kind.CLEAR, Kind.CODE)))
+        known = {row["instrument"] for row in rows[:cut] if row["kind"] == Kind.REFERENCE} - {shard.unfinished}
+        again = [
+            row
+            for row in rows[begun + 1 :]
+            if (row["kind"] == Kind.CLEAR or max(row["seq"], row.get("aux", 0)) >= place.sequence or _later(rows, row, begun))
+            and not (row["kind"] in (Kind.REFERENCE, Kind.CODE) and row["instrument"] in known)
+        ]
+        position, batch = shard.resuming(0), events(again)
+        kept = batch[: int(_resume_now(position, batch, len(batch)))]
+        journal = events(rows[: cut - 1 if shard.unfinished >= 0 else cut])  # an unfinished definition comes again
+        assert market(np.concatenate([journal, kept])) == market(events(rows))
+
+
+def _later(rows: list[dict[str, Any]], row: dict[str, Any], begun: int) -> bool:
+    """Whether it is of a session that begins behind `begun`."""
+    place = next(i for i, one in enumerate(rows) if one is row)
+    return any(one["kind"] == Kind.CLEAR for one in rows[begun + 1 : place])
+
+
+def _defined(feed: list[dict[str, Any]], instruments: tuple[int, ...]) -> list[dict[str, Any]]:
+    """What a shard gets of a feed: where it begins, and each instrument's definition before its first event."""
+    out: list[dict[str, Any]] = [{"kind": Kind.CODE, "instrument": ALL_INSTRUMENTS, "id": 1 << 40, "seq": 1, "ts_event": 1}]
+    met: set[int] = set()
+    for row in feed:
+        row = {"seq": 0, **row}
+        number = row["instrument"]
+        if number != ALL_INSTRUMENTS and number not in instruments:
+            continue
+        if number != ALL_INSTRUMENTS and number not in met:
+            met.add(number)
+            out += [{**row, "kind": kind, "id": 7} for kind in (Kind.REFERENCE, Kind.CODE)]
+        out.append(row)
+    return out
 
 
 def test_a_gap_of_unknown_size_stays_and_what_the_journal_has_behind_it_goes() -> None:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import structlog
 
 from tickmesh.control.config import Source
-from tickmesh.node.adapters import Adapter, AdapterMaker, Sink
+from tickmesh.node.adapters import Adapter, AdapterMaker, Sink, session_number
 from tickmesh.node.json_feed import BinanceFeed
 from tickmesh.node.reader import SourceError
 from tickmesh.node.venues import TALKS, Talk, unsubscribable
@@ -260,8 +260,6 @@ class SoupBinTcpSource(Adapter):
         load_compiled("tickmesh.transports.soupbintcp_packets", "SoupBinTCP packets")
         self._session = options.session
         """The session to ask for."""
-        self._known = ""
-        """The one that we were in."""
 
     async def run(self) -> None:
         for _ in range(2):
@@ -275,27 +273,24 @@ class SoupBinTcpSource(Adapter):
 
     async def _logged_in(self, client: soupbintcp.Client) -> bool:
         """Log in where we were; false: a new session has begun without us, whose beginning is to be asked for."""
-        expected, begin_first = self.sink.next_sequence, self.options.begin == "first"
+        expected, before, begin_first = self.sink.next_sequence, self.sink.session, self.options.begin == "first"
         try:
             await client.open(self._session, expected or int(begin_first))
         except soupbintcp.SessionRefused:
             self._session = self.options.session  # the one that we were in is over
             raise
-        same, at = client.session == self._known, client.sequence
-        self._session = self._known = client.session
+        same, at = session_number(client.session) == before, client.sequence
+        self._session = client.session
         if same and 1 < at < expected:  # a server that is behind the one that we were at
             client.skip(expected - at)
             self.sink.count("skipped", expected - at)
             at = expected
-        began_anew = expected and (at < expected or (not same and at != 1 and self._was_in_a_session))
-        self._was_in_a_session = True
+        began_anew = expected and (at < expected or (not same and at != 1 and before != 0))
         if began_anew and at != 1 and begin_first:
             await self.sink.begin(1, client.session)
             return False
         await self.sink.begin(at, client.session)
         return True
-
-    _was_in_a_session = False
 
     async def _receive(self, client: soupbintcp.Client) -> None:
         try:
@@ -384,29 +379,36 @@ class NatsSource(Adapter):
     async def _stream(self, link: nats.NatsLink) -> None:
         stream, subject = self.options.stream, self.options.subject
         assert stream is not None
-        try:
-            first, last = await nats_reader.stream_bounds(link, stream)
-        except nats.StreamMissing as error:
-            raise Refused(self.endpoint, f"there is no stream {stream}", "check its name") from error
-        except nats.LinkError as error:
-            raise ConnectionLost(self.endpoint, str(error)) from error
-        expected = self.sink.next_sequence
-        begin = expected or (last + 1 if self.options.begin == "next" else first)
-        if begin > last + 1:
-            begin = first  # the stream was made anew
-        await self.sink.begin(max(begin, first))
-        reader, next_one = nats_reader.StreamReader(link, stream, max(begin, first), subject=subject), max(begin, first)
+        found, expected, before = await self._state(link), self.sink.next_sequence, self.sink.session
+        begin = expected or (found.last + 1 if self.options.begin == "next" else found.first)
+        if begin > found.last + 1 or before not in (0, session_number(found.session)):
+            begin = found.first  # the stream was made anew
+        next_one = max(begin, found.first)
+        await self.sink.begin(next_one, found.session)
+        reader = nats_reader.StreamReader(link, stream, next_one, subject=subject, created=found.created)
         try:
             while True:
                 message = await reader.next()
-                if message.sequence < next_one or (subject is None and message.sequence > next_one):
-                    await self.sink.begin(message.sequence)  # made anew, or what we had not read yet has gone
+                if message.sequence < next_one or reader.created != found.created:
+                    found = await self._state(link)  # made anew
+                    await self.sink.begin(min(found.first, message.sequence), found.session)
+                elif subject is None and message.sequence > next_one:
+                    await self.sink.begin(message.sequence, found.session)  # what we had not read yet has gone
                 next_one = message.sequence + 1
                 await self.sink(message.data, 0, message.sequence)
         except nats.LinkError as error:
             raise ConnectionLost(self.endpoint, str(error)) from error
         finally:
             await reader.close()
+
+    async def _state(self, link: nats.NatsLink) -> nats_reader.StreamState:
+        assert self.options.stream is not None
+        try:
+            return await nats_reader.stream_state(link, self.options.stream)
+        except nats.StreamMissing as error:
+            raise Refused(self.endpoint, f"there is no stream {self.options.stream}", "check its name") from error
+        except nats.LinkError as error:
+            raise ConnectionLost(self.endpoint, str(error)) from error
 
     async def _subject(self, link: nats.NatsLink) -> None:
         """Messages of a plain subscription; what comes while the connection is away is lost, so a lost connection ends this one."""

@@ -24,6 +24,7 @@ from sources import FAST, RawServer, WebServer, assert_same_events, file_events,
 from test_websocket_source import payloads, stay, websocket
 
 from tickmesh.control.config import ConfigError, parse_config
+from tickmesh.node.continuation import Place
 from tickmesh.node.event import EventArray, Flag, Kind
 from tickmesh.node.process import Node
 from tickmesh.node.reader import SourceError
@@ -249,6 +250,26 @@ def test_a_stream_that_was_made_anew(nats_server: NatsServer) -> None:
         events = received.wait(7)
     assert events["kind"].tolist()[0] == Kind.CLEAR
     assert ids(events) == list(range(5))
+
+
+def test_a_stream_that_was_made_anew_and_is_longer_now(nats_server: NatsServer) -> None:
+    """A sequence says nothing in another stream of the same name: while the node was away, and while it reads."""
+    url = nats_server.url
+    asyncio.run(_publish(url, "again", [trade(n) for n in range(5)], "AGAIN"))
+    with receiving(from_nats(url, 'stream = "AGAIN"')) as received:
+        received.wait(6)
+        before = Place(5, received.receiver.session, is_one=True)
+        asyncio.run(_jetstream(url, lambda js: js.delete_stream("AGAIN")))
+        asyncio.run(_publish(url, "again", [trade(n) for n in range(100, 120)], "AGAIN"))
+        assert ids(received.wait(27)) == [*range(5), *range(100, 120)]
+        assert (len(received.kinds(Kind.CLEAR)), received.counter("gaps")) == (1, 0)
+        assert received.receiver.session not in (0, before.session)
+        now = Place(5, received.receiver.session, is_one=True)
+    for place, expected in ((before, [*range(100, 120)]), (now, [*range(104, 120)])):
+        with receiving(from_nats(url, 'stream = "AGAIN"'), before=lambda r, place=place: r.receiver.go_on_at(place)) as received:  # type: ignore[misc]
+            until(lambda: received.receiver.expected == 21, "the end")
+            assert ids(received.made()) == expected
+            assert (len(received.kinds(Kind.CLEAR)), received.counter("gaps")) == (int(place is before), 0)
 
 
 def test_binary_messages_of_a_stream(nats_server: NatsServer, image: Any, from_file: EventArray) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 from collections import deque
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import nats.errors
 import nats.js.errors as js_errors
@@ -49,7 +51,9 @@ class StoredMessage:
 class StreamReader:
     """Reads one stream from stream sequence `start` on."""
 
-    def __init__(self, link: NatsLink, stream: str, start: int, *, batch: int = 256, subject: str | None = None) -> None:
+    def __init__(
+        self, link: NatsLink, stream: str, start: int, *, batch: int = 256, subject: str | None = None, created: datetime | None = None
+    ) -> None:
         """Nothing is asked for yet.
 
         Args:
@@ -58,7 +62,9 @@ class StreamReader:
             start: sequence of the first message wanted.
             batch: messages asked for at a time.
             subject: only messages on it.
+            created: when the stream was made, by :func:`stream_state`; one that was made later is read from its beginning.
         """
+        self.created = created
         self._link, self._stream, self._next, self._batch, self._subject = link, stream, start, batch, subject
         self._left = self._delivered = 0
         self._consumer = ""
@@ -176,9 +182,10 @@ class StreamReader:
         await self._forget()
         try:
             jetstream = self._link.client.jetstream(timeout=2)
-            state = (await jetstream.stream_info(self._stream)).state
-            if self._created_once and state.last_seq < self._next - 1:
+            info = await jetstream.stream_info(self._stream)
+            if (self._created_once and info.state.last_seq < self._next - 1) or self.created not in (None, info.created):
                 self._next = 1  # the stream was made anew
+            self.created = info.created
             config = ConsumerConfig(
                 ack_policy=AckPolicy.NONE,
                 deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
@@ -220,13 +227,42 @@ async def stream_bounds(link: NatsLink, stream: str) -> tuple[int, int]:
         StreamMissing: there is none.
         LinkError: the server does not answer.
     """
+    state = await stream_state(link, stream)
+    return state.first, state.last
+
+
+class StreamState(NamedTuple):
+    """What a stream holds.
+
+    Attributes:
+        first, last: sequences; last is first - 1 if it is empty.
+        created: when it was made.
+    """
+
+    first: int
+    last: int
+    created: datetime | None
+
+    @property
+    def session(self) -> str:
+        """Ten characters that tell it from another stream of its name, made before or after it; empty: the server does not say when."""
+        return hashlib.blake2b(self.created.isoformat().encode(), digest_size=5).hexdigest() if self.created else ""
+
+
+async def stream_state(link: NatsLink, stream: str) -> StreamState:
+    """What a stream holds now.
+
+    Raises:
+        StreamMissing: there is none.
+        LinkError: the server does not answer.
+    """
     try:
-        state = (await link.client.jetstream(timeout=3).stream_info(stream)).state
+        info = await link.client.jetstream(timeout=3).stream_info(stream)
     except js_errors.NotFoundError:
         raise StreamMissing(stream) from None
     except (nats.errors.Error, js_errors.Error) as error:
         raise LinkError(f"the server at {link.url} does not answer JetStream requests ({error or type(error).__name__})") from error
-    return int(state.first_seq), int(state.last_seq)
+    return StreamState(int(info.state.first_seq), int(info.state.last_seq), info.created)
 
 
 async def find_by_header(link: NatsLink, stream: str, subject: str, header: str, wanted: int) -> int:

@@ -542,6 +542,10 @@ class Source(Table):
     reconnect_max_ms: float = key(
         30_000.0, "Longest wait before connecting again.", live=True, unit="ms", ge=1, le=3_600_000, only=CONNECTED
     )
+    retry_after_max_ms: float = key(
+        3_600_000.0, "Longest wait that a server may ask for (Retry-After, or retry of its events).", live=True, unit="ms", ge=1,
+        le=604_800_000, only=CONNECTED,
+    )  # fmt: skip
     message_max_kb: int = key(
         4096,
         "Longest message, unpacked; a longer one ends the connection.",

@@ -28,7 +28,7 @@ from tickmesh.control.config import Config, Source
 from tickmesh.node.calculation import CalculationError, load_source
 from tickmesh.node.continuation import Place
 from tickmesh.node.event import EVENT, EventArray, Kind
-from tickmesh.node.intake import Data, Intake, PacketIntake, codes_of, make_intake, whole_source
+from tickmesh.node.intake import Data, Intake, PacketIntake, StreamIntake, codes_of, make_intake, whole_source
 from tickmesh.node.json_feed import MappedFeed, VenueFeed
 from tickmesh.node.reader import SourceError
 from tickmesh.node.receivers import Receiver, ReceiverContext, bind_codes
@@ -112,7 +112,8 @@ class Sink:
 
     async def gap(self) -> None:
         """Something was lost, and nobody knows what: every book of the source is stale until its next snapshot."""
-        await self._receiver.unknown_gap()
+        async with self._receiver.turn:
+            await self._receiver.unknown_gap()
 
     @property
     def venue(self) -> VenueFeed | None:
@@ -120,9 +121,9 @@ class Sink:
         return self._receiver.intake.venue
 
     async def snapshot(self, symbol: str, data: bytes) -> None:
-        """Hand on a book's snapshot that was asked for, where it does not name its symbol (Binance)."""
-        self._receiver.intake.put_snapshot(symbol, data, time.time_ns())
-        self._receiver.schedule()
+        """Hand on a book's snapshot that was asked for, where it does not name its symbol (Binance). Waits until it has been decoded: one
+        at a time is all that may wait besides the messages, and nobody asks for it again meanwhile."""
+        await self._receiver.take_snapshot(symbol, data)
 
     async def begin_anew(self, *, lost: bool) -> None:
         """The stream ends here, and another begins with the next piece; `lost`: what was between them is not known."""
@@ -230,6 +231,9 @@ class AdapterReceiver(Receiver):
         self._broken: BrokenProtocol | None = None
         self._crashed: Exception | None = None
         self._space: asyncio.Event | None = None
+        self._snapshots = asyncio.Lock()
+        self.turn = asyncio.Lock()
+        """Data and gaps that an adapter's tasks hand over go one after the other: a gap never into the middle of a message."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._work: asyncio.Task[None] | None = None
         self._warned: tuple[str, float] = ("", -_SAME_WARNING_S)
@@ -239,7 +243,7 @@ class AdapterReceiver(Receiver):
 
     def _check(self, intake: Intake) -> None:
         """What only the adapter and the protocol together can say."""
-        if self.adapter.carries == "stream" and self.options.overflow != "block":
+        if (self.adapter.carries == "stream" or isinstance(intake, StreamIntake)) and self.options.overflow != "block":
             raise SourceError(self.name, "a stream of bytes cannot lose some of its middle: leave overflow at block")
         if self.adapter.resumes and isinstance(intake, PacketIntake):
             raise SourceError(self.name, "datagrams have sequences of their own: take them from a subject, not from a stream")
@@ -311,6 +315,7 @@ class AdapterReceiver(Receiver):
     def counters(self) -> dict[str, int]:
         found = {**self.routed(), **self.intake.counters(), **self._numbers}
         found["ring_full"] += self._waits
+        found["overflowed"] += self.sink.counts.get("overflowed", 0)
         found["gaps"] = found.get("gaps", 0) + self._more_gaps
         found["missing"] = found.get("missing", 0) + self._more_missing
         return found
@@ -426,12 +431,16 @@ class AdapterReceiver(Receiver):
     def _wait_s(self, problem: ConnectionProblem) -> float:
         wait_s = self._backoff.next_s(permanent=problem.permanent)
         asked_s = problem.retry_after_s if isinstance(problem, Refused) else None
-        return wait_s if asked_s is None else max(asked_s, self._backoff.least_s)
+        return wait_s if asked_s is None else max(min(asked_s, self.options.retry_after_max_ms / 1e3), self._backoff.least_s)
 
     # -- data
 
     async def take(self, data: Data, recv_ns: int, sequence: int) -> None:
         """Put data into the intake, by the configured overflow."""
+        async with self.turn:
+            await self._take(data, recv_ns, sequence)
+
+    async def _take(self, data: Data, recv_ns: int, sequence: int) -> None:
         if not self._is_connected:
             self.connected()
         if self._broken is not None:
@@ -453,6 +462,14 @@ class AdapterReceiver(Receiver):
             self._pump_checked()
         else:
             self.schedule()
+
+    async def take_snapshot(self, symbol: str, data: bytes) -> None:
+        """What :meth:`Sink.snapshot` does."""
+        async with self._snapshots:
+            self.intake.put_snapshot(symbol, data, time.time_ns())
+            self.schedule()
+            while self.intake.snapshots_waiting:
+                await asyncio.sleep(_RETRY_S)
 
     async def _overflows(self, size: int) -> bool:
         """There is no room: wait until there is, or drop; whether the data still find none."""

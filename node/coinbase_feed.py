@@ -1,20 +1,26 @@
 """Coinbase Exchange's websocket feed: level2 (snapshot and changes), matches, tickers.
 
 The level2 channel has no sequence numbers: the venue promises that a connection loses nothing, so that a book is stale only from a lost
-connection to the next snapshot. A match names the maker's side; ours is the taker's.
+connection, or a change that could not be used, to the next snapshot. A match names the maker's side; ours is the taker's.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
+from tickmesh.control.config import Source
 from tickmesh.node.event import ASK, BID, PRICE_DECIMALS
 from tickmesh.node.event_batch import EventBatch
 from tickmesh.node.fields import BadRecord, iso8601_ns
 from tickmesh.node.fixed_point import fixed_point
+from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.json_feed import LEVELS_MAX, Level, Listing, Malformed, Update, VenueFeed, levels_of, number_of
 
 _SIDES = {"buy": BID, "sell": ASK}
+_EARLY_MAX = 1000
+"""Trades and tickers of a product that are left out while its book is waited for; then there is none, it seems."""
 
 
 class CoinbaseFeed(VenueFeed):
@@ -22,6 +28,23 @@ class CoinbaseFeed(VenueFeed):
 
     venue = "coinbase"
     _IGNORED = frozenset({"last_match", "heartbeat", "status", "received", "open", "done", "change", "activate"})
+
+    def __init__(self, options: Source, table: InstrumentTable, source: int = 0, shard: Callable[[str], int | None] | None = None) -> None:
+        super().__init__(options, table, source, shard)
+        books = any("level2" in text for text in options.subscribe) if options.subscribe else "book" in options.channels
+        self._books_come = books and options.type == "websocket"
+        self._early: Counter[str] = Counter()
+        self._touched: list[Listing] = []
+        """Books that the message changes."""
+
+    def feed(self, payload: bytes, recv_ns: int, out: EventBatch) -> None:
+        refused = self.malformed.total()
+        self._touched.clear()
+        super().feed(payload, recv_ns, out)
+        if self.malformed.total() != refused:  # no sequence will show that the change is missing
+            for listing in self._touched:
+                if listing.last_id is not None:
+                    self._emit_gap(listing, Update(0, 0, -1, recv_ns, recv_ns, []), 0, 0, out)
 
     def _message(self, message: Any, recv_ns: int, out: EventBatch) -> None:
         if not isinstance(message, dict):
@@ -53,6 +76,9 @@ class CoinbaseFeed(VenueFeed):
         self._emit_snapshot(listing, Update(0, 0, -1, time, recv_ns, levels_of(bids, asks, listing.qty_exponent)), out)
 
     def _changes(self, message: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
+        symbol = message.get("product_id")
+        known = self._listings.get(symbol) if isinstance(symbol, str) else None
+        self._touched += ([] if known is None else [known]) if isinstance(symbol, str) else self._listings.values()
         changes, time = message["changes"], _time(message["time"])
         if not isinstance(changes, list) or len(changes) > LEVELS_MAX:
             raise Malformed("too_many_levels")
@@ -64,11 +90,25 @@ class CoinbaseFeed(VenueFeed):
             return
         self._apply(listing, Update(0, 0, -1, time, recv_ns, levels), out)
 
+    def _is_early(self, symbol: Any) -> bool:
+        """Whether the quantity exponent is not known yet, and is better inferred from the book than from one trade."""
+        if not self._books_come or not isinstance(symbol, str) or symbol in self._listings or len(self._early) > 1 << 16:
+            return False
+        if not 0 < len(symbol) <= 24 or not symbol.isascii() or self.table.find(symbol, self.source) is not None:
+            return False
+        if self.options.quantity_exponent_of(symbol) is not None or not self._wanted(symbol) or self._early[symbol] >= _EARLY_MAX:
+            return False
+        self._early[symbol] += 1
+        self.counters["before_the_book"] += 1
+        return True
+
     def _match(self, message: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
         price, qty, maker = message["price"], message["size"], message["side"]
         if maker not in _SIDES:
             raise Malformed("bad_side")
         time, number = _time(message["time"]), number_of(message["trade_id"])
+        if self._is_early(message["product_id"]):
+            return
         listing = self._listing(message["product_id"], recv_ns, out, [price], [qty])
         self._emit_trade(listing, time, recv_ns, maker == "sell", price, qty, number, out)
 
@@ -77,6 +117,8 @@ class CoinbaseFeed(VenueFeed):
             return
         bid, ask = (message["best_bid"], message["best_bid_size"]), (message["best_ask"], message["best_ask_size"])
         time, sequence = _time(message["time"]), number_of(message["sequence"])
+        if self._is_early(message["product_id"]):
+            return
         given = [side for side in (bid, ask) if side[0]]
         listing = self._listing(message["product_id"], recv_ns, out, [s[0] for s in given], [s[1] for s in given])
         self._emit_quote(listing, time, recv_ns, bid, ask, sequence, out)

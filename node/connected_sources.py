@@ -7,22 +7,24 @@ import base64
 import contextlib
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import structlog
 
 from tickmesh.control.config import Source
-from tickmesh.node.adapters import Adapter, AdapterMaker, Sink, session_number
+from tickmesh.node.adapters import Adapter, AdapterMaker, Sink, SourceEnded, session_number
 from tickmesh.node.json_feed import BinanceFeed
 from tickmesh.node.reader import SourceError
-from tickmesh.node.venues import TALKS, Talk, unsubscribable
+from tickmesh.node.venues import TALKS, Talk, book_again, unsubscribable
 from tickmesh.transports import nats, nats_reader, soupbintcp
 from tickmesh.transports.codecache import load_compiled
 from tickmesh.transports.connection import (
+    Backoff,
     BrokenProtocol,
     ConnectionLost,
     ConnectionProblem,
@@ -32,17 +34,18 @@ from tickmesh.transports.connection import (
     Refused,
 )
 from tickmesh.transports.recording import compression_of
-from tickmesh.transports.tail import Tail
+from tickmesh.transports.tail import Piece, Tail
 from tickmesh.transports.web import EventStream, HttpClient, WebOptions, Websocket, open_websocket
 
 _WANTED_LOOK_S = 0.05
 _WANTED_AGAIN_S = 5.0
 """A snapshot that was asked for may take so long before it is asked for again."""
 _READ_BYTES = 1 << 18
-_LOOK_S, _PENDING_MAX = 0.25, 65_536
+_LOOK_S, _PENDING_MAX, _STRETCH = 0.25, 65_536, 64
 _ANSWERS, _ANSWER_BYTES_MAX = 64, 1024
 _log = structlog.get_logger("source")
 _SYMBOL = "{symbol}"
+_Read = TypeVar("_Read")
 
 
 def _seconds(milliseconds: float | None, usual_s: float) -> float:
@@ -141,7 +144,7 @@ class WebsocketSource(Adapter):
                         continue
                     asked[symbol] = time.monotonic()
                     if await self._snapshot(http, socket, symbol):
-                        del asked[symbol]  # it came: should the next gap follow at once, ask at once
+                        del asked[symbol]  # it is in the book: should the next gap follow at once, ask at once
                     await asyncio.sleep(self.options.snapshot_interval_ms / 1e3)
 
     async def _snapshot(self, http: HttpClient, socket: Websocket, symbol: str) -> bool:
@@ -149,7 +152,13 @@ class WebsocketSource(Adapter):
         assert talk is not None
         self.sink.count("snapshots_asked")
         if not isinstance(feed, BinanceFeed):
-            for text in talk.unsubscribe(["book"], [symbol]) + talk.subscribe(["book"], [symbol]):
+            again = talk.unsubscribe(["book"], [symbol]) + talk.subscribe(["book"], [symbol])
+            if self.options.subscribe:
+                again = book_again(self.options.subscribe, symbol)
+            if not again:
+                self.sink.count("snapshots_failed")
+                _log.warning("a book waits for a snapshot, and subscribe has no subscription of it", source=self.name, symbol=symbol)
+            for text in again:
                 await socket.send(text)
             return False
         url = (self.options.snapshot_endpoint or talk.snapshot).replace(_SYMBOL, symbol)
@@ -157,7 +166,8 @@ class WebsocketSource(Adapter):
             async with http.get(url) as answer:
                 body = await answer.body()
         except Refused as error:
-            await asyncio.sleep(error.retry_after_s or self.options.reconnect_max_ms / 1e3)  # and the others wait too
+            asked_s = error.retry_after_s or self.options.reconnect_max_ms / 1e3
+            await asyncio.sleep(min(asked_s, self.options.retry_after_max_ms / 1e3))  # and the others wait too
             return False
         except ConnectionProblem:
             self.sink.count("snapshots_failed")
@@ -191,15 +201,15 @@ class HttpSource(Adapter):
         assert self.options.endpoint is not None
         interval_s = self.options.poll_interval_ms / 1e3
         due = asyncio.get_running_loop().time()
+        self._seen = {}  # the books are stale after a lost connection: they need the body even if nothing has changed
         while True:
             async with http.get(self.options.endpoint, self._seen) as answer:
                 self.sink.connected()
                 if answer.status == 304:
                     self.sink.count("unchanged")
                 else:
-                    body = await answer.body()
+                    await self.sink(await answer.body())
                     self._seen = _conditions(answer.headers)
-                    await self.sink(body)
             due = max(due + interval_s, asyncio.get_running_loop().time())
             await asyncio.sleep(due - asyncio.get_running_loop().time())
 
@@ -412,27 +422,73 @@ class NatsSource(Adapter):
 
     async def _subject(self, link: nats.NatsLink) -> None:
         """Messages of a plain subscription; what comes while the connection is away is lost, so a lost connection ends this one."""
-        news, heard = asyncio.Event(), [time.monotonic(), 0.0]
+        waiting = _Waiting(self.options.buffer_kb << 10, self.sink)
         silence_s = _seconds(self.options.silence_ms, float("inf"))
-
-        async def take(message: Any) -> None:
-            heard[0] = time.monotonic()
-            await self.sink(message.data)
-
-        link.on_disconnect(news.set)
-        limit = self.options.buffer_kb << 10
-        await link.client.subscribe(self.options.subject, cb=take, pending_msgs_limit=_PENDING_MAX, pending_bytes_limit=limit)
+        link.on_disconnect(waiting.end)
+        await link.client.subscribe(self.options.subject, cb=waiting.put, pending_msgs_limit=0, pending_bytes_limit=0)
         self.sink.connected()
-        while not news.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(_LOOK_S, silence_s)):
-                    await news.wait()
-            if link.slow_consumers > heard[1]:  # the client has dropped what did not fit its own bounds
-                heard[1] = link.slow_consumers
-                await self.sink.gap()
-            if time.monotonic() - heard[0] > silence_s:
+        while True:
+            for _ in range(min(_STRETCH, len(waiting.queue))):
+                data = waiting.take()
+                await (self.sink.gap() if data is None else self.sink(data))
+            await asyncio.sleep(0)  # others have something to do too
+            if waiting.ended and not waiting.queue:
+                raise ConnectionLost(self.endpoint, link.last_error or "the connection is lost")
+            if time.monotonic() - waiting.heard_s > silence_s:
                 raise ConnectionSilent(self.endpoint, f"nothing has come for {silence_s:g} s")
-        raise ConnectionLost(self.endpoint, link.last_error or "the connection is lost")
+            await waiting.more(min(_LOOK_S, silence_s))
+
+
+class _Waiting:
+    """Messages of a subject that wait to be handed on, in order and within a bound; None stands where some had to be dropped.
+
+    nats-py's own bound drops from the end of its queue and says so at once, when what came before has not been handed on yet; and it
+    swallows what a callback raises.
+
+    Attributes:
+        queue: the messages.
+        heard_s: when the last one came, monotonic.
+        ended: the connection was lost; what comes afterwards does not belong to it.
+    """
+
+    def __init__(self, bytes_max: int, sink: Sink) -> None:
+        self.queue: deque[bytes | None] = deque()
+        self.heard_s, self.ended, self._sink = time.monotonic(), False, sink
+        self._bytes, self._bytes_max, self._news = 0, bytes_max, asyncio.Event()
+
+    async def put(self, message: Any) -> None:
+        """Called by nats-py for each message."""
+        self.heard_s = time.monotonic()
+        data: bytes = message.data
+        if self.ended:
+            return
+        if self.queue and (self._bytes + len(data) > self._bytes_max or len(self.queue) >= _PENDING_MAX):
+            self._sink.count("overflowed")
+            if self.queue[-1] is not None:
+                self.queue.append(None)
+        else:
+            self.queue.append(data)
+            self._bytes += len(data)
+        self._news.set()
+
+    def take(self) -> bytes | None:
+        """The first; None: some are missing here."""
+        data = self.queue.popleft()
+        self._bytes -= len(data or b"")
+        return data
+
+    def end(self) -> None:
+        """The connection is lost."""
+        self.ended = True
+        self._news.set()
+
+    async def more(self, limit_s: float) -> None:
+        """Wait until there is something, not longer than `limit_s`."""
+        self._news.clear()
+        if not self.queue and not self.ended:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(limit_s):
+                    await self._news.wait()
 
 
 # ---------------------------------------------------------------- a file that grows
@@ -451,28 +507,57 @@ class FollowedFile(Adapter):
         for path in self._paths:
             if path.is_file() and compression_of(path) != "plain" and path.stat().st_size:
                 raise SourceError(name, f"{path} is compressed, and cannot be followed as it grows: unpack it, or leave follow out")
-        self._before = self._paths[:-1]
+        self._before, self._before_at = self._paths[:-1], 0
+        self._tail = Tail(self._paths[-1])
 
     async def run(self) -> None:
-        while self._before:
-            await self._whole(self._before.pop(0))
-        tail = Tail(self._paths[-1])
         try:
+            while self._before:
+                await self._whole(self._before[0])
+                del self._before[0]
+                self._before_at = 0
             while True:
-                piece = await tail.next()
-                self.sink.counts["rotations"], self.sink.counts["truncations"] = tail.rotations, tail.truncations
-                if piece.fresh:
-                    await self.sink.begin_anew(lost=piece.lost)
-                else:
-                    await self.sink(piece.data)
+                await self._hand_on(await self._readable(self._tail.next))
+        except BrokenProtocol as error:  # where its next message begins is not known, and will not be
+            _log.error("a followed file is read no further", source=self.name, reason=str(error))
+            await self.sink.gap()
+            raise SourceEnded from error
         finally:
-            tail.close()
+            self._tail.close()
+
+    async def _hand_on(self, piece: Piece) -> None:
+        self.sink.counts["rotations"], self.sink.counts["truncations"] = self._tail.rotations, self._tail.truncations
+        if piece.fresh:
+            await self.sink.begin_anew(lost=piece.lost)
+        else:
+            await self.sink(piece.data)
+        await asyncio.sleep(0)  # a long file leaves room for timers, and can be stopped
 
     async def _whole(self, path: Path) -> None:
-        with path.open("rb") as file:
-            while data := file.read(_READ_BYTES):
-                await self.sink(data)
+        """A file that does not grow any more."""
+
+        async def read() -> bytes:
+            with path.open("rb") as file:
+                file.seek(self._before_at)
+                return file.read(_READ_BYTES)
+
+        while data := await self._readable(read):
+            self._before_at += len(data)
+            await self._hand_on(Piece(data))
         await self.sink.begin_anew(lost=False)
+
+    async def _readable(self, read: Callable[[], Awaitable[_Read]]) -> _Read:
+        """What `read` gives. A file that cannot be read is tried again where it was, so that nothing of it comes twice or is cut."""
+        waits = Backoff(_LOOK_S / 5, 4 * _LOOK_S)
+        while True:
+            try:
+                return await read()
+            except OSError as error:
+                self._tail.close()
+                self.sink.count("errors")
+                if waits.attempt == 0:
+                    _log.warning("a followed file cannot be read", source=self.name, reason=str(error))
+                await asyncio.sleep(waits.next_s())
 
 
 # ---------------------------------------------------------------- by type

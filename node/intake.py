@@ -19,7 +19,7 @@ from tickmesh.node.csv_feed import CsvFeed
 from tickmesh.node.decoder import arbitration, end_of_stream, filtered, load_decoder, make_feed, malformed, message_counts
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_SIDE, EventArray, Kind
 from tickmesh.node.event_batch import EventBatch
-from tickmesh.node.feed import NEXT_SEQ, STARTED
+from tickmesh.node.feed import BAD_LENGTH, NEXT_SEQ, STARTED
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.json_feed import BinanceFeed, VenueFeed
 from tickmesh.node.protocol import Framing, Spec
@@ -60,6 +60,7 @@ class Intake(ABC):
         waiting_bytes: how many do, with what each message takes besides.
         bytes: all that came.
         duplicates: messages that had come before.
+        snapshots_waiting: snapshots that were asked for, and are not decoded yet.
         order_ids: how the venue numbers orders.
         spec: the protocol, where a spec file describes it.
     """
@@ -68,6 +69,7 @@ class Intake(ABC):
     spec: Spec | None = None
     feed: Any = None
     venue: VenueFeed | None = None
+    snapshots_waiting = 0
 
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes, self.waiting_bytes, self.bytes, self.duplicates = capacity_bytes, 0, 0, 0
@@ -132,19 +134,20 @@ class MessageIntake(Intake):
     def __init__(self, venue: VenueFeed, options: Source) -> None:
         super().__init__(options.buffer_kb << 10)
         self.venue, self.feed = venue, venue
-        self._queue: deque[tuple[Data, int, int | str]] = deque()
+        self._queue: deque[tuple[bytes, int, int | str]] = deque()
         """Messages, their times, and their sequences (or of a snapshot by request, its symbol)."""
         self._batch = EventBatch(max(1 << 13, 2 * venue.events_max))
         self._sequence = 0
 
     def put(self, data: Data, recv_ns: int, sequence: int) -> int:
-        self._queue.append((data, recv_ns, sequence))
+        self._queue.append((data if isinstance(data, bytes) else bytes(data), recv_ns, sequence))
         self.waiting_bytes += len(data) + _MESSAGE_BYTES
         self.bytes += len(data)
         return len(data)
 
     def put_snapshot(self, symbol: str, data: bytes, recv_ns: int) -> None:
-        self._queue.append((data, recv_ns, symbol))
+        self._queue.append((bytes(data), recv_ns, symbol))
+        self.snapshots_waiting += 1
         self.waiting_bytes += len(data) + _MESSAGE_BYTES
         self.bytes += len(data)
 
@@ -154,13 +157,14 @@ class MessageIntake(Intake):
         while queue and batch.count < OUT_EVENTS:
             data, recv_ns, sequence = queue.popleft()
             self.waiting_bytes -= len(data) + _MESSAGE_BYTES
-            self._decode(data if isinstance(data, bytes) else bytes(data), recv_ns, sequence)
+            self._decode(data, recv_ns, sequence)
         return batch.view()
 
     def _decode(self, data: bytes, recv_ns: int, sequence: int | str) -> None:
         assert self.venue is not None
         if isinstance(sequence, str):
             assert isinstance(self.venue, BinanceFeed)
+            self.snapshots_waiting -= 1
             self.venue.snapshot(sequence, data, recv_ns, self._batch)
         elif sequence < 0:
             self._gap()
@@ -183,6 +187,7 @@ class MessageIntake(Intake):
             data, _, sequence = self._queue.popleft()
             self.waiting_bytes -= len(data) + _MESSAGE_BYTES
             dropped += sequence != -1
+            self.snapshots_waiting -= isinstance(sequence, str)
         self._queue.appendleft(_GAP_HERE)
         self.waiting_bytes += _MESSAGE_BYTES
         return dropped
@@ -330,6 +335,12 @@ class StreamIntake(_SpecIntake):
         return taken
 
     def next(self) -> EventArray:
+        while (found := self._next()) is None:
+            pass
+        return found
+
+    def _next(self) -> EventArray | None:
+        """What :meth:`next` gives; None: a piece has been stepped over, and there may be more."""
         end, sequence = self._marks[0] if self._marks else (self._end, 0)
         is_open = self._is_open and len(self._marks) == 1
         while self._at < end:
@@ -349,7 +360,7 @@ class StreamIntake(_SpecIntake):
         if sequence and not is_open:
             self._marks.popleft()
             self.feed.state[NEXT_SEQ] = sequence + 1
-            return self.next()
+            return None
         return _NOTHING
 
     def _check_length(self) -> None:
@@ -382,8 +393,9 @@ class PacketIntake(_SpecIntake):
         self._first = self._count = 0
 
     def put(self, data: Data, recv_ns: int, sequence: int) -> int:
-        if len(data) > _PACKET_BYTES_MAX:
-            data = data[:_PACKET_BYTES_MAX]
+        if len(data) > _PACKET_BYTES_MAX:  # no datagram is so long
+            self.feed.malformed[BAD_LENGTH] += np.uint64(1)
+            return len(data)
         self._queue.append((bytes(data), recv_ns))
         self.waiting_bytes += len(data) + _MESSAGE_BYTES
         self.bytes += len(data)

@@ -119,3 +119,41 @@ TALKS: dict[str, Talk] = {
 def unsubscribable(symbols: Symbols) -> list[str]:
     """Those of `symbols` that are globs, and no names to subscribe to."""
     return [symbol for symbol in symbols if "*" in symbol or "?" in symbol]
+
+
+def book_again(messages: Sequence[str], symbol: str) -> list[str]:
+    """Messages that leave a symbol's book and subscribe to it again, in the words of a user's own subscriptions: with the same depth."""
+    leave, join = [], []
+    for text in messages:
+        try:
+            message = json.loads(text)
+        except ValueError:
+            continue  # the venue's to understand
+        verb = next((key for key in ("op", "type", "event") if isinstance(message, dict) and message.get(key) == "subscribe"), None)
+        found = _of_book(message, symbol) if verb is not None else None
+        if verb is not None and found is not None:
+            leave.append(_text({**found, verb: "unsubscribe"}))
+            join.append(_text(found))
+    return leave + join
+
+
+def _of_book(message: dict[str, Any], symbol: str) -> dict[str, Any] | None:
+    """A subscription narrowed to a symbol's book; None: it has none."""
+    if isinstance(args := message.get("args"), list):  # OKX, Bybit
+        kept = [arg for arg in args if _is_book(arg, symbol)]
+        return {**message, "args": kept} if kept else None
+    products, channels = message.get("product_ids"), message.get("channels")
+    if isinstance(channels, list):  # Coinbase: a channel may have products of its own
+        books = [channel for channel in channels if str(channel["name"] if isinstance(channel, dict) else channel).startswith("level2")]
+        books = [c for c in books if symbol in (c.get("product_ids", products or []) if isinstance(c, dict) else products or [])]
+        names = [c["name"] if isinstance(c, dict) else c for c in books]
+        return {**message, "product_ids": [symbol], "channels": names} if names else None
+    if message.get("feed") == "book" and isinstance(products, list) and symbol in products:  # Kraken
+        return {**message, "product_ids": [symbol]}
+    return None
+
+
+def _is_book(arg: Any, symbol: str) -> bool:
+    if isinstance(arg, dict):
+        return arg.get("instId") == symbol and str(arg.get("channel")).startswith("books")
+    return isinstance(arg, str) and arg.startswith("orderbook.") and arg.endswith(f".{symbol}")

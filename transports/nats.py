@@ -326,13 +326,12 @@ class NatsLink:
         url: the address, without secrets.
         disconnects, reconnects: how often it was lost and came back.
         last_error: what went wrong last, for showing; empty if nothing did.
-        slow_consumers: messages that the client dropped, since a subscription with limits had too many.
     """
 
     def __init__(self, url: str) -> None:
         self.url = redacted(url)
         self.client = _Client()
-        self.disconnects = self.reconnects = self.slow_consumers = 0
+        self.disconnects = self.reconnects = 0
         self.last_error = ""
         self._up = asyncio.Event()
         self._refused: asyncio.Future[LinkError] = asyncio.get_running_loop().create_future()
@@ -405,7 +404,6 @@ class NatsLink:
 
     async def _on_error(self, error: Exception) -> None:
         self.last_error = str(error) or type(error).__name__
-        self.slow_consumers += isinstance(error, nats.errors.SlowConsumerError)
         if self._refused.done():
             return
         if isinstance(error, (ssl.SSLError, _NotEncrypted)):

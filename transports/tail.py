@@ -22,7 +22,8 @@ class Piece:
 
 
 class Tail:
-    """A file that somebody appends to. :meth:`next` gives what is new; :meth:`close` in the end.
+    """A file that somebody appends to. :meth:`next` gives what is new; :meth:`close` in the end, or to go on in the same place with the
+    next :meth:`next`.
 
     Attributes:
         path: the file; it may be absent at times.
@@ -34,9 +35,15 @@ class Tail:
         self.rotations = self.truncations = 0
         self._file: BinaryIO | None = None
         self._at = 0
+        self._inode: tuple[int, int] | None = None
+        """Of the file that is read, also while it is closed."""
 
     async def next(self) -> Piece:
-        """The next piece; waits for one."""
+        """The next piece; waits for one.
+
+        Raises:
+            OSError: the file cannot be opened or read.
+        """
         while True:
             found = self._read()
             if found is not None:
@@ -44,8 +51,10 @@ class Tail:
             await asyncio.sleep(self._look_s)
 
     def _read(self) -> Piece | None:
+        if self._file is None and (found := self._open()) is not None:
+            return found
         if self._file is None:
-            return None if not self._open() else self._read()
+            return None
         data = self._file.read(_READ_BYTES)
         if data:
             self._at += len(data)
@@ -57,32 +66,49 @@ class Tail:
             return Piece(b"", fresh=True, lost=True)
         if not self._rotated():
             return None
-        self._file.close()
-        self._file = None
+        self.close()
+        self._inode = None
         self.rotations += 1
         return Piece(b"", fresh=True)
 
-    def _open(self) -> bool:
+    def _open(self) -> Piece | None:
+        """Open the file, if it is there, where it was read to. If it is another by now, the rest of the one before is lost."""
         try:
-            self._file, self._at = self.path.open("rb", buffering=0), 0
+            self._file = self.path.open("rb", buffering=0)
         except FileNotFoundError:
-            return False
-        return True
+            return None
+        before, self._inode = self._inode, _inode_of(os.fstat(self._file.fileno()))
+        if before == self._inode:
+            self._file.seek(self._at)
+            return None
+        self._at = 0
+        if before is None:
+            return None
+        self.rotations += 1
+        return Piece(b"", fresh=True, lost=True)
 
     def _rotated(self) -> bool:
-        """Whether there is another file under the name, and the one that is open has nothing more."""
+        """Whether there is another file under the name, in use already, and the one that is open has nothing more.
+
+        Who rotates makes an empty file first, and whoever writes goes on with the old one until he is told. Nothing is missed by staying
+        with the old one until something is in the new one. (The size of the new one is looked at first.)
+        """
         assert self._file is not None
         try:
             there = self.path.stat()
         except FileNotFoundError:
             return False  # between the two halves of a rotation
         here = os.fstat(self._file.fileno())
-        if (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):
+        if _inode_of(there) == _inode_of(here) or there.st_size == 0:
             return False
         return here.st_size <= self._at
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the file; the place is kept."""
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _inode_of(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino

@@ -23,6 +23,8 @@ from tickmesh.transports.connection import BrokenProtocol, ConnectionLost, Conne
 _HEADERS_MAX, _FIELD_BYTES_MAX = 128, 8190
 _PIECE_BYTES = 1 << 16
 _CLOSE_S = 0.5
+_GZIP_OR_ZLIB = 47
+"""For zlib: whichever the first bytes say."""
 _RETRY_AFTER_MAX_S = 86_400.0
 
 
@@ -111,7 +113,7 @@ class _Unpacked:
         self.url, self._limit, self.bytes = url, limit_bytes, 0
         self._decoder: Any = None
         if coding in ("gzip", "x-gzip", "deflate"):
-            self._decoder = zlib.decompressobj(47)  # gzip or zlib, by its first bytes
+            self._decoder = zlib.decompressobj(_GZIP_OR_ZLIB)
         elif coding not in ("", "identity"):
             raise BrokenProtocol(url, f"the body is coded as {coding!r}, which was not asked for")
 
@@ -119,12 +121,17 @@ class _Unpacked:
         """What a piece unpacks to."""
         if self._decoder is None:
             return [piece]
-        found = []
+        found, size = [], 0
         try:
             while piece:
-                found.append(self._decoder.decompress(piece, _PIECE_BYTES))
-                piece = self._decoder.unconsumed_tail
-                if len(found) * _PIECE_BYTES > self._limit + _PIECE_BYTES:
+                if self._decoder.eof:  # of a member of several (RFC 1952, 2.2)
+                    self._decoder = zlib.decompressobj(_GZIP_OR_ZLIB)
+                part = self._decoder.decompress(piece, _PIECE_BYTES)
+                piece = self._decoder.unused_data or self._decoder.unconsumed_tail
+                size += len(part)
+                if part:
+                    found.append(part)
+                if size > self._limit + _PIECE_BYTES:
                     raise self.too_large()
         except zlib.error as error:
             raise BrokenProtocol(self.url, f"the compressed body is damaged ({error})") from None

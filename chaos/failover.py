@@ -279,9 +279,10 @@ class Scenario:
 
     async def _settled(self, arrivals: Arrivals) -> dict[int, str]:
         """End the feed, wait until everything is out; who leads each shard."""
-        shards = await self.cluster.whole(_WHOLE_S)
+        await self.cluster.whole(_WHOLE_S)
         self.cluster.stop_feed()
         await arrivals.quiet(_SILENT_S, _WHOLE_S)
+        shards = await self.cluster.whole(_WHOLE_S)  # not before: a shard may have gone to where it is placed
         return {one.shard: one.leader for one in shards}
 
     async def _check(self, link: Any, shard: int, leader: str) -> Report:

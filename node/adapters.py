@@ -307,7 +307,7 @@ class AdapterReceiver(Receiver):
         if self.intake.spec is None or before.intake.spec is None or self.intake.spec.name != before.intake.spec.name:
             return False
         bind_codes(self.intake.feed, self.context.table, codes_of(self.context.table, self.context.number))
-        self._expected, self._session = before.expected, before.session
+        self._expected, self._session, self._begins_anew = before.expected, before.session, before._begins_anew
         if self._expected:
             go_on(self.router.clock)
         return True

@@ -43,6 +43,7 @@ _WANTED_AGAIN_S = 5.0
 _READ_BYTES = 1 << 18
 _LOOK_S, _PENDING_MAX, _STRETCH = 0.25, 65_536, 64
 _ANSWERS, _ANSWER_BYTES_MAX = 64, 1024
+_DELETED_LOOK_S = 0.02
 _log = structlog.get_logger("source")
 _SYMBOL = "{symbol}"
 _Read = TypeVar("_Read")
@@ -397,19 +398,58 @@ class NatsSource(Adapter):
         await self.sink.begin(next_one, found.session)
         reader = nats_reader.StreamReader(link, stream, next_one, subject=subject, created=found.created)
         try:
-            while True:
-                message = await reader.next()
-                if message.sequence < next_one or reader.created != found.created:
-                    found = await self._state(link)  # made anew
-                    await self.sink.begin(min(found.first, message.sequence), found.session)
-                elif subject is None and message.sequence > next_one:
-                    await self.sink.begin(message.sequence, found.session)  # what we had not read yet has gone
-                next_one = message.sequence + 1
-                await self.sink(message.data, 0, message.sequence)
+            await self._read(link, reader, found, next_one)
         except nats.LinkError as error:
             raise ConnectionLost(self.endpoint, str(error)) from error
         finally:
             await reader.close()
+
+    async def _read(self, link: nats.NatsLink, reader: nats_reader.StreamReader, found: nats_reader.StreamState, next_one: int) -> None:
+        """Hand on what the stream brings, and say what it does not keep any more.
+
+        With a subject, what is left out may be of other subjects, or deleted before we read it. Where the stream begins tells, which is
+        looked at after a jump, :data:`_DELETED_LOOK_S` apart at least.
+        """
+        low, due_s = 0, 0.0
+        """The lowest sequence of the jumps that have not been looked into."""
+        pending: asyncio.Future[nats_reader.StoredMessage] | None = None
+        try:
+            while True:
+                if low:
+                    pending = pending or asyncio.ensure_future(reader.next())
+                    await asyncio.wait({pending}, timeout=max(0.0, due_s - time.monotonic()))
+                message = await (pending or reader.next()) if not low or (pending and pending.done()) else None
+                pending = pending if message is None else None
+                if message is not None and (message.sequence < next_one or reader.created != found.created):
+                    found, low = await self._state(link), 0  # made anew
+                    next_one = min(found.first, message.sequence)
+                    await self.sink.begin(next_one, found.session)
+                elif message is not None and message.sequence > next_one:
+                    low = low or next_one
+                if low and (self.options.subject is None or time.monotonic() >= due_s):
+                    await self._see_deleted(link, found, low, next_one, message)
+                    low, due_s = 0, time.monotonic() + _DELETED_LOOK_S
+                if message is not None:
+                    next_one = message.sequence + 1
+                    await self.sink(message.data, 0, message.sequence)
+        finally:
+            if pending is not None:
+                pending.cancel()
+                await asyncio.gather(pending, return_exceptions=True)
+
+    async def _see_deleted(
+        self, link: nats.NatsLink, found: nats_reader.StreamState, low: int, next_one: int, message: nats_reader.StoredMessage | None
+    ) -> None:
+        """Say what the stream has deleted of its sequences from `low` on; `message`, where there is one, has not been handed on."""
+        if self.options.subject is None:
+            assert message is not None
+            await self.sink.begin(message.sequence, found.session)
+            return
+        first = (await self._state(link)).first
+        if first > next_one:
+            await self.sink.begin(min(first, message.sequence) if message else first, found.session)
+        elif first > low:  # we are behind it: what was handed on meanwhile may have been without it
+            await self.sink.gap()
 
     async def _state(self, link: nats.NatsLink) -> nats_reader.StreamState:
         assert self.options.stream is not None

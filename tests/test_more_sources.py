@@ -267,9 +267,45 @@ def test_a_stream_that_was_made_anew_and_is_longer_now(nats_server: NatsServer) 
         now = Place(5, received.receiver.session, is_one=True)
     for place, expected in ((before, [*range(100, 120)]), (now, [*range(104, 120)])):
         with receiving(from_nats(url, 'stream = "AGAIN"'), before=lambda r, place=place: r.receiver.go_on_at(place)) as received:  # type: ignore[misc]
-            until(lambda: received.receiver.expected == 21, "the end")
-            assert ids(received.made()) == expected
+            assert ids(received.wait(1 + int(place is before) + len(expected))) == expected
             assert (len(received.kinds(Kind.CLEAR)), received.counter("gaps")) == (int(place is before), 0)
+
+
+def test_what_a_stream_deletes_before_it_is_read_is_a_gap_with_a_subject_too(nats_server: NatsServer) -> None:
+    """Messages of other subjects are left out without a gap; those of ours that are purged while the shard has no room are one."""
+
+    async def publish() -> None:
+        client = await nats.connect(nats_server.url)
+        try:
+            await client.jetstream().add_stream(name="MIXED", subjects=["mixed.*"])
+            for number in range(1, 2001):
+                await client.publish("mixed.ours" if number % 2 else "mixed.theirs", trade(number))
+            await client.flush()
+        finally:
+            await client.close()
+
+    asyncio.run(publish())
+    with receiving(
+        from_nats(nats_server.url, 'stream = "MIXED"\nsubject = "mixed.ours"\nbuffer_kb = 16\nmessage_max_kb = 16\n'), capacity=256
+    ) as received:
+        received.wait_for(ring_full=1)
+        assert received.counter("gaps") == 0
+        asyncio.run(_jetstream(nats_server.url, lambda js: js.purge_stream("MIXED", seq=1900)))
+        until(lambda: received.count() and 1999 in received.events["seq"], "the end")
+        until(lambda: _gap_behind(received.made(), 1900), "the gap of what was purged")
+        events = received.made()
+    found = ids(events)
+    before = [number for number in found if number < 1900]
+    assert len(before) < 950
+    assert found == [*range(1, 2 * len(before), 2), *range(1901, 2000, 2)]
+    known = events[(events["kind"] == Kind.GAP) & (events["aux"] != 0)]
+    assert (known["aux"] < 1900).all()
+
+
+def _gap_behind(events: EventArray, sequence: int) -> bool:
+    """Whether there is a gap behind the last event before this sequence."""
+    (trades,) = np.nonzero((events["kind"] == Kind.TRADE) & (events["seq"] < sequence))
+    return bool((events["kind"][trades[-1] :] == Kind.GAP).any())
 
 
 def test_binary_messages_of_a_stream(nats_server: NatsServer, image: Any, from_file: EventArray) -> None:

@@ -47,6 +47,8 @@ class Link:
         self.bytes_in = self.bytes_out = 0
         self._reader, self._writer, self._handle, self._tick_s = reader, writer, handle, tick_s
         self._ended = Ended("the connection is lost")
+        self._reading: asyncio.Future[bytes] | None = None
+        self._let_go = False
 
     async def run(self, begun: bytes = b"") -> Ended:
         """Run the session until the connection ends; `begun`: bytes that have been read already. Says how it ended."""
@@ -54,13 +56,13 @@ class Link:
         ticks = asyncio.create_task(self._ticks())
         try:
             await self._flush()
-            data = begun or await self._reader.read(READ_BYTES)
+            data = begun or await self._read()
             while data and not self.session.closing:
                 await self._events(self.session.receive(data))
                 self.bytes_in += len(data)
                 await self._flush()
                 if not self.session.closing:
-                    data = await self._reader.read(READ_BYTES)
+                    data = await self._read()
         except OSError as error:
             self._ended = Ended(f"the connection is lost ({error.strerror or error})")
         finally:
@@ -107,14 +109,28 @@ class Link:
             self._writer.write(data)
             await self._writer.drain()
 
+    async def _read(self) -> bytes:
+        """What comes next; nothing once the session has closed for what was due."""
+        if self._let_go:
+            return b""
+        self._reading = asyncio.ensure_future(self._reader.read(READ_BYTES))
+        try:
+            return await self._reading
+        except asyncio.CancelledError:
+            if self._let_go:
+                return b""
+            raise
+
     async def _ticks(self) -> None:
-        """What is due, until the session closes; then whoever reads gets the end of the stream."""
+        """What is due, until the session closes; then nobody reads any more."""
         while True:
             await asyncio.sleep(self._tick_s)
             await self._events(self.session.tick())
             self.push()
             if self.session.closing:
-                self._reader.feed_eof()
+                self._let_go = True
+                if self._reading is not None:
+                    self._reading.cancel()
                 await asyncio.sleep(_CLOSE_S)  # a peer that takes nothing holds up whoever writes
                 self._writer.transport.abort()
                 return

@@ -44,8 +44,8 @@ KeyPath = tuple[str | int, ...]
 PRICE_DECIMALS = 9
 """Prices are fixed point in units of 1e-9."""
 
-SOURCE_TYPES = ("file", "pcap", "multicast", "websocket", "http", "tcp", "nats", "custom", "simulator")
-CONNECTED = ("websocket", "http", "tcp", "nats", "custom")
+SOURCE_TYPES = ("file", "pcap", "multicast", "websocket", "http", "tcp", "nats", "fix", "custom", "simulator")
+CONNECTED = ("websocket", "http", "tcp", "nats", "fix", "custom")
 """Types of source that connect to a server, and come back when they have lost it."""
 DELIVERY_METHODS = ("nats", "shm")
 SERIES = ("trade.price", "trade.qty", "bbo.mid", "bbo.spread", "bbo.microprice")
@@ -226,7 +226,7 @@ Pace = Annotated[Any, BeforeValidator(_pace), _PACE_SCHEMA]
 Date = Annotated[str, BeforeValidator(lambda v: _valid_date(d) if isinstance(d := _date(v), str) else v)]
 TimeZone = Annotated[str, BeforeValidator(lambda v: _valid_timezone(v) if isinstance(v, str) else v)]
 SourceType = Annotated[
-    Literal["file", "pcap", "multicast", "websocket", "http", "tcp", "nats", "custom", "simulator"], BeforeValidator(_built("type"))
+    Literal["file", "pcap", "multicast", "websocket", "http", "tcp", "nats", "fix", "custom", "simulator"], BeforeValidator(_built("type"))
 ]
 DeliveryMethod = Annotated[Literal["nats", "shm"], BeforeValidator(_built("method"))]
 OutputKind = Literal[
@@ -385,6 +385,25 @@ class InstrumentOptions(Table):
     quantity_exponent: int | None = key(None, "Decimals of a quantity: real = integer / 10^exponent.", live=True, ge=0, le=18)
 
 
+class FixOptions(Table):
+    """``[data_sources.NAME.fix]``: the session of a FIX source, which logs on to a venue."""
+
+    begin_string: Literal["FIX.4.2", "FIX.4.3", "FIX.4.4", "FIXT.1.1"] = key(
+        "FIX.4.4", "Version of the session; FIXT.1.1 carries FIX 5.0 SP2.", live=True
+    )
+    sender: str = key(..., "Our CompID (SenderCompID).", live=True, pattern=r"^[!-~]{1,64}$")
+    target: str = key(..., "The venue's CompID (TargetCompID).", live=True, pattern=r"^[!-~]{1,64}$")
+    heartbeat_s: int = key(30, "HeartBtInt.", live=True, unit="s", ge=1, le=3600)
+    reset: Literal["logon", "never"] = key(
+        "logon", "Whether sequences begin at 1 with each logon; never: what was missed is sent again, as drop copies want it.", live=True
+    )
+    store: str | None = key(
+        None, "Folder in which sequences and messages are kept; none: in memory, until the node ends.", live=True, min_length=1
+    )
+    subscribe: bool = key(True, "Whether to ask for market data of `symbols` after the logon.", live=True)
+    depth: int = key(0, "Levels of a book to ask for; 0: all of them.", live=True, ge=0, le=10_000)
+
+
 class Source(Table):
     """``[data_sources.NAME]``: a feed: transport, framing, protocol and field mapping."""
 
@@ -492,12 +511,12 @@ class Source(Table):
         only=("tcp", "nats"),
     )
     session: str = key("", "SoupBinTCP session to ask for; none: the current one.", live=True, only=("tcp",), pattern=r"^[!-~]{0,10}$")
-    user: str | None = key(None, "User to log in as.", live=True, only=("tcp", "nats", "http", "websocket"), min_length=1)
+    user: str | None = key(None, "User to log in as.", live=True, only=("tcp", "nats", "fix", "http", "websocket"), min_length=1)
     password_env: EnvironmentVariable | None = key(
-        None, "Environment variable that holds its password.", live=True, only=("tcp", "nats", "http", "websocket")
+        None, "Environment variable that holds its password.", live=True, only=("tcp", "nats", "fix", "http", "websocket")
     )
     password_file: str | None = key(
-        None, "File that holds it, instead.", live=True, only=("tcp", "nats", "http", "websocket"), min_length=1
+        None, "File that holds it, instead.", live=True, only=("tcp", "nats", "fix", "http", "websocket"), min_length=1
     )
     token_env: EnvironmentVariable | None = key(
         None, "Environment variable that holds a bearer token.", live=True, only=("nats", "http", "websocket")
@@ -570,6 +589,7 @@ class Source(Table):
         live=True,
         only=(*CONNECTED, "file"),
     )
+    fix: FixOptions | None = key(None, "The session of a FIX source.", live=True, only=("fix",))
     use: str | None = key(
         None,
         'The adapter of a custom source: an installed package\'s ("tickmesh.sources" entry point), or "file.py:Class".',
@@ -676,6 +696,10 @@ class Source(Table):
                 )
         if self.type == "nats" and not self.subject and not self.stream:
             bad.append(Refusal("subject", "is missing", "name a subject, or the JetStream stream to read"))
+        if self.type == "fix" and self.fix is None:
+            bad.append(Refusal("fix", "is missing", 'say who we are and who the venue is, e.g. fix = { sender = "US", target = "VENUE" }'))
+        if self.type == "fix" and not (self.data_format or "fix").startswith("fix"):
+            bad.append(Refusal("data_format", "is no FIX", 'e.g. "fix44", or a dictionary, "fix:FIX44.xml"'))
         if self.type == "custom" and not self.use:
             bad.append(Refusal("use", "is missing", 'name the adapter: an entry point, or "file.py:Class"'))
         if self.reconnect_max_ms < self.reconnect_min_ms:
@@ -750,12 +774,13 @@ def _check_endpoint(name: str, endpoint: str | None, required: bool) -> list[Ref
     return []
 
 
-_SCHEMES = {"websocket": ("ws", "wss"), "http": ("http", "https"), "tcp": ("tcp", "tls"), "nats": ("nats", "tls")}
+_SCHEMES = {"websocket": ("ws", "wss"), "http": ("http", "https"), "tcp": ("tcp", "tls"), "nats": ("nats", "tls"), "fix": ("tcp", "tls")}
 _EXAMPLES = {
     "websocket": "wss://stream.example.com/ws",
     "http": "https://api.example.com/prices",
     "tcp": "tcp://10.0.0.1:15000",
     "nats": "nats://127.0.0.1:4222",
+    "fix": "tls://fix.example.com:9880",
 }
 _SECRET_WORDS = ("token", "secret", "password", "apikey", "api_key", "signature", "listenkey")
 
@@ -766,7 +791,7 @@ def _check_address(endpoint: str | None, kind: str) -> list[Refusal]:
         return [Refusal("endpoint", "is missing", f"e.g. {_EXAMPLES[kind]}")]
     if kind == "nats":
         return [problem for address in endpoint.split(",") for problem in _check_nats_address(address, "endpoint")]
-    return _check_url("endpoint", endpoint, _SCHEMES[kind], port=kind == "tcp", example=_EXAMPLES[kind])
+    return _check_url("endpoint", endpoint, _SCHEMES[kind], port=kind in ("tcp", "fix"), example=_EXAMPLES[kind])
 
 
 def _check_url(name: str, url: str, schemes: tuple[str, ...], *, port: bool = False, example: str = "https://host/path") -> list[Refusal]:

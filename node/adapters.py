@@ -211,6 +211,7 @@ class AdapterReceiver(Receiver):
         self.intake: Intake = make_intake(
             name, shown, context.table, context.number,
             stream=self.adapter.carries == "stream", timed=self.adapter.timed, progress=context.progress,
+            folder=resolve("."),
         )  # fmt: skip
         self._check(self.intake)
         self.order_ids = self.intake.order_ids

@@ -328,7 +328,7 @@ class TcpSource(Adapter):
     async def run(self) -> None:
         parts, options = urlsplit(self.options.endpoint or ""), self.options
         silence_s = None if options.silence_ms is None else options.silence_ms / 1e3
-        reader, writer = await _connect(self, parts.hostname or "", parts.port or 0, tls=parts.scheme == "tls")
+        reader, writer = await connect(self, parts.hostname or "", parts.port or 0, tls=parts.scheme == "tls")
         try:
             self.sink.connected()
             while True:
@@ -344,7 +344,12 @@ class TcpSource(Adapter):
             writer.close()
 
 
-async def _connect(adapter: Adapter, host: str, port: int, *, tls: bool) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+async def connect(adapter: Adapter, host: str, port: int, *, tls: bool) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A TCP connection within the configured time.
+
+    Raises:
+        ConnectionLost, NotTrusted, OSError: there is none.
+    """
     limit_s = adapter.options.connect_timeout_ms / 1e3
     try:
         async with asyncio.timeout(limit_s):
@@ -607,11 +612,18 @@ def _tcp(options: Source) -> AdapterMaker:
     return SoupBinTcpSource if options.soupbintcp else TcpSource
 
 
+def _fix(_: Source) -> AdapterMaker:
+    from tickmesh.node.fix_source import FixSource  # it is made of what is above
+
+    return FixSource
+
+
 ADAPTERS: dict[str, Callable[[Source], AdapterMaker]] = {
     "websocket": lambda _: WebsocketSource,
     "http": lambda _: HttpSource,
     "tcp": _tcp,
     "nats": lambda _: NatsSource,
+    "fix": _fix,
     "file": lambda _: FollowedFile,
 }
 """The adapter of each type of source."""

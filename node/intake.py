@@ -10,6 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from tickmesh.node.decoder import arbitration, end_of_stream, filtered, load_dec
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_SIDE, EventArray, Kind
 from tickmesh.node.event_batch import EventBatch
 from tickmesh.node.feed import BAD_LENGTH, NEXT_SEQ, STARTED
+from tickmesh.node.fix_mapping import is_fix
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.json_feed import BinanceFeed, VenueFeed
 from tickmesh.node.protocol import Framing, Spec
@@ -454,12 +456,14 @@ def make_intake(
     stream: bool,
     timed: bool = False,
     progress: Progress = None,
+    folder: Path = Path(),
 ) -> Intake:
     """The intake for a source's protocol.
 
     Args:
         stream: whether the adapter gives pieces of a stream, not messages.
         timed: whether lines of a stream may begin with their time of receipt.
+        folder: where relative paths in a FIX `data_format` start.
 
     Raises:
         SourceError: the protocol cannot come this way.
@@ -476,6 +480,10 @@ def make_intake(
     if chosen in VENUE_FEEDS:
         feed = venue_feed(options, table, number)
         return LineIntake(feed, options, timed=timed) if stream else MessageIntake(feed, options)
+    if is_fix(chosen):
+        from tickmesh.node.fix_intake import FixIntake  # it is made of what is above
+
+        return FixIntake(name, options, table, number, folder, progress)
     spec, framing = spec_and_framing(name, options)
     kind = PacketIntake if framing.packets else StreamIntake
     if framing.packets and stream:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import pytest
 import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nats.js.errors import NotFoundError
 from nats_fixtures import nats_server  # noqa: F401
 from nodes import SYMBOLS, assert_true, assert_whole, books, cluster, node_config, outputs_made, running, stream, until  # noqa: F401
 from sources import FAST, RawServer, Received, assert_same_events, file_events, opened, receiving, source_config
@@ -551,7 +553,8 @@ async def _forget(url: str, cluster: str) -> None:
     client = await nats.connect(url)
     try:
         for shard in range(2):
-            await client.jetstream().delete_stream(stream_name(cluster, shard))
+            with contextlib.suppress(NotFoundError):  # nothing had been delivered
+                await client.jetstream().delete_stream(stream_name(cluster, shard))
     finally:
         await client.close()
 

@@ -106,6 +106,13 @@ def test_a_frame_is_read_as_the_twin_reads_it(frame: bytes, at: int) -> None:
     assert compiled(frame, at) == twin(frame)
 
 
+def test_lines_may_differ_by_their_sender_alone() -> None:
+    for source, line in ((9, 1), (7, 3)):
+        ip = struct.pack("!BBHHHBBH", 0x45, 0, 29, 1, 0, 1, 17, 0) + bytes([10, 0, 0, source, 239, 1, 1, 2])
+        ip = ip[:10] + struct.pack("!H", folded(ip) ^ 0xFFFF) + ip[12:]
+        assert compiled(ip + struct.pack("!4H", 1, 5001, 9, 0) + b"x", 0) == ("taken", b"x", line)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=120))
 def test_noise_is_read_as_the_twin_reads_it(frame: bytes) -> None:

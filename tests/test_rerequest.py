@@ -248,7 +248,7 @@ def test_answers_that_are_none_change_nothing() -> None:
 @pytest.mark.parametrize("bypass", WAYS)
 def test_books_are_whole_though_the_link_loses_five_percent(bypass: str) -> None:
     """Of both lines, of requests' answers, of everything that leaves the sender."""
-    lines = simulated(20_000, rate=40_000)
+    lines = simulated(20_000, rate=40_000, mtu_bytes=256)  # in so many packets, some are lost on both lines
     with cable() as pair:
         with pair.inside("left"):
             server = RerequestServer(address=pair.left_address)

@@ -42,9 +42,10 @@ def cable(queues: int = 1) -> Iterator[VethPair]:
     assert f"-{name}-" not in left
 
 
-def simulated(messages: int, *faults: FaultConfig, seed: int = 3, rate: int = 20_000) -> SimulatedLines:
+def simulated(messages: int, *faults: FaultConfig, seed: int = 3, rate: int = 20_000, mtu_bytes: int = 1500) -> SimulatedLines:
     simulator = Simulator(SimulatorConfig(seed=seed, symbols=6, rate=rate, messages=messages))
-    return SimulatedLines(simulator, LineConfig(faults=faults or (FaultConfig(), FaultConfig()), heartbeat_ns=20_000_000))
+    config = LineConfig(faults=faults or (FaultConfig(), FaultConfig()), heartbeat_ns=20_000_000, mtu_bytes=mtu_bytes)
+    return SimulatedLines(simulator, config)
 
 
 class Received:

@@ -252,7 +252,7 @@ def test_books_are_whole_though_the_link_loses_five_percent(bypass: str) -> None
     with cable() as pair:
         with pair.inside("left"):
             server = RerequestServer(address=pair.left_address)
-        with server, receiving(bypass, rerequest=server.endpoint, rerequest_tries=10, rerequest_timeout_ms=10.0) as received:
+        with server, receiving(bypass, rerequest=server.endpoint, rerequest_tries=100, rerequest_timeout_ms=20.0) as received:
             send_payloads(pair, [request(1, 0)] * 3)  # a heartbeat: the feed begins at 1, also if the first packet is lost
             until(lambda: received.receiver.expected == 1, "the beginning", 10)
             with pair.inside("left"), EgressLoss(INTERFACE, 0.05) as loss:

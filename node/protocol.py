@@ -331,6 +331,11 @@ def _document(name: str | Path, prefix: str) -> _Document:
     return _Document(path, text)
 
 
+def mapped_names() -> list[str]:
+    """Names of the shipped mappings, each of which takes a venue's SBE schema."""
+    return [name for name in shipped_names() if is_sbe(SHIPPED / f"{name}.toml")]
+
+
 def shipped_names(prefix: str = "") -> list[str]:
     """Names of the shipped protocols, or with ``prefix="framing_"`` of the shipped framings."""
     found = sorted(p.stem for p in SHIPPED.glob("*.toml"))
@@ -441,6 +446,9 @@ def load_spec(name: str | Path) -> Spec:
         return load_sbe(name)
     doc = _document(name, "")
     root = doc.root
+    if name in mapped_names():
+        reason = f'lays out the messages of an SBE schema, which is the venue\'s: name it too, e.g. data_format = "{name}:FILE.xml"'
+        raise SpecError([Problem(str(doc.path), 0, "protocol.package", reason)])
     doc.only(root, (), _TOP)
     head_keys = ("name", "title", "byte_order", "order_ids", "type_field", "tick_size", "qty_exponent")
     head = doc.table(root, ("protocol",), head_keys, required=True)

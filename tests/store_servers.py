@@ -83,7 +83,7 @@ class ConsulDevServer(StoreServer):
 
     @asynccontextmanager
     async def store(self) -> AsyncIterator[Store]:
-        store = ConsulStore(ConsulOptions(port=self.process.port, confirm_s=CONFIRM_S, timeout_s=1.0))
+        store = ConsulStore(ConsulOptions(port=self.process.port, confirm_s=CONFIRM_S, timeout_s=2.0))
         try:
             yield store
         finally:

@@ -148,7 +148,7 @@ def test_refusals_exist() -> None:
         (["top", "--once", "--cluster", "no-such-cluster"], 1, "no-such-cluster"),
         (["journal", "show", "{tmp}"], 1, "there is no journal here"),
         (["journal", "verify", "{tmp}/absent"], 1, "there is no journal here"),
-        (["bench", "speed"], 2, "there is no benchmark 'speed'; there are: decode, book, loop, ring"),
+        (["bench", "speed"], 2, "there is no benchmark 'speed'; there are: decode, book, loop, fix, ring"),
         (["simulate", "--symbols", "0", "--file", "{tmp}/x"], 2, "symbols"),
         (["simulate", "--no-such-option"], 2, "--no-such-option"),
         (["simulate", "--messages", "1000", "--file", "{tmp}/no/such/x"], 1, "no/such/x"),

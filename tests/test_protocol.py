@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tickmesh.node.protocol import SpecError, key_lines, load_framing, load_spec, raw_value, shipped_names
+from tickmesh.node.protocol import SpecError, key_lines, load_framing, load_spec, mapped_names, raw_value, shipped_names
 
 GOOD = """\
 [protocol]
@@ -61,12 +61,18 @@ def load(tmp_path: Path, text: str) -> list[tuple[int, str, str]]:
 def test_shipped_specs_are_valid() -> None:
     assert {"cboe_pitch", "dbn_mbo", "iex_deep", "iex_deep_plus", "iex_tops", "itch50", "memx_memoir_depth"} <= set(shipped_names())
     assert {"binaryfile", "cboe_unit", "dbn", "iex_tp", "memx_udp", "moldudp64"} <= set(shipped_names("framing_"))
-    for name in shipped_names():
+    assert mapped_names() == ["b3_umdf", "binance_fix_sbe", "binance_spot", "cme_mdp3"]
+    for name in set(shipped_names()) - set(mapped_names()):
         spec = load_spec(name)
         assert spec.name == name
         assert len(set(spec.counters)) == len(spec.counters)
     for name in shipped_names("framing_"):
         assert load_framing(name).name == name
+
+
+def test_a_mapping_without_its_schema_is_refused_with_what_to_do() -> None:
+    with pytest.raises(SpecError, match='data_format = "cme_mdp3:FILE'):
+        load_spec("cme_mdp3")
 
 
 def test_good(tmp_path: Path) -> None:

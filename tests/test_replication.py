@@ -301,7 +301,7 @@ def test_a_killed_follower_goes_on_where_its_journal_ends(tmp_path: Path) -> Non
             with child(FOLLOWER, both.standby, both.server.address) as process:
                 sessions = both.server.status
                 before = records(both.standby)
-                until(lambda: sessions() and sessions()[0]["sequence"] > before, "events", 60)  # noqa: B023
+                until(lambda: sessions() and sessions()[0]["sequence"] > before, "events", 120)  # noqa: B023
                 both.append(20_000)
                 process.kill()
                 process.wait()

@@ -29,15 +29,17 @@ from types import TracebackType
 from typing import Literal, Self
 
 from tickmesh.control.config import StoreSettings
+from tickmesh.control.store import StoreError
 from tickmesh.ops.config_store_cmd import Place, Wish, apply_file
 from tickmesh.ops.namespaces import INTERFACE, Namespaces
 from tickmesh.ops.server_clusters import HOST, ConsulCluster, NatsCluster
 from tickmesh.ops.servers import die_with
 from tickmesh.ops.shards_cmd import Shard, opened
 from tickmesh.ops.simulator import symbol_names
+from tickmesh.transports.nats import LinkError
 from tickmesh.transports.ring import SHM_FOLDER
 
-_STOP_S = 30.0
+_STOP_S, _ASK_AGAIN_S = 30.0, 0.2
 _LOG_TAIL_BYTES = 2000
 _TOKEN = "TICKMESH_REPLICATION_TOKEN"
 
@@ -443,6 +445,15 @@ per_event = {json.dumps(o.per_event)}
             NodeEnded: a node has ended that was not killed.
         """
         end = time.monotonic() + limit_s
+        while True:
+            try:
+                return await self._wait_whole(end, limit_s)
+            except (StoreError, LinkError) as error:  # of a server that has just come back, say: the others may answer
+                if time.monotonic() > end:
+                    raise NotWhole(limit_s, str(error), f"see the logs in {self.options.folder}") from error
+                await asyncio.sleep(_ASK_AGAIN_S)
+
+    async def _wait_whole(self, end: float, limit_s: float) -> list[Shard]:
         standbys = min(self.options.replicas, self.options.nodes) - 1
         async with opened(self.place, self.nats.url) as cluster:
             while True:

@@ -28,7 +28,7 @@ from tickmesh.control.config import Config, Source
 from tickmesh.node.calculation import CalculationError, load_source
 from tickmesh.node.continuation import Place
 from tickmesh.node.event import EVENT, EventArray, Kind
-from tickmesh.node.intake import Data, Intake, PacketIntake, StreamIntake, codes_of, make_intake, whole_source
+from tickmesh.node.intake import Data, Intake, codes_of, make_intake, whole_source
 from tickmesh.node.json_feed import MappedFeed, VenueFeed
 from tickmesh.node.reader import SourceError
 from tickmesh.node.receivers import Receiver, ReceiverContext, bind_codes
@@ -244,10 +244,11 @@ class AdapterReceiver(Receiver):
 
     def _check(self, intake: Intake) -> None:
         """What only the adapter and the protocol together can say."""
-        if (self.adapter.carries == "stream" or isinstance(intake, StreamIntake)) and self.options.overflow != "block":
+        if (self.adapter.carries == "stream" or not intake.drops) and self.options.overflow != "block":
             raise SourceError(self.name, "a stream of bytes cannot lose some of its middle: leave overflow at block")
-        if self.adapter.resumes and isinstance(intake, PacketIntake):
-            raise SourceError(self.name, "datagrams have sequences of their own: take them from a subject, not from a stream")
+        if self.adapter.resumes and not intake.follows:
+            reason = "datagrams have sequences of their own, and so has FIX: take them from a subject, not from a stream"
+            raise SourceError(self.name, reason)
 
     # -- what a node asks of a receiver
 

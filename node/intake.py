@@ -61,6 +61,8 @@ class Intake(ABC):
         capacity_bytes: most bytes that wait.
         waiting_bytes: how many do, with what each message takes besides.
         bytes: all that came.
+        drops: whether messages can be left out, with a gap in their place.
+        follows: whether it knows the sequence of the message that comes next, for adapters that go on from there.
         duplicates: messages that had come before.
         snapshots_waiting: snapshots that were asked for, and are not decoded yet.
         order_ids: how the venue numbers orders.
@@ -68,6 +70,7 @@ class Intake(ABC):
     """
 
     order_ids = "random"
+    drops = follows = False
     spec: Spec | None = None
     feed: Any = None
     venue: VenueFeed | None = None
@@ -132,6 +135,8 @@ _GAP_HERE: tuple[bytes, int, int] = (b"", 0, -1)
 
 class MessageIntake(Intake):
     """Whole messages for a decoder in Python. A message's `sequence`, if it has one, becomes that of its events."""
+
+    drops = follows = True
 
     def __init__(self, venue: VenueFeed, options: Source) -> None:
         super().__init__(options.buffer_kb << 10)
@@ -302,6 +307,8 @@ class StreamIntake(_SpecIntake):
     With a `sequence` for each piece (a message of a broker, say) the events of the piece have that, and not one each.
     """
 
+    follows = True
+
     def __init__(self, spec: Spec, framing: Framing, options: Source, table: InstrumentTable, number: int, progress: Progress) -> None:
         size = max(options.buffer_kb, options.message_max_kb) << 10
         super().__init__(spec, framing, options, table, number, progress, size)
@@ -386,6 +393,8 @@ class StreamIntake(_SpecIntake):
 
 class PacketIntake(_SpecIntake):
     """Datagrams that come as messages: arbitrated by their sequences, like those of one multicast line."""
+
+    drops = True
 
     def __init__(self, spec: Spec, framing: Framing, options: Source, table: InstrumentTable, number: int, progress: Progress) -> None:
         super().__init__(spec, framing, options, table, number, progress, options.buffer_kb << 10)

@@ -85,6 +85,18 @@ def test_a_binary_stream_in_messages_cannot_lose_some(source: str, overflow: str
         opened(source_config(f'type = {source}\ndata_format = "itch50"\noverflow = "{overflow}"'))
 
 
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ('type = "websocket"\nendpoint = "ws://127.0.0.1:1"\nsubscribe = ["{}"]\noverflow = "gap"', "leave overflow at block"),
+        ('type = "nats"\nendpoint = "nats://127.0.0.1:1"\nstream = "FIX"', "sequences of their own"),
+    ],
+)
+def test_fix_cannot_lose_some_nor_be_gone_on_with_by_another_count(keys: str, reason: str) -> None:
+    with pytest.raises(SourceError, match=reason):
+        opened(source_config(f'{keys}\ndata_format = "fix44"'))
+
+
 # ---------------------------------------------------------------- NATS subjects
 
 

@@ -60,7 +60,7 @@ def _plain(value: Any) -> Any:
 
 def comes_live(table: Any) -> bool:
     """Whether a running node can take a table (a source, a calculation, a delivery) that comes or goes."""
-    return not isinstance(table, Delivery) or (table.method == "nats" and not table.embedded)
+    return not isinstance(table, Delivery) or table.method == "rdma" or (table.method == "nats" and not table.embedded)
 
 
 def restart_needed(old: Config, new: Config) -> list[Problem]:

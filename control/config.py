@@ -44,16 +44,17 @@ KeyPath = tuple[str | int, ...]
 PRICE_DECIMALS = 9
 """Prices are fixed point in units of 1e-9."""
 
-SOURCE_TYPES = ("file", "pcap", "multicast", "websocket", "http", "tcp", "nats", "fix", "custom", "simulator")
+SOURCE_TYPES = ("file", "pcap", "multicast", "websocket", "http", "tcp", "nats", "fix", "rdma", "custom", "simulator")
 CONNECTED = ("websocket", "http", "tcp", "nats", "fix", "custom")
 """Types of source that connect to a server, and come back when they have lost it."""
-DELIVERY_METHODS = ("nats", "shm")
+_RECONNECTS = (*CONNECTED, "rdma")
+DELIVERY_METHODS = ("nats", "shm", "rdma")
 SERIES = ("trade.price", "trade.qty", "bbo.mid", "bbo.spread", "bbo.microprice")
 """Series that calculations and alerts can take, beside the outputs of calculations."""
 RawTables = dict[str, dict[str, Any]]
 """Tables as the document has them, by name."""
 NOT_BUILT_YET = {
-    "type": ("rdma",),
+    "type": (),
     "method": ("websocket", "redis"),
 }
 FIELD_NAMES = {
@@ -226,9 +227,10 @@ Pace = Annotated[Any, BeforeValidator(_pace), _PACE_SCHEMA]
 Date = Annotated[str, BeforeValidator(lambda v: _valid_date(d) if isinstance(d := _date(v), str) else v)]
 TimeZone = Annotated[str, BeforeValidator(lambda v: _valid_timezone(v) if isinstance(v, str) else v)]
 SourceType = Annotated[
-    Literal["file", "pcap", "multicast", "websocket", "http", "tcp", "nats", "fix", "custom", "simulator"], BeforeValidator(_built("type"))
+    Literal["file", "pcap", "multicast", "websocket", "http", "tcp", "nats", "fix", "rdma", "custom", "simulator"],
+    BeforeValidator(_built("type")),
 ]
-DeliveryMethod = Annotated[Literal["nats", "shm"], BeforeValidator(_built("method"))]
+DeliveryMethod = Annotated[Literal["nats", "shm", "rdma"], BeforeValidator(_built("method"))]
 OutputKind = Literal[
     "bbo", "trade", "signal", "alert", "bar", "intent", "risk", "status", "gap", "reference",
     "quote", "imbalance", "break", "system", "level", "order", "clear",
@@ -319,6 +321,7 @@ class Cluster(Table):
     cpus: list[Annotated[int, Field(ge=0, le=4095)]] = key(
         [], "Processors for the hot threads: receivers, then shards; empty: any.", per_node=True
     )
+    rdma_device: str | None = key(None, "RDMA device, as `tickmesh doctor` names it; none: the first one.", per_node=True, min_length=1)
     ring_capacity: PowerOfTwo = key(65536, "Events that a ring holds.", unit="events", ge=256, le=1 << 26)
     output_overflow: Overflow = key(
         "block", "When the output ring is full: wait, overwrite the oldest, or drop and emit a gap; always counted."
@@ -414,17 +417,29 @@ class Source(Table):
     endpoint: str | None = key(
         None,
         "Where it is: multicast group of line A, udp://GROUP:PORT; ws:// or wss://, http:// or https://, tcp:// or tls://HOST:PORT, "
-        "nats:// or tls:// (several, separated by commas).",
+        "nats:// or tls:// (several, separated by commas), rdma://HOST:PORT of a node's delivery.",
         live=True,
-        only=("multicast", *CONNECTED),
+        only=("multicast", *_RECONNECTS),
     )
-    endpoint_b: str | None = key(None, "Multicast group of line B; the first of two equal packets is used.", live=True, only=("multicast",))
+    endpoint_b: str | None = key(
+        None,
+        "Multicast group of line B; the first of two equal packets is used. rdma: the other node that may lead the shard.",
+        live=True,
+        only=("multicast", "rdma"),
+    )
     interface: str | None = key(
         None,
         "Network interface (name or address) that joins the groups; none: the system's choice.",
         live=True,
         only=("multicast",),
         min_length=1,
+    )
+    shard: int = key(0, "Whose outputs to take of the other cluster's shards.", live=True, only=("rdma",), ge=0, le=63)
+    strict: bool = key(
+        False,
+        "Be told of each write by a completion, in place of looking at memory: slower, and does not lean on the order of the host's bus.",
+        live=True,
+        only=("rdma",),
     )
     data_format: str | None = key(
         None,
@@ -519,9 +534,11 @@ class Source(Table):
         None, "File that holds it, instead.", live=True, only=("tcp", "nats", "fix", "http", "websocket"), min_length=1
     )
     token_env: EnvironmentVariable | None = key(
-        None, "Environment variable that holds a bearer token.", live=True, only=("nats", "http", "websocket")
+        None, "Environment variable that holds a bearer token.", live=True, only=("nats", "http", "websocket", "rdma")
     )
-    token_file: str | None = key(None, "File that holds it, instead.", live=True, only=("nats", "http", "websocket"), min_length=1)
+    token_file: str | None = key(
+        None, "File that holds it, instead.", live=True, only=("nats", "http", "websocket", "rdma"), min_length=1
+    )
     credentials_file: str | None = key(None, "NATS credentials file (.creds).", live=True, only=("nats",), min_length=1)
     tls_ca_file: str | None = key(
         None,
@@ -535,7 +552,7 @@ class Source(Table):
     )
     tls_key_file: str | None = key(None, "The key of that certificate.", live=True, only=CONNECTED, min_length=1)
     connect_timeout_ms: float = key(
-        10_000.0, "How long connecting and logging in may take.", live=True, unit="ms", ge=10, le=600_000, only=CONNECTED
+        10_000.0, "How long connecting and logging in may take.", live=True, unit="ms", ge=10, le=600_000, only=_RECONNECTS
     )
     heartbeat_ms: float | None = key(
         None,
@@ -556,10 +573,10 @@ class Source(Table):
         only=CONNECTED,
     )
     reconnect_min_ms: float = key(
-        100.0, "First wait before connecting again; it doubles with every failure.", live=True, unit="ms", ge=1, le=600_000, only=CONNECTED
+        100.0, "First wait before connecting again; it doubles with every failure.", live=True, unit="ms", ge=1, le=600_000, only=_RECONNECTS
     )
     reconnect_max_ms: float = key(
-        30_000.0, "Longest wait before connecting again.", live=True, unit="ms", ge=1, le=3_600_000, only=CONNECTED
+        30_000.0, "Longest wait before connecting again.", live=True, unit="ms", ge=1, le=3_600_000, only=_RECONNECTS
     )
     retry_after_max_ms: float = key(
         3_600_000.0, "Longest wait that a server may ask for (Retry-After, or retry of its events).", live=True, unit="ms", ge=1,
@@ -576,12 +593,12 @@ class Source(Table):
     )
     buffer_kb: int = key(
         4096,
-        "Most bytes received and not yet decoded, while shards have no room.",
+        "Most bytes received and not yet decoded, while shards have no room; rdma: of the ring that is written into.",
         live=True,
         unit="KiB",
         ge=1,
         le=1 << 20,
-        only=(*CONNECTED, "file"),
+        only=(*_RECONNECTS, "file"),
     )
     overflow: Overflow = key(
         "block",
@@ -666,7 +683,11 @@ class Source(Table):
         bad += self._check_connected()
         if self.type == "simulator" and not self.symbols:
             bad.append(Refusal("symbols", "is missing", "name the symbols to simulate"))
-        if self.type != "simulator" and not self.data_format:
+        if self.type == "rdma":
+            bad += _check_publisher("endpoint", self.endpoint, required=True) + _check_publisher("endpoint_b", self.endpoint_b)
+            if self.data_format is not None:
+                bad.append(Refusal("data_format", "has no meaning here: events come as they are", "remove it"))
+        if self.type not in ("simulator", "rdma") and not self.data_format:
             bad.append(Refusal("data_format", "is missing", 'name the protocol, e.g. "itch50"'))
         bad += self._check_prices() + self._check_mapping()
         if both := sorted(set(self.symbols) & set(self.exclude)):
@@ -682,7 +703,7 @@ class Source(Table):
     @property
     def continues(self) -> bool:
         """Whether every node receives it alike, and can go on in it at any sequence."""
-        return self.type == "multicast" or self.soupbintcp or (self.type == "nats" and self.stream is not None)
+        return self.type in ("multicast", "rdma") or self.soupbintcp or (self.type == "nats" and self.stream is not None)
 
     def _check_connected(self) -> list[Refusal]:
         bad: list[Refusal] = []
@@ -772,6 +793,13 @@ def _check_endpoint(name: str, endpoint: str | None, required: bool) -> list[Ref
     if not 224 <= parts[0] <= 239 and parts[0] != 127:
         return [Refusal(name, f"{match[1]} is not a multicast group", "groups are 224.0.0.0 to 239.255.255.255")]
     return []
+
+
+def _check_publisher(name: str, endpoint: str | None, *, required: bool = False) -> list[Refusal]:
+    """Where a node delivers over RDMA."""
+    if endpoint is None:
+        return [Refusal(name, "is missing", "e.g. rdma://10.0.0.1:4240")] if required else []
+    return _check_url(name, endpoint, ("rdma",), port=True, example="rdma://10.0.0.1:4240")
 
 
 _SCHEMES = {"websocket": ("ws", "wss"), "http": ("http", "https"), "tcp": ("tcp", "tls"), "nats": ("nats", "tls"), "fix": ("tcp", "tls")}
@@ -985,6 +1013,9 @@ class Replication(Table):
     )
     heartbeat_ms: float = key(50.0, "Both sides say something at least this often.", unit="ms", ge=1, le=60_000)
     timeout_ms: float = key(500.0, "A side that is silent, or takes nothing, for so long is given up.", unit="ms", ge=10, le=600_000)
+    link: Literal["tcp", "rdma"] = key(
+        "tcp", "What carries journals: TCP, or RDMA between nodes that both have a device for it (TCP between the others)."
+    )
     token_env: str | None = key(
         None, "Environment variable with a secret that all nodes share; it is proved, not sent.", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$"
     )
@@ -1003,6 +1034,8 @@ class Replication(Table):
         bad += [
             Refusal(name, "is missing", "TLS needs all three files") for name, file in files.items() if file is None and any(files.values())
         ]
+        if self.link == "rdma" and all(files.values()):
+            bad.append(Refusal("link", "is rdma, which TLS does not cover", "take tcp, or remove the tls_ files", ("tls_ca_file",)))
         _refused(bad)
         return self
 
@@ -1015,7 +1048,9 @@ class Replication(Table):
 class Delivery(Table):
     """``[delivery.NAME]``: where outputs go."""
 
-    method: DeliveryMethod = key(..., "How: a NATS JetStream stream per shard, or a shared-memory ring.")
+    method: DeliveryMethod = key(
+        ..., "How: a NATS JetStream stream per shard, a shared-memory ring, or RDMA into the memory of other nodes' sources."
+    )
     target: str = key(
         "nats://127.0.0.1:4222",
         "Address of the NATS server; servers of one cluster: several, separated by commas.",
@@ -1034,10 +1069,17 @@ class Delivery(Table):
     stream_max_age_s: int = key(86400, "Longest time that a stream keeps data; 0: no limit.", unit="s", ge=0, only=("nats",))
     replicas: int = key(1, "Servers of a NATS cluster that keep each stream made from now on; 3: one may fail.", ge=1, le=5, only=("nats",))
     token_env: str | None = key(
-        None, "Environment variable that holds the server's token.", live=True, only=("nats",), pattern=r"^[A-Za-z_][A-Za-z0-9_]*$"
+        None,
+        "Environment variable that holds the server's token; rdma: a secret that subscribers prove to know.",
+        live=True,
+        only=("nats", "rdma"),
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$"
     )
     credentials_file: str | None = key(None, "NATS credentials file (.creds).", live=True, only=("nats",))
     tls_ca_file: str | None = key(None, "Certificate authority that the server's certificate must come from.", live=True, only=("nats",))
+    rdma_port: int = key(
+        4240, "TCP port at `cluster.address` where subscribers ask for a shard; 0: any free one.", live=True, only=("rdma",), ge=0, le=65535
+    )
     ring: str | None = key(
         None,
         "Name of the ring in /dev/shm, the shard's number is appended; none: CLUSTER-NODE-NAME.",
@@ -1290,14 +1332,20 @@ def parse_parts(parts: Mapping[str, Part], own: Config, checks: Checks | None = 
 
 
 def _check_guarded(config: Config, own: Config, name: str) -> None:
-    """No port for standbys is open to other hosts, and to strangers there. `own` has the lines of what is the node's own."""
+    """No port is open to other hosts, and to strangers there. `own` has the lines of what is the node's own."""
     host = config.cluster.listens_at
-    if not config.leadership.enabled or config.replication.guarded or host in ("127.0.0.1", "localhost", "[::1]"):
+    if host in ("127.0.0.1", "localhost", "[::1]"):
         return
     which = "listen" if config.cluster.listen else "address"
-    reason = "is open to other hosts, and nothing keeps strangers away from the journals"
-    hint = "set replication.token_env or the tls_ files there"
-    raise ConfigError([Problem(f"cluster.{which}", own.line("cluster", which), host, reason, hint)], name)
+    reason, open_ports = "is open to other hosts, and nothing keeps strangers away from ", list[tuple[str, str]]()
+    if config.leadership.enabled and not config.replication.guarded:
+        open_ports.append(("the journals", "set replication.token_env or the tls_ files there"))
+    for delivery_name, delivery in config.delivery.items():
+        if delivery.method == "rdma" and delivery.token_env is None:
+            open_ports.append((f"delivery.{delivery_name}", f"set delivery.{delivery_name}.token_env"))
+    if open_ports:
+        line = own.line("cluster", which)
+        raise ConfigError([Problem(f"cluster.{which}", line, host, reason + what, hint) for what, hint in open_ports], name)
 
 
 def _check_own(reading: _Reading, own: Config) -> None:
@@ -1502,12 +1550,16 @@ def _check_shared(reading: _Reading) -> None:
 
 
 def _check_references(reading: _Reading) -> None:
-    """No two deliveries share a ring."""
+    """No two deliveries share a ring, and what a delivery needs is put out."""
     rings: dict[str, str] = {}
     for name, table in _named_tables(reading, "delivery"):
         ring = table.get("ring")
         if isinstance(ring, str) and rings.setdefault(ring, name) != name:
             reading.add(("delivery", name, "ring"), f"is the ring of delivery.{rings[ring]} too", "give it another name")
+        outputs = (reading.document.get("processing") or {}).get("outputs")
+        if table.get("method") == "rdma" and isinstance(outputs, list) and "reference" not in outputs:
+            reason = f'lacks "reference", without which subscribers of delivery.{name} do not know the instruments'
+            reading.add(("processing", "outputs"), reason, "add it")
 
 
 def _run_checks(reading: _Reading, checks: Checks) -> None:

@@ -42,7 +42,7 @@ class BeginningError(NodeError):
 def goes_on(config: Config) -> bool:
     """Whether a node of this configuration goes on from its journals; a recording or a simulation starts anew."""
     settings = config.journal
-    live = ("multicast", *CONNECTED)
+    live = ("multicast", "rdma", *CONNECTED)
     return settings.enabled and settings.restore and all(options.type in live for options in config.data_sources.values())
 
 

@@ -33,6 +33,7 @@ import structlog
 from tickmesh.node.event import EVENT
 from tickmesh.node.journal import W_CHAIN, Journal, JournalError, JournalNotFound, SegmentHeader, Sync, chain_over, truncate
 from tickmesh.node.journal_tail import JournalTail, TooOld
+from tickmesh.node.rdma_link import STANDBY_RECORDS, answered_channel, go_over, payload_of
 from tickmesh.node.replication import DOCUMENTS
 from tickmesh.node.replication_link import (
     NONCE_BYTES,
@@ -234,6 +235,7 @@ class Follower:
             "state": self.state,
             "error": self.error,
             "leader": self.leader_node,
+            "link": link.wire.name if (link := self._link) is not None else "",
             "epoch": self.epoch,
             "sequence": self.next_sequence,
             "synced": journal.synced_sequence if journal else 0,
@@ -319,6 +321,7 @@ class Follower:
             "node": self.options.node,
             "nonce": mine.hex(),
             "proof": proof(self.options.token, "standby", theirs, mine),
+            "rdma": self.options.rdma,
         }
         journal = self.journal
         tail = JournalTail(journal) if journal else None
@@ -362,7 +365,10 @@ class Follower:
         assert self.journal is not None
         if self.next_sequence != start or int(self.journal.arrays.words[W_CHAIN]) != chain:
             raise FrameDamaged(f"we are at sequence {self.next_sequence}, the leader goes on at {start}")
-        link.send(FrameKind.READY, self.shard, self.epoch, first=start, chain=chain)
+        channel = answered_channel(self.options, said.get("rdma"), STANDBY_RECORDS, self.leader_node)
+        link.send(FrameKind.READY, self.shard, self.epoch, first=start, chain=chain, payload=payload_of(channel))
+        if channel is not None:
+            go_over(link, channel)
 
     def _open(self, valid: int) -> None:
         """Open the journal, if there is one."""

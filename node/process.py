@@ -7,11 +7,13 @@ the main thread, which only mirrors counters and waits for a signal.
 from __future__ import annotations
 
 import contextlib
+import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import structlog
@@ -30,7 +32,7 @@ from tickmesh.node.beginning import (
 from tickmesh.node.changing import Changing
 from tickmesh.node.delivery import Changes, Gateway
 from tickmesh.node.errors import NodeError
-from tickmesh.node.event import EVENT
+from tickmesh.node.event import EVENT, EventArray
 from tickmesh.node.exchange import Exchange, Streams
 from tickmesh.node.frames import CalculationNames
 from tickmesh.node.gateways import (
@@ -49,6 +51,7 @@ from tickmesh.node.logs import set_log_level
 from tickmesh.node.loops import live_loop
 from tickmesh.node.peers import Wanted
 from tickmesh.node.pipeline import make_table
+from tickmesh.node.rdma_delivery import Published, RdmaPublisher, delivering, open_publisher, rdma_deliveries
 from tickmesh.node.receivers import BlockSourceMaker, Receiver, ReceiverContext, make_receiver
 from tickmesh.node.release import ReleaseGate
 from tickmesh.node.reload import Reload
@@ -112,7 +115,7 @@ class Node:
         self.config, self.progress = config, progress
         self.targets, self.generators = dict(targets or {}), dict(generators or {})
         cluster = config.cluster
-        deliveries = list(nats_deliveries(config))
+        deliveries = delivering(config)
         self.telemetry = Telemetry.create(cluster.name, cluster.node, list(config.data_sources), cluster.shards, deliveries)
         self.names: dict[int, CalculationNames] = {}
         self.receivers: list[Receiver] = []
@@ -120,6 +123,8 @@ class Node:
         self.shards: list[ShardThread] = []
         self.outputs: list[Ring] = []
         self.gateways: dict[str, Gateway] = {}
+        self.publishers: dict[str, RdmaPublisher] = {}
+        self._run = secrets.randbits(63)
         self.journals: list[Journal] = []
         self.swap, self.changing = threading.RLock(), Changing()
         self.roles: Roles | None = None
@@ -157,6 +162,7 @@ class Node:
         config, cluster = self.config, self.config.cluster
         idle = IDLE_MODES[cluster.idle]
         set_log_level(config.logging.level)
+        self.publishers = {name: open_publisher(config, name) for name in rdma_deliveries(config)}
         self.table = make_table(config, self.document.sources)
         with self.table.filters_held_back() as self._filters:
             for name in config.data_sources:
@@ -264,6 +270,18 @@ class Node:
             start=start,
             after=after,
         )
+
+    def publish_shard(self, thread: ShardThread, publishers: Iterable[RdmaPublisher] | None = None) -> None:
+        """Have the deliveries over RDMA, or those given, serve a shard's outputs; subscribers they have of it connect anew."""
+        session = thread.journal.header.journal_id if thread.journal is not None else self._run
+        for publisher in self.publishers.values() if publishers is None else publishers:
+            kinds, references = thread.shard.plan.outputs, partial(_references, thread)
+            publisher.publish(thread.number, Published(thread.output, thread.epoch, session, references, kinds, thread.gate))
+
+    def withdraw_shard(self, number: int) -> None:
+        """Have no delivery over RDMA serve a shard any more: its output ring is about to go."""
+        for publisher in self.publishers.values():
+            publisher.withdraw(number)
 
     def _fenced(self, shard: int) -> None:
         """A later epoch has an output stream."""
@@ -397,6 +415,9 @@ class Node:
         for shard in self.shards:
             self.exchange(shard, shard.shard.plan, self.config)
             shard.start()
+            self.publish_shard(shard)
+        for publisher in self.publishers.values():
+            publisher.start()
         for receiver in self.receivers:
             receiver.start()
         self._pin()
@@ -546,6 +567,9 @@ class Node:
             for name, gateway in self.gateways.items():
                 for status in gateway.status() if known.has(f"delivery.{name}.0") else []:
                     self.telemetry.update(f"delivery.{name}.{status['shard']}", delivery_numbers(status))
+            for name, publisher in self.publishers.items():
+                for number, numbers in publisher.numbers().items() if known.has(f"delivery.{name}.0") else ():
+                    self.telemetry.update(f"delivery.{name}.{number}", numbers)
             self.telemetry.beat()
 
     def stop(self) -> None:
@@ -572,6 +596,8 @@ class Node:
                 closing.callback(self.mirror)
             for gateway in self.gateways.values():
                 closing.callback(gateway.stop)
+            for publisher in self.publishers.values():
+                closing.callback(publisher.stop)
             for shard in self.shards:
                 closing.callback(shard.end)
             if self._snapshotter is not None:
@@ -599,6 +625,11 @@ class Node:
 
 
 # ---------------------------------------------------------------- from configuration
+
+
+def _references(thread: ShardThread) -> EventArray:
+    """Of the shard that runs now: a change of the configuration may have put another in its place."""
+    return thread.shard.references()
 
 
 def _tell(progress: Progress, text: str) -> None:

@@ -540,6 +540,10 @@ def make_receiver(
     options = config.data_sources[name]
     if options.type == "multicast":
         return MulticastReceiver(name, options, context)
+    if options.type == "rdma":
+        from tickmesh.node.rdma_source import RdmaReceiver  # which is a receiver itself
+
+        return RdmaReceiver(name, config, context)
     if options.type in CONNECTED or options.follow:
         from tickmesh.node.adapters import open_adapter  # which are receivers themselves
 

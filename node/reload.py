@@ -35,7 +35,8 @@ from tickmesh.node.journal import JournalReader
 from tickmesh.node.journal_replay import config_event
 from tickmesh.node.logs import set_log_level
 from tickmesh.node.loops import live_loop
-from tickmesh.node.pipeline import place_symbols, risk_limits
+from tickmesh.node.pipeline import outputs_of, place_symbols, risk_limits
+from tickmesh.node.rdma_delivery import RdmaPublisher, delivering, open_publisher, rdma_deliveries
 from tickmesh.node.receivers import Receiver
 from tickmesh.node.shard import BATCH_EVENTS, ShardPlan, generate
 from tickmesh.node.shard_state import CHANGES_KEPT
@@ -290,6 +291,7 @@ class _Change:
         self.limits = risk_limits(self.config)
         self.sources = _Sources()
         self.gateways: dict[str, Gateway] = {}
+        self.publishers: dict[str, RdmaPublisher] = {}
         self.legs: dict[int, Leg] = {}
         self.relabelled = False
 
@@ -368,11 +370,15 @@ class _Change:
         for name, delivery in new.items():
             if name not in old or old[name].model_dump() != delivery.model_dump():
                 self.gateways[name] = self.node.make_gateway(self.config, name)
+        ours, theirs = rdma_deliveries(self.old), rdma_deliveries(self.config)
+        for name, delivery in theirs.items():
+            if name not in ours or ours[name].model_dump() != delivery.model_dump():
+                self.publishers[name] = open_publisher(self.config, name)
 
     def _prepare_legs(self) -> None:
         node = self.node
-        relabelled = set(self.old.data_sources) != set(self.config.data_sources) or set(nats_deliveries(self.old)) != set(
-            nats_deliveries(self.config)
+        relabelled = set(self.old.data_sources) != set(self.config.data_sources) or set(delivering(self.old)) != set(
+            delivering(self.config)
         )
         if relabelled:
             self._relabel(self.config)
@@ -390,7 +396,7 @@ class _Change:
         """Counters of the sources and deliveries of a configuration, in place of what there are."""
         node = self.node
         with node.swap:
-            node.telemetry.relabel(list(config.data_sources), config.cluster.shards, list(nats_deliveries(config)))
+            node.telemetry.relabel(list(config.data_sources), config.cluster.shards, delivering(config))
             for name, gateway in node.gateways.items():
                 if name in config.delivery:
                     self._count_latencies(name, gateway)
@@ -411,6 +417,8 @@ class _Change:
             receiver.close()
         for gateway in self.gateways.values():
             gateway.release()
+        for publisher in self.publishers.values():
+            publisher.stop()
 
     def abandon(self) -> None:
         """The node ends before the change is in force: let go of what it has not taken over."""
@@ -420,6 +428,9 @@ class _Change:
         for name, gateway in self.gateways.items():
             if self.node.gateways.get(name) is not gateway:
                 gateway.release()
+        for name, publisher in self.publishers.items():
+            if self.node.publishers.get(name) is not publisher:
+                publisher.stop()
 
     # -- what happens
 
@@ -553,6 +564,20 @@ class _Change:
                 self._count_latencies(name, gateway)
         for gateway in self.gateways.values():
             gateway.start()
+        self._begin_publishers()
+
+    def _begin_publishers(self) -> None:
+        node, wanted = self.node, rdma_deliveries(self.config)
+        for name, publisher in node.publishers.items():
+            if name not in wanted or name in self.publishers:
+                publisher.stop()
+        kept = {name: publisher for name, publisher in node.publishers.items() if name in wanted}
+        node.publishers = {**kept, **self.publishers}
+        renewed = kept.values() if outputs_of(self.old) != outputs_of(self.config) else ()  # subscribers ask once what they get
+        for thread in node.shards:
+            node.publish_shard(thread, [*self.publishers.values(), *renewed])
+        for publisher in self.publishers.values():
+            publisher.start()
 
     def _settle(self) -> None:
         set_log_level(self.config.logging.level)

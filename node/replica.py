@@ -388,6 +388,7 @@ class Replica:
         thread.start()
         # not before the fence: standbys cut their journals to one that is served, and this one might lack what has been published
         self._server.lead(self.number, self._leading(journal, thread, epoch))
+        node.publish_shard(thread)
         node.pin_shard(thread)
 
     def _leading(self, journal: Journal, thread: ShardThread, epoch: int) -> Leading:
@@ -406,6 +407,7 @@ class Replica:
             self.node.deliver_shard(gateway, self.number, thread.shard, thread.output, epoch, gate)
         self._fence(0, None)
         self._server.lead(self.number, self._leading(journal, thread, epoch))
+        self.node.publish_shard(thread)
 
     def _fence(self, outputs: int, built: Built | None) -> None:
         """Wait until the output streams are ours; `built`: what is to go on with them, if it is not the loop that runs.
@@ -551,6 +553,7 @@ class Replica:
         self._server.resign(self.number)
         for gateway in self.node.gateways.values():
             gateway.drop(self.number)
+        self.node.withdraw_shard(self.number)
         if thread is not None:
             self.node.remove_shard(thread)
         journal.close()

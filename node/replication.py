@@ -32,6 +32,7 @@ from tickmesh.control.config import Config
 from tickmesh.node.event import EventArray, Kind
 from tickmesh.node.journal import Journal
 from tickmesh.node.journal_tail import JournalTail, TooOld
+from tickmesh.node.rdma_link import LEADER_RECORDS, connected, go_over, offer_in, offered_channel
 from tickmesh.node.release import ReleaseGate
 from tickmesh.node.replication_link import (
     EVENTS_MAX,
@@ -47,12 +48,15 @@ from tickmesh.node.replication_link import (
     LinkSilent,
     Reason,
     Refused,
+    SocketWire,
     TlsFiles,
     proof,
     proves,
     server_context,
 )
 from tickmesh.transports.counters import Values
+from tickmesh.transports.rdma import RdmaChannel
+from tickmesh.transports.toolbox import IDLE_MODES
 
 
 class ReplicationError(Exception):
@@ -77,6 +81,9 @@ def link_options(config: Config) -> LinkOptions:
         tls=TlsFiles(*(config.resolve(str(file)) for file in files)) if all(files) else None,
         heartbeat_s=settings.heartbeat_ms / 1000,
         timeout_s=settings.timeout_ms / 1000,
+        rdma=settings.link == "rdma",
+        rdma_device=config.cluster.rdma_device,
+        idle=IDLE_MODES[config.cluster.idle],
     )
 
 
@@ -311,6 +318,7 @@ class _Session(threading.Thread):
         self.position = 0
         self._connection = connection
         self._link: Link | None = None
+        self._channel: RdmaChannel | None = None
         self._journal: Journal | None = None
         self._ended = np.zeros(1, np.int64)
 
@@ -331,7 +339,7 @@ class _Session(threading.Thread):
         try:
             self._connection.settimeout(options.timeout_s)
             self._connection = self.server.secure(self._connection)
-            self._link = Link(self._connection, options.timeout_s, INBOX_BYTES_SMALL)
+            self._link = Link(SocketWire(self._connection, options.timeout_s), options.timeout_s, INBOX_BYTES_SMALL)
             self._serve(self._link)
         except Refused as refused:
             self._refuse(refused)
@@ -339,6 +347,8 @@ class _Session(threading.Thread):
             if not self._ended[0]:
                 _log.info("standby gone", shard=self.shard, node=self.node, peer=self.peer, reason=str(error))
         finally:
+            if self._channel is not None:
+                self._channel.close()
             self._connection.close()
             self.server.gone(self)
 
@@ -436,6 +446,15 @@ class _Session(threading.Thread):
         if ready.first != start or ready.chain != tail.chain_at(start):
             raise FrameDamaged(f"the standby is at sequence {ready.first}, not at {start}")
         tail.position = self.position = start
+        self._go_over(link, offer_in(ready))
+
+    def _go_over(self, link: Link, offer: Any) -> None:
+        """Go over to RDMA, if the standby has done so: it waits for our first word there."""
+        if self._channel is None or offer is None:
+            return
+        if not connected(self._channel, offer):
+            raise LinkError("the standby waits on RDMA, which does not come about")
+        go_over(link, self._channel)
 
     def _welcome(self, link: Link, leading: Leading, tail: JournalTail, hello: _Hello, start: int, snapshot: SnapshotFile | None) -> None:
         options, journal, chain = self.server.options, leading.journal, tail.chain_at(start)
@@ -446,6 +465,8 @@ class _Session(threading.Thread):
             "header": asdict(journal.header.at(index)),
             "previous": chain if index and not within else 0,
         }
+        if hello.said.get("rdma") is True and (channel := offered_channel(options, LEADER_RECORDS, self.peer)) is not None:
+            self._channel, said["rdma"] = channel, channel.offer()
         more = {"first": start, "chain": chain, "a": tail.end, "count": int(snapshot is not None)}
         link.send(FrameKind.WELCOME, self.shard, leading.epoch, payload=json.dumps(said).encode(), **more)
 
@@ -568,6 +589,7 @@ class _Session(threading.Thread):
             "node": self.node,
             "peer": self.peer,
             "epoch": self.epoch,
+            "link": self._link.wire.name if self._link is not None else "",
             "sequence": self.at.sequence,
             "synced": self.at.synced,
             "outputs": self.at.outputs,

@@ -24,7 +24,7 @@ import zlib
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -77,6 +77,8 @@ class Reason(IntEnum):
     """What the standby needs is not kept any more, and there is no snapshot."""
     DOCUMENT = 7
     """The document of a configuration that the journal names is missing."""
+    DEVICE = 8
+    """There is no RDMA device here."""
 
 
 class LinkError(Exception):
@@ -122,6 +124,9 @@ class LinkOptions:
         tls: files for TLS; None: plain TCP.
         heartbeat_s: something is sent at least this often.
         timeout_s: a side that is silent, or takes nothing, for so long is given up.
+        rdma: frames go over RDMA once both sides are known to each other, where both can.
+        rdma_device: its name; None: the first one.
+        idle: how a channel's memory is looked at, ``toolbox.IDLE_*``.
     """
 
     cluster: str
@@ -130,6 +135,9 @@ class LinkOptions:
     tls: TlsFiles | None = None
     heartbeat_s: float = 0.1
     timeout_s: float = 1.0
+    rdma: bool = False
+    rdma_device: str | None = None
+    idle: int = 2
 
 
 class Frame(NamedTuple):
@@ -173,24 +181,110 @@ def proves(given: object, token: str, side: str, *nonces: bytes) -> bool:
 # ---------------------------------------------------------------- the connection
 
 
-class Link:
-    """A connected socket that carries frames. One thread may send while another one receives. `heard_s`: when bytes last came.
+class Wire(Protocol):
+    """What carries a link's bytes. One thread may send while another one receives."""
+
+    name: str
+
+    def send(self, parts: list[memoryview], limit_s: float) -> int:
+        """Send some of the bytes, at least one; returns how many.
+
+        Raises:
+            TimeoutError: the other side takes nothing.
+            OSError: it is gone.
+        """
+
+    def receive_into(self, room: memoryview, limit_s: float) -> int | None:
+        """Take what comes; returns how many bytes, 0 once the other side has closed, None if nothing came within `limit_s`.
+
+        Raises:
+            OSError: the connection is lost.
+        """
+
+    def interrupt(self) -> None:
+        """End the connection. From any thread."""
+
+    def close(self) -> None:
+        """Free what it has. No other thread may be in it any more."""
+
+
+class SocketWire:
+    """TCP, with or without TLS.
 
     TLS state is not for two threads at once, so a TLS socket never blocks: its calls are made under a lock and waits happen outside.
     """
 
-    def __init__(self, connection: socket.socket, timeout_s: float, inbox_bytes: int = INBOX_BYTES) -> None:
-        self._socket, self._timeout_s = connection, timeout_s
+    name = "tcp"
+
+    def __init__(self, connection: socket.socket, timeout_s: float) -> None:
+        self.socket = connection
         self._tls = threading.Lock() if isinstance(connection, ssl.SSLSocket) else None
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(0 if self._tls else timeout_s)
+        self._readable = select.poll()
+        self._readable.register(connection, select.POLLIN)
+
+    def send(self, parts: list[memoryview], limit_s: float) -> int:
+        """See :class:`Wire`."""
+        if self._tls is None:
+            return self.socket.sendmsg(parts)
+        return self._through_tls(lambda: self.socket.send(parts[0]), limit_s)
+
+    def _through_tls(self, call: Any, limit_s: float) -> int:
+        assert self._tls is not None
+        end = time.monotonic() + limit_s
+        while True:
+            try:
+                with self._tls:
+                    return int(call())
+            except ssl.SSLWantReadError:
+                wanted = select.POLLIN
+            except ssl.SSLWantWriteError:
+                wanted = select.POLLOUT
+            self._wait_for(wanted, end - time.monotonic())
+
+    def _wait_for(self, wanted: int, limit_s: float) -> None:
+        poll = select.poll()
+        poll.register(self.socket, wanted)
+        if limit_s <= 0 or not poll.poll(limit_s * 1000):
+            raise TimeoutError
+
+    def receive_into(self, room: memoryview, limit_s: float) -> int | None:
+        """See :class:`Wire`."""
+        try:
+            if self._tls is not None:
+                return self._through_tls(lambda: self.socket.recv_into(room), limit_s)
+            if not self._readable.poll(max(limit_s, 0) * 1000):
+                return None
+            return self.socket.recv_into(room, flags=socket.MSG_DONTWAIT)
+        except (TimeoutError, BlockingIOError):
+            return None
+
+    def interrupt(self) -> None:
+        """See :class:`Wire`."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.socket, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """See :class:`Wire`. More than once is fine."""
+        self.interrupt()
+        self.socket.close()
+
+
+class Link:
+    """A connection that carries frames. One thread may send while another one receives. `heard_s`: when bytes last came."""
+
+    def __init__(self, wire: Wire, timeout_s: float, inbox_bytes: int = INBOX_BYTES) -> None:
+        self.wire, self._timeout_s = wire, timeout_s
         self._inbox = zeros_aligned(inbox_bytes, np.uint8)
         self._view = self._inbox.data
         self._start = self._end = 0
-        self._readable = select.poll()
-        self._readable.register(connection, select.POLLIN)
         self.bytes_sent = 0
         self.heard_s = time.monotonic()
+
+    def go_over_to(self, wire: Wire) -> None:
+        """Carry frames over another wire from now on, between two frames, and while no other thread is in it."""
+        self.wire = wire
 
     # -- sending
 
@@ -230,32 +324,11 @@ class Link:
 
     def _send_some(self, parts: list[memoryview]) -> int:
         try:
-            if self._tls is None:
-                return self._socket.sendmsg(parts)
-            return self._through_tls(lambda: self._socket.send(parts[0]), self._timeout_s)
+            return self.wire.send(parts, self._timeout_s)
         except TimeoutError:
             raise LinkSilent("the other side takes nothing any more") from None
         except OSError as error:
             raise LinkClosed(error.strerror or str(error)) from error
-
-    def _through_tls(self, call: Any, limit_s: float) -> int:
-        assert self._tls is not None
-        end = time.monotonic() + limit_s
-        while True:
-            try:
-                with self._tls:
-                    return int(call())
-            except ssl.SSLWantReadError:
-                wanted = select.POLLIN
-            except ssl.SSLWantWriteError:
-                wanted = select.POLLOUT
-            self._wait_for(wanted, end - time.monotonic())
-
-    def _wait_for(self, wanted: int, limit_s: float) -> None:
-        poll = select.poll()
-        poll.register(self._socket, wanted)
-        if limit_s <= 0 or not poll.poll(limit_s * 1000):
-            raise TimeoutError
 
     # -- receiving
 
@@ -305,18 +378,12 @@ class Link:
             kept = self._end - self._start
             self._inbox[:kept] = self._inbox[self._start : self._end]
             self._start, self._end = 0, kept
-        room = self._view[self._end :]
         try:
-            if self._tls is None:
-                if not self._readable.poll(max(limit_s, 0) * 1000):
-                    return False
-                count = self._socket.recv_into(room, flags=socket.MSG_DONTWAIT)
-            else:
-                count = self._through_tls(lambda: self._socket.recv_into(room), limit_s)
-        except (TimeoutError, BlockingIOError):
-            return False
+            count = self.wire.receive_into(self._view[self._end :], limit_s)
         except OSError as error:
             raise LinkClosed(error.strerror or str(error)) from error
+        if count is None:
+            return False
         if count == 0:
             raise LinkClosed("the other side has closed the connection")
         self._end += count
@@ -325,13 +392,11 @@ class Link:
 
     def interrupt(self) -> None:
         """End the connection: whoever waits in it is woken by :class:`LinkClosed`. From any thread; closing is for the owner."""
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+        self.wire.interrupt()
 
     def close(self) -> None:
         """Close it. No other thread may be in it any more. More than once is fine."""
-        self.interrupt()
-        self._socket.close()
+        self.wire.close()
 
 
 def server_context(tls: TlsFiles) -> ssl.SSLContext:
@@ -361,7 +426,7 @@ def connect_link(host: str, port: int, options: LinkOptions) -> Link:
     try:
         if options.tls:
             connection = client_context(options.tls).wrap_socket(connection, server_hostname=host)
-        return Link(connection, options.timeout_s)
+        return Link(SocketWire(connection, options.timeout_s), options.timeout_s)
     except BaseException:
         connection.close()
         raise

@@ -177,7 +177,8 @@ def source_closure(path: Path) -> dict[Path, bytes]:
 def _toolchain() -> bytes:
     """What else machine code depends on: versions, options and the processor."""
     versions = (numba.__version__, llvmlite.__version__, numpy.__version__, sys.version_info[:3])
-    processor = (binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten())
+    name, features = numba.config.CPU_NAME, numba.config.CPU_FEATURES  # NUMBA_CPU_NAME and NUMBA_CPU_FEATURES, where they are set
+    processor = (name or binding.get_host_cpu_name(), features if name else binding.get_host_cpu_features().flatten())
     return repr((versions, os.environ.get("TICKMESH_BOUNDSCHECK"), processor)).encode()
 
 

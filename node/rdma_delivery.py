@@ -1,0 +1,475 @@
+"""Delivery over RDMA: a shard's outputs into the memory of subscribers on other hosts, `[delivery.NAME] method = "rdma"`.
+
+A subscriber connects by TCP, shows that it knows the token, says which output it wants next, and is told the epoch, the instruments and
+where the outputs begin for it. Then both have a channel (:mod:`tickmesh.transports.rdma`), and one thread per subscriber copies outputs
+from the shard's output ring into frames and writes them, compiled and without the interpreter. TCP stays open beside it, to end with the process.
+
+What a subscriber missed while it was away is still in the output ring, or not: the ring waits for subscribers that are there, not for
+others. Outputs go no further than the release gate lets them, so that what was seen here is never made otherwise by another leader.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import structlog
+
+from tickmesh.control.config import Config, Delivery
+from tickmesh.node.errors import NodeError
+from tickmesh.node.event import EventArray, Kind
+from tickmesh.node.rdma_events import stage_outputs
+from tickmesh.node.release import ReleaseGate
+from tickmesh.node.replication_link import (
+    EVENTS_MAX,
+    INBOX_BYTES_SMALL,
+    NONCE_BYTES,
+    Frame,
+    FrameDamaged,
+    FrameKind,
+    Link,
+    LinkError,
+    LinkOptions,
+    LinkSilent,
+    Reason,
+    Refused,
+    SocketWire,
+    proof,
+    proves,
+)
+from tickmesh.transports.rdma import (
+    RECORDS_MIN,
+    S_FAILED,
+    S_PUBLISHED,
+    S_STAGED,
+    ChannelError,
+    RdmaChannel,
+    post_and_reap,
+    shared_device,
+)
+from tickmesh.transports.ring import RECORD, W_PUBLISHED, Reader, Ring
+from tickmesh.transports.toolbox import IDLE_MODES, idle, inlined, load_acquire, loop, monotonic_ns, quick
+from tickmesh.transports.verbs import VerbsError
+
+CONNECTIONS_MAX = 64
+_TURN_NS, _GATED_NS = 5_000_000, 200_000
+"""How long the compiled loop goes on before Python looks at the connection; while a gate holds outputs back, at the gate."""
+_SUBSCRIBERS_RECORDS = RECORDS_MIN
+"""A subscriber says nothing after its greeting: its ring here is the smallest."""
+HEARTBEAT_S, TIMEOUT_S = 0.1, 2.0
+"""Both sides write something at least this often; a greeting, or a silence, may last so long."""
+_EVERYTHING, _IDLE_S = (1 << 64) - 1, 0.0005
+_ORDER_KINDS = frozenset((Kind.ADD, Kind.EXECUTE, Kind.CANCEL, Kind.DELETE, Kind.REPLACE, Kind.MODIFY, Kind.LEVEL))
+_log = structlog.get_logger("rdma")
+
+
+class RdmaDeliveryError(NodeError):
+    """The delivery cannot be as the configuration wants it; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A shard's outputs, as subscribers get them.
+
+    Attributes:
+        output: its ring; record `n` is output `n` + 1.
+        epoch: of this node's leadership.
+        session: what tells one run of output sequences from another: the journal's id.
+        references: REFERENCE events of the instruments known by now, without times.
+        kinds: that it puts out.
+        gate: how far outputs may go; None: at once.
+    """
+
+    output: Ring
+    epoch: int
+    session: int
+    references: Callable[[], EventArray]
+    kinds: frozenset[Kind]
+    gate: ReleaseGate | None = None
+
+
+# ---------------------------------------------------------------- compiled
+
+C_POSITION, C_LIMIT, C_LOST = range(3)
+"""Words of the cursor: the next output's place in the ring, how far outputs may go, how many were overwritten before they were taken."""
+
+
+@inlined
+def _stage(channel: Any, words: Any, slots: Any, cursor: Any, shard: Any, epoch: Any) -> None:
+    end = min(load_acquire(words, W_PUBLISHED), cursor[C_LIMIT])
+    if cursor[C_POSITION] < end:
+        cursor[C_POSITION], lost = stage_outputs(channel, words, slots, cursor[C_POSITION], end, shard, epoch)
+        cursor[C_LOST] += lost
+
+
+@quick
+def _stage_now(channel: Any, words: Any, slots: Any, cursor: Any, shard: Any, epoch: Any) -> None:
+    _stage(channel, words, slots, cursor, shard, epoch)
+
+
+@loop
+def publish_for(channel: Any, poster: Any, words: Any, slots: Any, cursor: Any, shard: Any, epoch: Any, stop: Any, mode: Any, ns: Any) -> None:
+    """Write outputs to the subscriber for `ns`, or until `stop` or the channel's end; `cursor` is u64[3]."""
+    until, rounds, state = monotonic_ns() + ns, 0, channel.state
+    while stop[0] == 0 and state[S_FAILED] == np.uint64(0):
+        _stage(channel, words, slots, cursor, shard, epoch)
+        staged = state[S_STAGED] > state[S_PUBLISHED]
+        post_and_reap(channel, poster)
+        rounds = 0 if staged else idle(mode, rounds)
+        if monotonic_ns() >= until:
+            return
+
+
+# ---------------------------------------------------------------- one subscriber
+
+
+@dataclass
+class SubscriberCounters:
+    """What one subscriber's session has done."""
+
+    outputs: int = 0
+    overwritten: int = 0
+    """Outputs that the ring's writer had overwritten before they were sent; the subscriber takes them for a gap."""
+
+
+class _Session(threading.Thread):
+    """Serves one subscriber of one shard."""
+
+    def __init__(self, publisher: RdmaPublisher, connection: socket.socket, peer: str) -> None:
+        super().__init__(name="rdma-subscriber", daemon=True)
+        self.publisher, self.peer = publisher, peer
+        self.node, self.shard = "", -1
+        self.counters = SubscriberCounters()
+        self._connection = connection
+        self._cursor = np.zeros(3, np.uint64)
+        self._stop = np.zeros(1, np.int64)
+        self._reader: Reader | None = None
+
+    def end(self) -> None:
+        """Have it end soon. From any thread."""
+        self._stop[0] = 1
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    def run(self) -> None:
+        """Serve until the subscriber goes, is refused, or :meth:`end`."""
+        options = self.publisher.options
+        try:
+            self._connection.settimeout(options.timeout_s)
+            link = Link(SocketWire(self._connection, options.timeout_s), options.timeout_s, INBOX_BYTES_SMALL)
+            try:
+                self._serve(link)
+            except Refused as refused:
+                self._refuse(link, refused)
+        except (LinkError, ChannelError, VerbsError, OSError) as error:
+            if not self._stop[0]:
+                _log.info("subscriber gone", shard=self.shard, node=self.node, peer=self.peer, reason=str(error))
+        finally:
+            if self._reader is not None:
+                self._reader.close()
+            self._connection.close()
+            self.publisher.gone(self)
+
+    def _refuse(self, link: Link, refused: Refused) -> None:
+        self.publisher.refused += 1
+        _log.warning("subscriber refused", shard=self.shard, node=self.node, peer=self.peer, reason=str(refused))
+        payload = str(refused).encode()
+        with contextlib.suppress(LinkError):
+            link.send(FrameKind.REFUSED, max(0, self.shard), refused.epoch, count=refused.reason, payload=payload)
+            link.receive(self.publisher.options.timeout_s)  # it closes first: a reset would overtake the reason
+
+    def _serve(self, link: Link) -> None:
+        hello, served = self._greet(link)
+        channel = self._channel()
+        try:
+            self._welcome(link, served, hello, channel)
+            ready = _expect(link, FrameKind.READY, self.publisher.options.timeout_s)
+            channel.connect(ready.json().get("rdma") or {})
+            channel.beat()
+            self._publish(channel, served)
+        finally:
+            channel.close()
+
+    def _channel(self) -> RdmaChannel:
+        publisher = self.publisher
+        try:
+            device = shared_device(publisher.device)
+            return RdmaChannel(device, _SUBSCRIBERS_RECORDS, idle_mode=publisher.options.idle, peer=self.node)
+        except VerbsError as error:
+            raise Refused(Reason.DEVICE, f"this node has no RDMA to offer: {error}") from error
+
+    # -- who is it
+
+    def _greet(self, link: Link) -> tuple[Frame, Published]:
+        """Its greeting, and what it may have.
+
+        Raises:
+            Refused: nothing.
+        """
+        options, nonce = self.publisher.options, secrets.token_bytes(NONCE_BYTES)
+        link.send(FrameKind.CHALLENGE, 0, 0, payload=nonce)
+        hello = _expect(link, FrameKind.HELLO, options.timeout_s)
+        said = hello.json()
+        self.node, self.shard = str(said.get("node", "")), hello.shard
+        try:
+            self._theirs = bytes.fromhex(str(said.get("nonce", "")))
+        except ValueError:
+            self._theirs = b""
+        if not proves(said.get("proof"), options.token, "subscriber", nonce, self._theirs):
+            raise Refused(Reason.TOKEN, "its token is not ours: give the source the delivery's token")
+        if said.get("wants") != "outputs":
+            raise Refused(Reason.CLUSTER, "this port is for subscribers to outputs over RDMA, not for standbys")
+        served = self.publisher.published(self.shard)
+        if served is None:
+            raise Refused(Reason.SHARD, f"node {options.node} does not lead shard {self.shard}")
+        if hello.epoch > served.epoch and hello.a == served.session:
+            raise Refused(Reason.STALE_LEADER, f"epoch {served.epoch} has been followed by {hello.epoch}", served.epoch)
+        return hello._replace(payload=memoryview(b"")), served
+
+    def _welcome(self, link: Link, served: Published, hello: Frame, channel: RdmaChannel) -> None:
+        """Tell it where outputs begin for it, and the instruments."""
+        options, output = self.publisher.options, served.output
+        self._reader = output.reader(f"rdma-{self.node}"[:60], start="newest")
+        begin = self._place(output, hello, served)
+        self._cursor[C_POSITION], self._cursor[C_LIMIT] = begin, begin
+        references = served.references()
+        said = {
+            "node": options.node,
+            "proof": proof(options.token, "publisher", self._theirs),
+            "rdma": channel.offer(),
+            "depth": bool(served.kinds & _ORDER_KINDS),
+            "instruments": int(references["instrument"].max(initial=0)) + 1,
+        }
+        more = {"first": begin + 1, "a": served.session, "count": len(references)}
+        link.send(FrameKind.WELCOME, self.shard, served.epoch, payload=json.dumps(said).encode(), **more)
+        for first in range(0, len(references), EVENTS_MAX):
+            part = references[first : first + EVENTS_MAX]
+            link.send(FrameKind.DATA, self.shard, served.epoch, count=len(part), payload=part.view(np.uint8).data)
+
+    def _place(self, output: Ring, hello: Frame, served: Published) -> int:
+        """Where in the ring it goes on: with the output that it wants, as far as that is still there; or with the next one."""
+        end = self._released(served)
+        if hello.first == 0 or hello.a != served.session or hello.first - 1 > end:
+            return end
+        kept = output.published - output.capacity + (output.capacity >> 2)  # what the writer may be about to overwrite is given up
+        return min(end, max(hello.first - 1, kept, 0))
+
+    # -- outputs
+
+    def _released(self, served: Published) -> int:
+        """How far outputs may go, as a place in the ring."""
+        published = served.output.published
+        return min(published, served.gate.released()) if served.gate is not None else published
+
+    def _publish(self, channel: RdmaChannel, served: Published) -> None:
+        options, arrays = self.publisher.options, served.output.arrays
+        words, slots = arrays.words, arrays.slots.view(RECORD)
+        assert self._reader is not None
+        ended = select.poll()
+        ended.register(self._connection, select.POLLIN)
+        told_s = time.monotonic()
+        shard, epoch, turn_ns = np.uint64(self.shard), np.uint64(served.epoch), _TURN_NS if served.gate is None else _GATED_NS
+        while not self._stop[0] and not ended.poll(0):
+            self._cursor[C_LIMIT] = self._released(served) if served.gate is not None else _EVERYTHING
+            published = channel.published
+            if channel.poster is not None:
+                publish_for(
+                    channel.arrays, channel.poster, words, slots, self._cursor, shard, epoch, self._stop, options.idle, np.int64(turn_ns)
+                )
+            else:
+                _stage_now(channel.arrays, words, slots, self._cursor, shard, epoch)
+            channel.post_and_reap()
+            now_s = time.monotonic()
+            if channel.published > published:
+                told_s = now_s
+            elif now_s - told_s >= options.heartbeat_s:
+                channel.beat()
+                told_s = now_s
+            elif channel.poster is None:
+                channel.wait_for_credit(_IDLE_S)
+            self._see_to(channel)
+
+    def _see_to(self, channel: RdmaChannel) -> None:
+        """Hold in the ring what is not known to have arrived; what is counted."""
+        assert self._reader is not None
+        position = int(self._cursor[C_POSITION])
+        self._reader.hold_from(max(0, position - channel.in_flight))
+        self.counters.overwritten = int(self._cursor[C_LOST])
+        self.counters.outputs = position
+
+    def status(self) -> dict[str, Any]:
+        """Who, how far, and what was done, as plain data."""
+        return {"shard": self.shard, "node": self.node, "peer": self.peer, **asdict(self.counters)}
+
+
+def _expect(link: Link, kind: FrameKind, limit_s: float) -> Frame:
+    frame = link.receive(limit_s)
+    if frame is None:
+        raise LinkSilent(f"no {kind.name} within {limit_s:g} s")
+    if frame.kind != kind:
+        raise FrameDamaged(f"frame {frame.kind} where {kind.name} was due")
+    return frame
+
+
+# ---------------------------------------------------------------- the delivery
+
+
+class RdmaPublisher:
+    """A delivery over RDMA: one port for the subscribers of all shards. :meth:`start`, :meth:`publish`, :meth:`withdraw`, :meth:`stop`.
+
+    Args:
+        options: node, token and times; see :func:`publisher_options`.
+        device: RDMA device; None: the first one.
+        host, port: where to listen; port 0: any free one.
+
+    Raises:
+        OSError: the port cannot be listened on.
+    """
+
+    def __init__(self, options: LinkOptions, *, device: str | None = None, host: str = "127.0.0.1", port: int = 0) -> None:
+        self.options, self.device = options, device
+        self._shards: dict[int, Published] = {}
+        self._sessions: set[_Session] = set()
+        self._lock = threading.Lock()
+        self._stopping = False
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, port), family=family, reuse_port=True)  # its successor listens before it ends
+        self.port = int(self._listener.getsockname()[1])
+        self._thread = threading.Thread(target=self._accept, name="rdma-delivery", daemon=True)
+        self.refused = 0
+
+    def start(self) -> RdmaPublisher:
+        """Accept subscribers from now on."""
+        self._thread.start()
+        return self
+
+    def publish(self, shard: int, published: Published) -> None:
+        """Serve a shard's outputs; again under a later epoch: subscribers have to connect anew."""
+        with self._lock:
+            self._shards[shard] = published
+        self._end_sessions(shard)
+
+    def withdraw(self, shard: int) -> None:
+        """Serve them no more: when this returns, nothing is written to anybody any more, and the ring may be closed."""
+        with self._lock:
+            self._shards.pop(shard, None)
+        for session in self._end_sessions(shard):
+            if session is not threading.current_thread():
+                session.join()
+
+    def published(self, shard: int) -> Published | None:
+        """What is served of a shard."""
+        with self._lock:
+            return self._shards.get(shard)
+
+    def stop(self) -> None:
+        """End all sessions and close the port. More than once is fine."""
+        self._stopping = True
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        if self._thread.ident is not None:
+            self._thread.join()
+        for session in self._end_sessions(None):
+            session.join()
+
+    def status(self) -> list[dict[str, Any]]:
+        """One map per subscriber."""
+        with self._lock:
+            sessions = [session for session in self._sessions if session.node]
+        return [session.status() for session in sessions]
+
+    def numbers(self) -> dict[int, dict[str, int]]:
+        """By shard, numbers for :class:`tickmesh.node.telemetry.DeliveryCounter`; the lag is that of the last of its subscribers."""
+        with self._lock:
+            ends = {shard: published.output.published for shard, published in self._shards.items()}
+        at: dict[int, list[int]] = {}
+        for one in self.status():
+            at.setdefault(one["shard"], []).append(one["outputs"])
+        return {shard: {"events": max(at.get(shard, [0])), "lag": max(0, end - min(at.get(shard, [end])))} for shard, end in ends.items()}
+
+    def gone(self, session: _Session) -> None:
+        """A session has ended."""
+        with self._lock:
+            self._sessions.discard(session)
+
+    def _accept(self) -> None:
+        while not self._stopping:
+            try:
+                connection, peer = self._listener.accept()
+            except OSError:
+                if self._stopping:
+                    return
+                time.sleep(_IDLE_S)  # out of descriptors, say
+                continue
+            session = _Session(self, connection, str(peer[0]))
+            with self._lock:
+                full = len(self._sessions) >= CONNECTIONS_MAX
+                if not full:
+                    self._sessions.add(session)
+            if full:
+                self.refused += 1
+                connection.close()
+            else:
+                session.start()
+
+    def _end_sessions(self, shard: int | None) -> list[_Session]:
+        with self._lock:
+            ended = [session for session in self._sessions if shard is None or session.shard == shard]
+        for session in ended:
+            session.end()
+        return ended
+
+
+def open_publisher(config: Config, name: str) -> RdmaPublisher:
+    """The publisher of a configured delivery, listening and not started.
+
+    Raises:
+        RdmaDeliveryError: the token is missing, or the port cannot be listened on.
+    """
+    delivery = config.delivery[name]
+    options = publisher_options(config, name, delivery)
+    try:
+        return RdmaPublisher(options, device=config.cluster.rdma_device, host=config.cluster.listens_at.strip("[]"), port=delivery.rdma_port)
+    except OSError as error:
+        where = f"{config.cluster.listens_at}:{delivery.rdma_port}"
+        raise RdmaDeliveryError(f"delivery.{name}: cannot listen at {where} ({error.strerror}); choose another rdma_port") from error
+
+
+def rdma_deliveries(config: Config) -> dict[str, Delivery]:
+    """The deliveries over RDMA, by name."""
+    return {name: delivery for name, delivery in config.delivery.items() if delivery.method == "rdma"}
+
+
+def delivering(config: Config) -> list[str]:
+    """Names of the deliveries that have counters."""
+    return [name for name, delivery in config.delivery.items() if delivery.method in ("nats", "rdma")]
+
+
+def publisher_options(config: Config, name: str, delivery: Delivery) -> LinkOptions:
+    """What a delivery's subscribers have to agree with.
+
+    Raises:
+        RdmaDeliveryError: the environment variable that `token_env` names is not set.
+    """
+    token = os.environ.get(delivery.token_env, "") if delivery.token_env else ""
+    if delivery.token_env and not token:
+        raise RdmaDeliveryError(f"delivery.{name}: token_env names {delivery.token_env}, which is not set: put the token there")
+    return LinkOptions(
+        cluster=config.cluster.name,
+        node=config.cluster.node,
+        token=token,
+        heartbeat_s=HEARTBEAT_S,
+        timeout_s=TIMEOUT_S,
+        idle=IDLE_MODES[config.cluster.idle],
+    )

@@ -1,0 +1,397 @@
+"""A source over RDMA: the outputs of another node's shard, written into this one's memory, as inputs of ours; `type = "rdma"`.
+
+See :mod:`tickmesh.node.rdma_delivery` for the other side, :mod:`tickmesh.node.rdma_events` for what becomes of an output. A compiled loop
+looks at the inbox, checks frames, gives instruments our ids and routes: nothing passes through the interpreter. A lost connection loses nothing as
+long as the publisher's ring has what was missed; what it has not is a gap. After a restart, or a takeover, the source goes on with the
+output after the journals' last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import select
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+import numpy as np
+import structlog
+
+from tickmesh.control.config import Config
+from tickmesh.node.continuation import Place
+from tickmesh.node.event import EVENT, NO_INSTRUMENT, EventArray, Kind
+from tickmesh.node.intake import whole_source
+from tickmesh.node.rdma_delivery import HEARTBEAT_S, TIMEOUT_S
+from tickmesh.node.rdma_events import (
+    DAMAGED,
+    FOREIGN,
+    NOTHING,
+    X_DEPTH,
+    X_DUPLICATES,
+    X_EPOCH,
+    X_EVENTS,
+    X_EXPECTED,
+    X_FILTERED,
+    X_FRAMES,
+    X_FULL,
+    X_GAPS,
+    X_MISSING,
+    X_SHARD,
+    X_SOURCE,
+    X_SWEEP,
+    X_UNKNOWN,
+    Subscription,
+    learn,
+)
+from tickmesh.node.receivers import Receiver, ReceiverContext
+from tickmesh.node.replication_link import (
+    NONCE_BYTES,
+    Frame,
+    FrameDamaged,
+    FrameKind,
+    Link,
+    LinkError,
+    LinkOptions,
+    LinkSilent,
+    Reason,
+    Refused,
+    connect_link,
+    proof,
+    proves,
+)
+from tickmesh.node.router import ROUTE_EVENTS
+from tickmesh.node.routing_loop import routing_loop
+from tickmesh.node.timers import go_on
+from tickmesh.transports.codecache import load_generated
+from tickmesh.transports.connection import Backoff, SecretMissing, read_secret
+from tickmesh.transports.rdma import RECORDS_MAX, RECORDS_MIN, ChannelError, RdmaChannel, shared_device
+from tickmesh.transports.ring import RECORD_BYTES
+from tickmesh.transports.toolbox import quick, zeros_aligned
+from tickmesh.transports.verbs import VerbsError
+
+_HOLD_NS = 250_000_000
+_TURN_NS = 5_000_000
+_BELIEVED_S = 0.01
+"""A frame that is not whole after so long is damaged."""
+_SAME_WARNING_S = 60.0
+_INSTRUMENTS_MAX = 1 << 20
+_log = structlog.get_logger("source")
+
+
+_RECEIVING = """\
+# Outputs over RDMA, routed to {shards} shards. Generated.
+import numpy as np
+
+from tickmesh.node.rdma_events import DAMAGED, FOREIGN, NOTHING, take_frames
+from tickmesh.node.router import route, route_silence
+from tickmesh.transports.rdma import channel_credit_due{imports}
+from tickmesh.transports.toolbox import idle, loop, monotonic_ns
+
+
+@loop
+def receive_for(channel, poster, events, taking, at, out, router, mode, ns):
+    until, rounds = monotonic_ns() + ns, 0
+    while router.stop[0] == 0:
+        n, found = take_frames(channel, events, taking, at, out)
+        if n > 0 and not route(router, out, 0, n):
+            return found
+        if found == DAMAGED or found == FOREIGN:
+            return found
+        {credit}
+        if n > 0:
+            rounds = 0
+        else:
+            route_silence(router)
+            rounds = idle(mode, rounds)
+        if monotonic_ns() >= until:
+            return found
+    return NOTHING
+"""
+
+
+def receiving_loop(shards: int, compiled: bool, progress: Callable[[str], None] | None = None) -> ModuleType:
+    """The module with ``receive_for``, for a node of `shards`; `compiled`: it gives credit itself, else it returns when that is due."""
+    imports, credit = "", "if channel_credit_due(channel):\n            return found"
+    if compiled:
+        imports, credit = ", post_and_reap", "post_and_reap(channel, poster)"
+    return load_generated("rdma_receiver", _RECEIVING.format(shards=shards, imports=imports, credit=credit), progress)
+
+
+@quick
+def _learn_now(taking: Any, references: Any) -> None:
+    for i in range(references.size):
+        e = references[i]
+        learn(taking, e.instrument, e.flags, e.price, np.int8(e.side), np.uint64(e.qty), e.id, np.uint64(e.aux))
+
+
+class RdmaReceiver(Receiver):
+    """Takes a publisher's outputs; a thread of its own, which connects again by itself."""
+
+    def __init__(self, name: str, config: Config, context: ReceiverContext) -> None:
+        options = config.data_sources[name]
+        super().__init__(name, options, context, restamp=False, hold_ns=_HOLD_NS)
+        context.table.let_through(context.number, options.symbols, options.exclude)
+        self._node, self._device, self._resolve = config.cluster.node, config.cluster.rdma_device, config.resolve
+        self._secret()  # what is missing now is told now
+        self._links = [urlsplit(endpoint) for endpoint in (options.endpoint, options.endpoint_b) if endpoint]
+        wanted = max(RECORDS_MIN, (options.buffer_kb << 10) // RECORD_BYTES)
+        self._records = min(RECORDS_MAX, 1 << (wanted.bit_length() - 1))
+        self._backoff = Backoff(options.reconnect_min_ms / 1e3, options.reconnect_max_ms / 1e3)
+        self._state = np.zeros(32, np.int64)
+        self._state[X_SOURCE] = context.number
+        self._expected = self._session = 0
+        self._epochs: dict[int, int] = {}
+        """The highest epoch heard of, by session."""
+        self._begins_anew = False
+        self._beginning = threading.Lock()
+        self._numbers = dict.fromkeys(("connected", "reconnects", "connect_failures"), 0)
+        self._malformed = self._more_gaps = self._more_missing = self._bytes = 0
+        self._warned: tuple[str, float] = ("", -_SAME_WARNING_S)
+        self._told = False
+        self._routing = routing_loop(len(context.rings), context.progress)
+
+    def _secret(self) -> str:
+        options = self.options
+        return read_secret(options.token_env, self._resolve(options.token_file) if options.token_file else None) or ""
+
+    # -- what a node asks of a receiver
+
+    def resume(self, codes: Mapping[int, int], last_sequence: int) -> None:
+        if last_sequence:
+            self._expected = last_sequence + 1
+            go_on(self.router.clock)
+
+    def go_on_at(self, place: Place) -> bool:
+        self._expected, self._session, self._begins_anew = place.sequence, place.session, not place.is_one
+        return True
+
+    @property
+    def expected(self) -> int:
+        return int(self._state[X_EXPECTED]) or self._expected
+
+    @property
+    def session(self) -> int:
+        return self._session
+
+    def go_on_from(self, sequence: int, session: int = 0) -> None:
+        with self._beginning:
+            if self.begun_at == 0:
+                self._expected = min(self._expected, sequence) if self._expected else sequence
+                self._session = self._session or session
+
+    def take_over(self, before: Receiver) -> bool:
+        if not isinstance(before, RdmaReceiver):
+            return False
+        self._expected, self._session, self._begins_anew = before.expected, before.session, before._begins_anew
+        self._epochs = dict(before._epochs)
+        if self._expected:
+            go_on(self.router.clock)
+        return True
+
+    def counters(self) -> dict[str, int]:
+        state = self._state
+        return {
+            **self.routed(),
+            **self._numbers,
+            "messages": int(state[X_EVENTS]),
+            "packets": int(state[X_FRAMES]),
+            "bytes": self._bytes,
+            "malformed": self._malformed + int(state[X_UNKNOWN] + state[X_FULL]),
+            "filtered": int(state[X_FILTERED]),
+            "duplicates": int(state[X_DUPLICATES]),
+            "gaps": int(state[X_GAPS]) + self._more_gaps,
+            "missing": int(state[X_MISSING]) + self._more_missing,
+        }
+
+    # -- the thread
+
+    def run(self) -> None:
+        turn = 0
+        while self.stop[0] == 0:
+            endpoint = self._links[turn % len(self._links)]
+            turn += 1
+            begun_s, connected = time.monotonic(), False
+            try:
+                with self._connected(endpoint) as (link, channel):
+                    connected = True
+                    self._receive(link, channel)
+            except (LinkError, ChannelError, VerbsError, SecretMissing, OSError) as error:
+                self._lost(endpoint.geturl(), error, connected, time.monotonic() - begun_s)
+            if self.stop[0] == 0:
+                self._pause(self._backoff.next_s(permanent=False) if turn % len(self._links) == 0 else self._backoff.least_s)
+
+    def _pause(self, wait_s: float) -> None:
+        end_s = time.monotonic() + wait_s
+        while self.stop[0] == 0 and (left_s := end_s - time.monotonic()) > 0:
+            time.sleep(min(left_s, 0.05))
+            self._routing.route_silence_now(self.router)
+
+    def _lost(self, endpoint: str, error: Exception, connected: bool, lasted_s: float) -> None:
+        self._numbers["connected"] = 0
+        self._numbers["reconnects" if connected else "connect_failures"] += 1
+        if connected:
+            self._backoff.lasted(lasted_s)
+        if isinstance(error, FrameDamaged):
+            self._malformed += 1
+        text, at = self._warned
+        if self.stop[0] == 0 and (str(error) != text or time.monotonic() - at > _SAME_WARNING_S):
+            _log.warning("a source is not connected", source=self.name, endpoint=endpoint, reason=str(error))
+            self._warned, self._told = (str(error), time.monotonic()), True
+
+    # -- greeting
+
+    @contextlib.contextmanager
+    def _connected(self, endpoint: SplitResult) -> Iterator[tuple[Link, RdmaChannel]]:
+        """A connection to a publisher, and a channel from it, ready to receive."""
+        timeout_s = min(self.options.connect_timeout_ms / 1e3, TIMEOUT_S)
+        options = LinkOptions("", self._node, token=self._secret(), heartbeat_s=HEARTBEAT_S, timeout_s=timeout_s)
+        link = connect_link(str(endpoint.hostname), endpoint.port or 0, options)
+        channel: RdmaChannel | None = None
+        try:
+            welcome, said, mine = self._greet(link, options)
+            if not proves(said.get("proof"), options.token, "publisher", mine):
+                raise Refused(Reason.TOKEN, "the publisher does not know our token: give source and delivery the same one")
+            mode, device = self.context.idle_mode, shared_device(self._device)
+            channel = RdmaChannel(device, self._records, strict=self.options.strict, idle_mode=mode, peer=endpoint.geturl())
+            self._subscribe(link, welcome, said)
+            channel.connect(said.get("rdma") or {})
+            self._begin(welcome.first, welcome.a)
+            link.send(FrameKind.READY, welcome.shard, welcome.epoch, payload=json.dumps({"rdma": channel.offer()}).encode())
+            self._hear_first_beat(channel, timeout_s)
+            yield link, channel
+        finally:
+            if channel is not None:
+                channel.close()
+            link.close()
+
+    def _greet(self, link: Link, options: LinkOptions) -> tuple[Frame, dict[str, Any], bytes]:
+        theirs, mine = bytes(self._expect(link, FrameKind.CHALLENGE).payload), secrets.token_bytes(NONCE_BYTES)
+        proved = proof(options.token, "subscriber", theirs, mine)
+        said = {"node": self._node, "nonce": mine.hex(), "proof": proved, "wants": "outputs"}
+        epoch = self._epochs.get(self._session, 0)
+        wanted = 0 if self._begins_anew else self.expected
+        link.send(FrameKind.HELLO, self.options.shard, epoch, first=wanted, a=self._session, payload=json.dumps(said).encode())
+        welcome = self._expect(link, FrameKind.WELCOME)
+        if welcome.shard != self.options.shard:
+            raise FrameDamaged(f"outputs of shard {welcome.shard} were not asked for")
+        known = self._epochs.get(welcome.a, 0)
+        if welcome.epoch < known:
+            raise Refused(Reason.STALE_LEADER, f"it publishes under epoch {welcome.epoch}, {known} is known", welcome.epoch)
+        self._epochs = {welcome.a: welcome.epoch}
+        return welcome, welcome.json(), mine
+
+    def _expect(self, link: Link, kind: FrameKind) -> Frame:
+        frame = link.receive(TIMEOUT_S)
+        if frame is None:
+            raise LinkSilent(f"no {kind.name} within {TIMEOUT_S:g} s")
+        if frame.kind == FrameKind.REFUSED:
+            raise Refused(frame.events, bytes(frame.payload).decode(errors="replace"), frame.epoch)
+        if frame.kind != kind:
+            raise FrameDamaged(f"frame {frame.kind} where {kind.name} was due")
+        return frame
+
+    def _subscribe(self, link: Link, welcome: Frame, said: dict[str, Any]) -> None:
+        """Learn the publisher's instruments."""
+        try:
+            instruments, depth = int(said["instruments"]), bool(said["depth"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise FrameDamaged("a publisher does not say what it has") from error
+        if not 0 < instruments <= _INSTRUMENTS_MAX:
+            raise FrameDamaged(f"a publisher of {instruments} instruments: {_INSTRUMENTS_MAX} at most")
+        most = min(_INSTRUMENTS_MAX, 2 * max(instruments, self.context.table.capacity))
+        ids, sources = np.full(most, NO_INSTRUMENT, np.uint32), np.zeros(most, np.uint32)
+        self._taking = Subscription(self._state, self.context.table.arrays, ids, sources)
+        state = self._state
+        state[X_EPOCH], state[X_SHARD], state[X_DEPTH], state[X_SWEEP] = welcome.epoch, welcome.shard, depth, most
+        left = welcome.events
+        while left > 0:
+            part = self._expect(link, FrameKind.DATA)
+            references = np.frombuffer(part.payload, EVENT).copy()
+            if part.events != len(references) or not 0 < len(references) <= left:
+                raise FrameDamaged("a publisher's instruments are not whole")
+            _learn_now(self._taking, references)
+            left -= len(references)
+
+    def _hear_first_beat(self, channel: RdmaChannel, timeout_s: float) -> None:
+        """The publisher connects after us, and says so there."""
+        if channel.wait_for_beat(0, timeout_s) == 0:
+            raise LinkSilent("the publisher does not come over RDMA")
+        self._numbers["connected"] = 1
+        if self._told:
+            _log.info("a source is back", source=self.name, endpoint=channel.peer)
+            self._told = False
+
+    def _begin(self, start: int, session: int) -> None:
+        """Outputs begin with `start`: what is missing before it is a gap, another session the publisher's new beginning."""
+        now_ns = time.time_ns()
+        with self._beginning:
+            expected = self.expected
+            another = self._session not in (0, session) or self._begins_anew
+            anew, unnamed = expected != 0 and (another or start < expected), self._session == 0 != session
+            expected, self._begins_anew = 1 if anew else expected, False
+            self.begun_at = self.begun_at or expected or start
+        if anew:
+            self._emit(whole_source(Kind.CLEAR, now_ns, id=session))
+        self._session = session
+        if expected and start > expected:
+            self._more_gaps += 1
+            self._more_missing += start - expected
+            self._emit(whole_source(Kind.GAP, now_ns, first=expected, last=start - 1))
+        if not anew and (expected == 0 or unnamed):  # so that every journal knows where it begins
+            named = whole_source(Kind.CODE, now_ns, id=session)
+            named["seq"] = start
+            self._emit(named)
+        self._state[X_EXPECTED] = self._expected = start
+
+    def _emit(self, event: EventArray) -> None:
+        self._routing.route_now(self.router, event, 0, 1)
+
+    # -- receiving
+
+    def _receive(self, link: Link, channel: RdmaChannel) -> None:
+        """Take outputs until the connection ends, or we are to stop."""
+        module = receiving_loop(len(self.context.rings), channel.poster is not None, self.context.progress)
+        events, at, out = channel.arrays.inbox.view(EVENT), np.zeros(2, np.int64), zeros_aligned(ROUTE_EVENTS, EVENT)
+        ended = select.poll()
+        ended.register(link.wire.socket, select.POLLIN)
+        alive, mode, ns = _Alive(channel), self.context.idle_mode, np.int64(_TURN_NS)
+        damaged_since: float | None = None
+        while self.stop[0] == 0:
+            found = module.receive_for(channel.arrays, channel.poster, events, self._taking, at, out, self.router, mode, ns)
+            channel.post_and_reap()
+            now_s = time.monotonic()
+            if found == FOREIGN:
+                raise FrameDamaged("a frame of another epoch or shard has come")
+            damaged_since = (damaged_since or now_s) if found == DAMAGED else None
+            if damaged_since is not None and now_s - damaged_since > _BELIEVED_S:
+                raise FrameDamaged("a frame is damaged")
+            alive.look(now_s)
+            if found == NOTHING and ended.poll(0):
+                raise LinkError("the publisher has ended the connection")
+        self._bytes = int(self._state[X_FRAMES] + self._state[X_EVENTS]) * RECORD_BYTES
+
+
+class _Alive:
+    """Both sides' heartbeats: ours are sent, those of the publisher are missed."""
+
+    def __init__(self, channel: RdmaChannel) -> None:
+        self._channel, self._heard, self._heard_s, self._told_s = channel, 0, time.monotonic(), 0.0
+
+    def look(self, now_s: float) -> None:
+        """Send one if it is due.
+
+        Raises:
+            LinkSilent: the publisher has written nothing for too long.
+        """
+        if (heard := self._channel.beats_heard) != self._heard:
+            self._heard, self._heard_s = heard, now_s
+        if now_s - self._heard_s > TIMEOUT_S:
+            raise LinkSilent(f"the publisher is silent for {TIMEOUT_S:g} s")
+        if now_s - self._told_s >= HEARTBEAT_S:
+            self._channel.beat()
+            self._told_s = now_s

@@ -536,9 +536,7 @@ class Source(Table):
     token_env: EnvironmentVariable | None = key(
         None, "Environment variable that holds a bearer token.", live=True, only=("nats", "http", "websocket", "rdma")
     )
-    token_file: str | None = key(
-        None, "File that holds it, instead.", live=True, only=("nats", "http", "websocket", "rdma"), min_length=1
-    )
+    token_file: str | None = key(None, "File that holds it, instead.", live=True, only=("nats", "http", "websocket", "rdma"), min_length=1)
     credentials_file: str | None = key(None, "NATS credentials file (.creds).", live=True, only=("nats",), min_length=1)
     tls_ca_file: str | None = key(
         None,
@@ -573,7 +571,13 @@ class Source(Table):
         only=CONNECTED,
     )
     reconnect_min_ms: float = key(
-        100.0, "First wait before connecting again; it doubles with every failure.", live=True, unit="ms", ge=1, le=600_000, only=_RECONNECTS
+        100.0,
+        "First wait before connecting again; it doubles with every failure.",
+        live=True,
+        unit="ms",
+        ge=1,
+        le=600_000,
+        only=_RECONNECTS,
     )
     reconnect_max_ms: float = key(
         30_000.0, "Longest wait before connecting again.", live=True, unit="ms", ge=1, le=3_600_000, only=_RECONNECTS
@@ -1073,7 +1077,7 @@ class Delivery(Table):
         "Environment variable that holds the server's token; rdma: a secret that subscribers prove to know.",
         live=True,
         only=("nats", "rdma"),
-        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$"
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
     )
     credentials_file: str | None = key(None, "NATS credentials file (.creds).", live=True, only=("nats",))
     tls_ca_file: str | None = key(None, "Certificate authority that the server's certificate must come from.", live=True, only=("nats",))

@@ -65,7 +65,7 @@ from tickmesh.node.snapshotter import Snapshotter, Start, keep_snapshots
 from tickmesh.node.succession import common_numbering, numbering_after
 from tickmesh.node.telemetry import NodeState, Telemetry
 from tickmesh.node.versions import Documents
-from tickmesh.transports.codecache import import_generated, watched_compiles, write_generated
+from tickmesh.transports.codecache import import_generated, load_compiled, watched_compiles, write_generated
 from tickmesh.transports.nats import Login
 from tickmesh.transports.ring import Ring, ring_path
 from tickmesh.transports.toolbox import IDLE_MODES
@@ -162,7 +162,7 @@ class Node:
         config, cluster = self.config, self.config.cluster
         idle = IDLE_MODES[cluster.idle]
         set_log_level(config.logging.level)
-        self.publishers = {name: open_publisher(config, name) for name in rdma_deliveries(config)}
+        self.publishers = {name: open_publisher(config, name, self.progress) for name in rdma_deliveries(config)}
         self.table = make_table(config, self.document.sources)
         with self.table.filters_held_back() as self._filters:
             for name in config.data_sources:
@@ -210,6 +210,8 @@ class Node:
         for rules in self._filters:
             self.table.let_through(*rules)
         self.known = KnownInstruments(self.config.cluster.data_path / "journal" / self.config.cluster.node)
+        if self.config.replication.link == "rdma":
+            load_compiled("tickmesh.transports.rdma", "RDMA channel", self.progress)
         self.roles = Roles(self)
         codes = self.known.learn(self.table, self.known.read() + self.roles.ask_instruments())
         for receiver in self.receivers:

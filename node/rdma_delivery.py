@@ -2,7 +2,8 @@
 
 A subscriber connects by TCP, shows that it knows the token, says which output it wants next, and is told the epoch, the instruments and
 where the outputs begin for it. Then both have a channel (:mod:`tickmesh.transports.rdma`), and one thread per subscriber copies outputs
-from the shard's output ring into frames and writes them, compiled and without the interpreter. TCP stays open beside it, to end with the process.
+from the shard's output ring into frames and writes them, compiled and without the interpreter. TCP stays open beside it, to end with
+the process.
 
 What a subscriber missed while it was away is still in the output ring, or not: the ring waits for subscribers that are there, not for
 others. Outputs go no further than the release gate lets them, so that what was seen here is never made otherwise by another leader.
@@ -28,7 +29,7 @@ import structlog
 from tickmesh.control.config import Config, Delivery
 from tickmesh.node.errors import NodeError
 from tickmesh.node.event import EventArray, Kind
-from tickmesh.node.rdma_events import stage_outputs
+from tickmesh.node.rdma_events import C_LIMIT, C_LOST, C_POSITION, publish_for, stage_now
 from tickmesh.node.release import ReleaseGate
 from tickmesh.node.replication_link import (
     EVENTS_MAX,
@@ -47,18 +48,15 @@ from tickmesh.node.replication_link import (
     proof,
     proves,
 )
+from tickmesh.transports.codecache import load_compiled
 from tickmesh.transports.rdma import (
     RECORDS_MIN,
-    S_FAILED,
-    S_PUBLISHED,
-    S_STAGED,
     ChannelError,
     RdmaChannel,
-    post_and_reap,
     shared_device,
 )
-from tickmesh.transports.ring import RECORD, W_PUBLISHED, Reader, Ring
-from tickmesh.transports.toolbox import IDLE_MODES, idle, inlined, load_acquire, loop, monotonic_ns, quick
+from tickmesh.transports.ring import RECORD, Reader, Ring
+from tickmesh.transports.toolbox import IDLE_MODES
 from tickmesh.transports.verbs import VerbsError
 
 CONNECTIONS_MAX = 64
@@ -96,38 +94,6 @@ class Published:
     references: Callable[[], EventArray]
     kinds: frozenset[Kind]
     gate: ReleaseGate | None = None
-
-
-# ---------------------------------------------------------------- compiled
-
-C_POSITION, C_LIMIT, C_LOST = range(3)
-"""Words of the cursor: the next output's place in the ring, how far outputs may go, how many were overwritten before they were taken."""
-
-
-@inlined
-def _stage(channel: Any, words: Any, slots: Any, cursor: Any, shard: Any, epoch: Any) -> None:
-    end = min(load_acquire(words, W_PUBLISHED), cursor[C_LIMIT])
-    if cursor[C_POSITION] < end:
-        cursor[C_POSITION], lost = stage_outputs(channel, words, slots, cursor[C_POSITION], end, shard, epoch)
-        cursor[C_LOST] += lost
-
-
-@quick
-def _stage_now(channel: Any, words: Any, slots: Any, cursor: Any, shard: Any, epoch: Any) -> None:
-    _stage(channel, words, slots, cursor, shard, epoch)
-
-
-@loop
-def publish_for(channel: Any, poster: Any, words: Any, slots: Any, cursor: Any, shard: Any, epoch: Any, stop: Any, mode: Any, ns: Any) -> None:
-    """Write outputs to the subscriber for `ns`, or until `stop` or the channel's end; `cursor` is u64[3]."""
-    until, rounds, state = monotonic_ns() + ns, 0, channel.state
-    while stop[0] == 0 and state[S_FAILED] == np.uint64(0):
-        _stage(channel, words, slots, cursor, shard, epoch)
-        staged = state[S_STAGED] > state[S_PUBLISHED]
-        post_and_reap(channel, poster)
-        rounds = 0 if staged else idle(mode, rounds)
-        if monotonic_ns() >= until:
-            return
 
 
 # ---------------------------------------------------------------- one subscriber
@@ -287,7 +253,7 @@ class _Session(threading.Thread):
                     channel.arrays, channel.poster, words, slots, self._cursor, shard, epoch, self._stop, options.idle, np.int64(turn_ns)
                 )
             else:
-                _stage_now(channel.arrays, words, slots, self._cursor, shard, epoch)
+                stage_now(channel.arrays, words, slots, self._cursor, shard, epoch)
             channel.post_and_reap()
             now_s = time.monotonic()
             if channel.published > published:
@@ -431,7 +397,7 @@ class RdmaPublisher:
         return ended
 
 
-def open_publisher(config: Config, name: str) -> RdmaPublisher:
+def open_publisher(config: Config, name: str, progress: Callable[[str], None] | None = None) -> RdmaPublisher:
     """The publisher of a configured delivery, listening and not started.
 
     Raises:
@@ -439,8 +405,12 @@ def open_publisher(config: Config, name: str) -> RdmaPublisher:
     """
     delivery = config.delivery[name]
     options = publisher_options(config, name, delivery)
+    load_compiled("tickmesh.transports.rdma", "RDMA channel", progress)
+    load_compiled("tickmesh.node.rdma_events", "RDMA delivery", progress)
     try:
-        return RdmaPublisher(options, device=config.cluster.rdma_device, host=config.cluster.listens_at.strip("[]"), port=delivery.rdma_port)
+        return RdmaPublisher(
+            options, device=config.cluster.rdma_device, host=config.cluster.listens_at.strip("[]"), port=delivery.rdma_port
+        )
     except OSError as error:
         where = f"{config.cluster.listens_at}:{delivery.rdma_port}"
         raise RdmaDeliveryError(f"delivery.{name}: cannot listen at {where} ({error.strerror}); choose another rdma_port") from error

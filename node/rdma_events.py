@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_INSTRUMENT, NO_PRICE, NO_SIDE, Flag, Kind
-from tickmesh.node.instruments import FILTERED, intern
+from tickmesh.node.instruments import FILTERED, InstrumentTable, intern
 from tickmesh.transports.rdma import (
     S_CONSUMED,
+    S_FAILED,
+    S_PUBLISHED,
     S_STAGED,
     channel_available,
     channel_consume,
@@ -25,9 +27,23 @@ from tickmesh.transports.rdma import (
     channel_room,
     channel_slot,
     channel_stage,
+    no_channel,
+    post_and_reap,
 )
-from tickmesh.transports.ring import RECORD, W_CAPACITY, W_CLAIMED, W_PUBLISHED
-from tickmesh.transports.toolbox import copy_record, inlined, load_acquire, now_ns, outlined
+from tickmesh.transports.ring import HEADER_BYTES, RECORD, W_CAPACITY, W_CLAIMED, W_PUBLISHED
+from tickmesh.transports.toolbox import (
+    copy_record,
+    idle,
+    inlined,
+    load_acquire,
+    loop,
+    monotonic_ns,
+    now_ns,
+    outlined,
+    quick,
+    zeros_aligned,
+)
+from tickmesh.transports.verbs_post import make_poster
 
 FRAME_EVENTS = 127
 """Most events of a frame: with its head, 8 KiB."""
@@ -118,17 +134,59 @@ def stage_outputs(channel: Any, words: Any, slots: Any, position: Any, until: An
     return position, lost
 
 
+C_POSITION, C_LIMIT, C_LOST = range(3)
+"""Words of the cursor: the next output's place in the ring, how far outputs may go, how many were overwritten before they were taken."""
+
+
+@inlined
+def _stage(channel: Any, words: Any, slots: Any, cursor: Any, shard: Any, epoch: Any) -> None:
+    end = min(load_acquire(words, W_PUBLISHED), cursor[C_LIMIT])
+    if cursor[C_POSITION] < end:
+        cursor[C_POSITION], lost = stage_outputs(channel, words, slots, cursor[C_POSITION], end, shard, epoch)
+        cursor[C_LOST] += lost
+
+
+@quick
+def stage_now(channel: Any, words: Any, slots: Any, cursor: Any, shard: Any, epoch: Any) -> None:
+    _stage(channel, words, slots, cursor, shard, epoch)
+
+
+@loop
+def publish_for(
+    channel: Any, poster: Any, words: Any, slots: Any, cursor: Any, shard: Any, epoch: Any, stop: Any, mode: Any, ns: Any
+) -> None:
+    """Write outputs to the subscriber for `ns`, or until `stop` or the channel's end; `cursor` is u64[3]."""
+    until, rounds, state = monotonic_ns() + ns, 0, channel.state
+    while stop[0] == 0 and state[S_FAILED] == np.uint64(0):
+        _stage(channel, words, slots, cursor, shard, epoch)
+        staged = state[S_STAGED] > state[S_PUBLISHED]
+        post_and_reap(channel, poster)
+        rounds = 0 if staged else idle(mode, rounds)
+        if monotonic_ns() >= until:
+            return
+
+
 # ---------------------------------------------------------------- taking
 
 NOTHING, TAKEN, DAMAGED, FOREIGN = range(4)
 """What :func:`take_frames` finds."""
-X_SOURCE, X_EXPECTED, X_EPOCH, X_SHARD, X_DEPTH, X_SWEEP, X_SWEEP_KIND, X_SWEEP_SOURCE, X_UNKNOWN, X_FILTERED, X_DUPLICATES, X_GAPS, X_MISSING, \
-    X_EVENTS, X_FRAMES, X_FULL = range(16)  # fmt: skip
+(
+    X_SOURCE, X_EXPECTED, X_EPOCH, X_SHARD, X_DEPTH, X_SWEEP, X_SWEEP_KIND, X_SWEEP_SOURCE, X_UNKNOWN, X_FILTERED, X_DUPLICATES, X_GAPS,
+    X_MISSING, X_EVENTS, X_FRAMES, X_FULL,
+) = range(16)  # fmt: skip
 """Words of ``Subscription.state``: number of the source here; the next output's sequence (0: any); the publisher's epoch and shard; whether
 orders or levels come (then a BBO says nothing new); a sweep over the instruments of one of its sources that is under way; counters."""
 Subscription = namedtuple("Subscription", "state instruments ids sources")
 """`state` i64[32]; `instruments` :class:`tickmesh.node.instruments.Instruments`; by the publisher's instrument: `ids` u32 (ours, or
 NO_INSTRUMENT, FILTERED) and `sources` u32 (its source's number there)."""
+
+
+def no_subscription(table: InstrumentTable) -> Subscription:
+    """Arrays of the right types: to compile kernels with."""
+    nothing = np.zeros(1, np.uint32)
+    return Subscription(np.zeros(32, np.int64), table.arrays, nothing, nothing)
+
+
 _NONE, _FILTERED, _ALL = np.uint32(NO_INSTRUMENT), np.uint32(FILTERED), np.uint32(ALL_INSTRUMENTS)
 _ADD, _EXECUTE, _MODIFY, _CLEAR, _LEVEL, _TRADE, _QUOTE = (
     np.uint8(k) for k in (Kind.ADD, Kind.EXECUTE, Kind.MODIFY, Kind.CLEAR, Kind.LEVEL, Kind.TRADE, Kind.QUOTE)
@@ -212,7 +270,7 @@ def _is_taken(taking: Any, event: Any) -> Any:
     kind = event.kind
     if kind == _BBO:
         return taking.state[X_DEPTH] == 0
-    return (_ADD <= kind <= _QUOTE) or kind == _STATUS or kind == _IMBALANCE or kind == _BREAK or kind == _GAP
+    return (_ADD <= kind <= _QUOTE) or kind in (_STATUS, _IMBALANCE, _BREAK, _GAP)
 
 
 @outlined
@@ -225,7 +283,7 @@ def _take_event(taking: Any, event: Any, out: Any, n: Any) -> Any:
         taking.state[X_FILTERED] += 1
         return n
     if event.instrument == _ALL:  # of one of its sources: each of that one's instruments, in turn
-        if kind == _GAP or kind == _CLEAR:
+        if kind in (_GAP, _CLEAR):
             taking.state[X_SWEEP], taking.state[X_SWEEP_KIND], taking.state[X_SWEEP_SOURCE] = 0, np.int64(kind), event.price
         return n
     if np.int64(event.instrument) >= taking.ids.size or taking.ids[event.instrument] == _NONE:
@@ -252,10 +310,11 @@ def _sweep(taking: Any, event: Any, out: Any, n: Any) -> Any:
         remote = state[X_SWEEP]
         state[X_SWEEP] += 1
         found = taking.ids[remote]
-        if found < _FILTERED and np.int64(taking.sources[remote]) == state[X_SWEEP_SOURCE]:
-            if taking.instruments.records[found].announced != np.uint32(0):
-                _begin(out, n, event, found, np.uint8(state[X_SWEEP_KIND]))
-                n += 1
+        if found >= _FILTERED or np.int64(taking.sources[remote]) != state[X_SWEEP_SOURCE]:
+            continue
+        if taking.instruments.records[found].announced != np.uint32(0):
+            _begin(out, n, event, found, np.uint8(state[X_SWEEP_KIND]))
+            n += 1
     return n
 
 
@@ -331,3 +390,20 @@ def take_frames(channel: Any, events: Any, taking: Any, at: Any, out: Any) -> An
         if state[X_SWEEP] >= taking.ids.size:
             at[1] += 1
     return n, TAKEN
+
+
+@quick
+def learn_now(taking: Any, references: Any) -> None:
+    """:func:`learn` the publisher's REFERENCE events."""
+    for i in range(references.size):
+        e = references[i]
+        learn(taking, e.instrument, e.flags, e.price, np.int8(e.side), np.uint64(e.qty), e.id, np.uint64(e.aux))
+
+
+def warm() -> None:
+    """Compile what Python calls here (:func:`tickmesh.transports.codecache.load_compiled`)."""
+    channel, words, slots, cursor = no_channel(), np.zeros(HEADER_BYTES // 8, np.uint64), zeros_aligned(8, RECORD), np.zeros(3, np.uint64)
+    nobody, stop = np.uint64(0), np.ones(1, np.int64)
+    stage_now(channel, words, slots, cursor, nobody, nobody)
+    publish_for(channel, make_poster(), words, slots, cursor, nobody, nobody, stop, 0, np.int64(0))
+    learn_now(no_subscription(InstrumentTable(1)), zeros_aligned(0, EVENT))

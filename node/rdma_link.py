@@ -122,4 +122,3 @@ def _tell(what: str, error: Exception) -> None:
     if str(error) not in _told:
         _told.add(str(error))
         _log.warning(what, reason=str(error))
-

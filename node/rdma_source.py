@@ -1,9 +1,9 @@
 """A source over RDMA: the outputs of another node's shard, written into this one's memory, as inputs of ours; `type = "rdma"`.
 
-See :mod:`tickmesh.node.rdma_delivery` for the other side, :mod:`tickmesh.node.rdma_events` for what becomes of an output. A compiled loop
-looks at the inbox, checks frames, gives instruments our ids and routes: nothing passes through the interpreter. A lost connection loses nothing as
-long as the publisher's ring has what was missed; what it has not is a gap. After a restart, or a takeover, the source goes on with the
-output after the journals' last.
+See :mod:`tickmesh.node.rdma_delivery` for the other side, :mod:`tickmesh.node.rdma_events` for what becomes of an output. A compiled
+loop looks at the inbox, checks frames, gives instruments our ids and routes: nothing passes through the interpreter. A lost connection
+loses nothing as long as the publisher's ring has what was missed; what it has not is a gap. After a restart, or a takeover, the source
+goes on with the output after the journals' last.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from tickmesh.node.rdma_events import (
     X_SWEEP,
     X_UNKNOWN,
     Subscription,
-    learn,
+    learn_now,
 )
 from tickmesh.node.receivers import Receiver, ReceiverContext
 from tickmesh.node.replication_link import (
@@ -60,6 +60,7 @@ from tickmesh.node.replication_link import (
     LinkSilent,
     Reason,
     Refused,
+    SocketWire,
     connect_link,
     proof,
     proves,
@@ -67,11 +68,11 @@ from tickmesh.node.replication_link import (
 from tickmesh.node.router import ROUTE_EVENTS
 from tickmesh.node.routing_loop import routing_loop
 from tickmesh.node.timers import go_on
-from tickmesh.transports.codecache import load_generated
+from tickmesh.transports.codecache import load_compiled, load_generated
 from tickmesh.transports.connection import Backoff, SecretMissing, read_secret
 from tickmesh.transports.rdma import RECORDS_MAX, RECORDS_MIN, ChannelError, RdmaChannel, shared_device
 from tickmesh.transports.ring import RECORD_BYTES
-from tickmesh.transports.toolbox import quick, zeros_aligned
+from tickmesh.transports.toolbox import zeros_aligned
 from tickmesh.transports.verbs import VerbsError
 
 _HOLD_NS = 250_000_000
@@ -87,10 +88,14 @@ _RECEIVING = """\
 # Outputs over RDMA, routed to {shards} shards. Generated.
 import numpy as np
 
-from tickmesh.node.rdma_events import DAMAGED, FOREIGN, NOTHING, take_frames
-from tickmesh.node.router import route, route_silence
-from tickmesh.transports.rdma import channel_credit_due{imports}
-from tickmesh.transports.toolbox import idle, loop, monotonic_ns
+from tickmesh.node.event import EVENT
+from tickmesh.node.instruments import InstrumentTable
+from tickmesh.node.rdma_events import DAMAGED, FOREIGN, NOTHING, no_subscription, take_frames
+from tickmesh.node.router import make_router, route, route_silence
+from tickmesh.transports.rdma import channel_credit_due, no_channel{imports}
+from tickmesh.transports.ring import HEADER_BYTES, RingArrays
+from tickmesh.transports.toolbox import idle, loop, monotonic_ns, zeros_aligned
+from tickmesh.transports.verbs_post import make_poster
 
 
 @loop
@@ -111,22 +116,23 @@ def receive_for(channel, poster, events, taking, at, out, router, mode, ns):
         if monotonic_ns() >= until:
             return found
     return NOTHING
+
+
+def warm():
+    ring = RingArrays(np.zeros(HEADER_BYTES // 8, np.uint64), np.zeros(8, EVENT))
+    table, nothing = InstrumentTable(1), zeros_aligned(8, EVENT)
+    router = make_router((ring,) * {shards}, table.arrays.records, np.ones(1, np.int64), 0, 0)
+    at = np.zeros(2, np.int64)
+    receive_for(no_channel(), {poster}, nothing, no_subscription(table), at, nothing, router, 0, np.int64(0))
 """
 
 
 def receiving_loop(shards: int, compiled: bool, progress: Callable[[str], None] | None = None) -> ModuleType:
     """The module with ``receive_for``, for a node of `shards`; `compiled`: it gives credit itself, else it returns when that is due."""
-    imports, credit = "", "if channel_credit_due(channel):\n            return found"
+    imports, poster, credit = "", "None", "if channel_credit_due(channel):\n            return found"
     if compiled:
-        imports, credit = ", post_and_reap", "post_and_reap(channel, poster)"
-    return load_generated("rdma_receiver", _RECEIVING.format(shards=shards, imports=imports, credit=credit), progress)
-
-
-@quick
-def _learn_now(taking: Any, references: Any) -> None:
-    for i in range(references.size):
-        e = references[i]
-        learn(taking, e.instrument, e.flags, e.price, np.int8(e.side), np.uint64(e.qty), e.id, np.uint64(e.aux))
+        imports, poster, credit = ", post_and_reap", "make_poster()", "post_and_reap(channel, poster)"
+    return load_generated("rdma_receiver", _RECEIVING.format(shards=shards, imports=imports, credit=credit, poster=poster), progress)
 
 
 class RdmaReceiver(Receiver):
@@ -154,6 +160,10 @@ class RdmaReceiver(Receiver):
         self._warned: tuple[str, float] = ("", -_SAME_WARNING_S)
         self._told = False
         self._routing = routing_loop(len(context.rings), context.progress)
+        load_compiled("tickmesh.transports.rdma", "RDMA channel", context.progress)
+        load_compiled("tickmesh.node.rdma_events", "RDMA source", context.progress)
+        for compiled in (True, False):  # which of them is needed the device says, once it is there
+            receiving_loop(len(context.rings), compiled, context.progress)
 
     def _secret(self) -> str:
         options = self.options
@@ -314,7 +324,7 @@ class RdmaReceiver(Receiver):
             references = np.frombuffer(part.payload, EVENT).copy()
             if part.events != len(references) or not 0 < len(references) <= left:
                 raise FrameDamaged("a publisher's instruments are not whole")
-            _learn_now(self._taking, references)
+            learn_now(self._taking, references)
             left -= len(references)
 
     def _hear_first_beat(self, channel: RdmaChannel, timeout_s: float) -> None:
@@ -357,6 +367,7 @@ class RdmaReceiver(Receiver):
         """Take outputs until the connection ends, or we are to stop."""
         module = receiving_loop(len(self.context.rings), channel.poster is not None, self.context.progress)
         events, at, out = channel.arrays.inbox.view(EVENT), np.zeros(2, np.int64), zeros_aligned(ROUTE_EVENTS, EVENT)
+        assert isinstance(link.wire, SocketWire)
         ended = select.poll()
         ended.register(link.wire.socket, select.POLLIN)
         alive, mode, ns = _Alive(channel), self.context.idle_mode, np.int64(_TURN_NS)

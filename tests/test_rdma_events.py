@@ -104,7 +104,11 @@ class Wires:
     """Two channels whose rings are the same memory: a write is at once where it belongs."""
 
     def __init__(self, records: int = RECORDS) -> None:
-        ring, self.line_of_sender, self.line_of_taker = zeros_aligned(records, RECORD), zeros_aligned(8, np.uint64), zeros_aligned(8, np.uint64)
+        ring, self.line_of_sender, self.line_of_taker = (
+            zeros_aligned(records, RECORD),
+            zeros_aligned(8, np.uint64),
+            zeros_aligned(8, np.uint64),
+        )
         self.sender = self._channel(self.line_of_sender, zeros_aligned(64, RECORD), ring)
         self.taker = self._channel(self.line_of_taker, ring, zeros_aligned(64, RECORD))
 
@@ -174,7 +178,9 @@ class Line:
         before = -1
         while before != self.position:
             before = self.position
-            position, lost = stage(self.wires.sender, arrays.words, arrays.slots.view(RECORD), self.position, np.uint64(self.ring.published))
+            position, lost = stage(
+                self.wires.sender, arrays.words, arrays.slots.view(RECORD), self.position, np.uint64(self.ring.published)
+            )
             self.position, self.lost = np.uint64(position), self.lost + int(lost)
             self.wires.publish()
             self.kept = [*getattr(self, "kept", []), *self.take()]
@@ -233,7 +239,14 @@ def test_a_stale_bbo_is_a_gap_of_its_instrument_and_a_whole_source_s_gap_one_of_
 
 def test_with_orders_a_bbo_says_nothing_new_and_an_execution_is_counted_once() -> None:
     line = Line(depth=True)
-    line.send([reference(1, 0, "A"), output(2, Kind.ADD, side=BID, id=9, price=5, qty=4), output(3, Kind.BBO), output(4, Kind.EXECUTE, id=9, qty=1)])
+    line.send(
+        [
+            reference(1, 0, "A"),
+            output(2, Kind.ADD, side=BID, id=9, price=5, qty=4),
+            output(3, Kind.BBO),
+            output(4, Kind.EXECUTE, id=9, qty=1),
+        ]
+    )
     assert kinds(line.kept) == [(1, Kind.REFERENCE), (2, Kind.ADD), (4, Kind.EXECUTE)]
     assert line.kept[2]["flags"] & Flag.NON_PRINTABLE
 
@@ -294,7 +307,12 @@ def test_a_lossy_ring_that_has_come_round_says_how_many_are_lost() -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.tuples(st.integers(1, 3), st.sampled_from([Kind.TRADE, Kind.BBO, Kind.SIGNAL, Kind.STATUS]), st.integers(0, 5)), max_size=400), st.integers(4, 256))
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 3), st.sampled_from([Kind.TRADE, Kind.BBO, Kind.SIGNAL, Kind.STATUS]), st.integers(0, 5)), max_size=400
+    ),
+    st.integers(4, 256),
+)
 def test_frames_equal_their_slow_twin(steps: list[tuple[int, Kind, int]], room_events: int) -> None:
     line, outputs, seq = Line(room=room_events), [reference(i + 1, i, f"S{i}") for i in range(5)], 5
     expected = [(i + 1, int(Kind.REFERENCE)) for i in range(5)]

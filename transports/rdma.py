@@ -29,7 +29,17 @@ import numpy as np
 from tickmesh.transports.ring import RECORD, RECORD_BYTES
 from tickmesh.transports.toolbox import idle, inlined, load_acquire, loop, monotonic_ns, outlined, quick, zeros_aligned
 from tickmesh.transports.verbs import F_IMMEDIATE, F_INLINE, F_SIGNALED, WRITE, Device, Endpoint, Poster, Queue, Region, Write, open_device
-from tickmesh.transports.verbs_post import WC_WITH_IMMEDIATE, byte_swapped, poll_completions, post_receives, post_writes
+from tickmesh.transports.verbs_post import (
+    WC_RECEIVED_WRITE,
+    byte_swapped,
+    make_poster,
+    poll_completions,
+    poll_now,
+    post_receives,
+    post_receives_now,
+    post_writes,
+    post_writes_now,
+)
 
 LINE_BYTES = 64
 RECORDS_MAX = 1 << 22
@@ -43,10 +53,11 @@ T_PUBLISHED, T_CONSUMED, T_BEATS = range(3)
 """Words of a line."""
 (
     S_STAGED, S_PUBLISHED, S_COMPLETED, S_CONSUMED, S_CREDITED, S_SEEN, S_BEATS, S_POSTED, S_REAPED, S_SIGNALLED_POSTED,
-    S_SIGNALLED, S_FIRST_SIGNAL, S_SIGNALS, S_FAILED, S_OUT, S_IN, S_REMOTE, S_KEY, S_LOCAL, S_LOCAL_KEY, S_TELL, S_DEPTH, S_STRICT,
-) = range(23)  # fmt: skip
+    S_SIGNALLED, S_FIRST_SIGNAL, S_SIGNALS, S_FAILED, S_OUT, S_IN, S_REMOTE, S_KEY, S_LOCAL, S_LOCAL_KEY, S_TELL, S_DEPTH, S_STRICT, S_TOLD,
+) = range(24)  # fmt: skip
 """Words of a channel's state. Counts of records: copied to the outbox, published, completed, consumed of the inbox, credited, seen there.
-Counts of writes: posted, completed, posted when the last completion was asked for. Then what does not change while it is connected."""
+Counts of writes: posted, completed, posted when the last completion was asked for. Then what does not change while it is connected;
+S_STRICT: the peer wants to be told by completions, S_TOLD: we do."""
 OK, BAD_LINE, REFUSED = 0, 0xFFFF, 0xFFFE
 """Values of S_FAILED besides a completion's status."""
 _ZERO, _ONE, _LOW = np.uint64(0), np.uint64(1), np.uint64(0xFFFFFFFF)
@@ -80,6 +91,12 @@ class ChannelArrays(NamedTuple):
     outbox: Any
     signals: Any
     writes: Any
+
+
+def no_channel() -> ChannelArrays:
+    """Arrays of the right types, of a channel that is not there: to compile kernels with."""
+    line, ring = zeros_aligned(8, np.uint64), zeros_aligned(1, RECORD)
+    return ChannelArrays(zeros_aligned(32, np.uint64), line, line, ring, ring, np.zeros((DEPTH, 2), np.uint64), zeros_aligned(4, WRITE))
 
 
 # ---------------------------------------------------------------- kernels: sending
@@ -189,7 +206,7 @@ def channel_received(channel: Any, immediate: Any) -> None:
 def channel_available(channel: Any) -> Any:
     """Records (i64) in the inbox that are not consumed; 0 once the channel has failed."""
     state = channel.state
-    if state[S_STRICT] == _ZERO:
+    if state[S_TOLD] == _ZERO:
         published = load_acquire(channel.told, T_PUBLISHED)
         if published > state[S_SEEN]:
             state[S_SEEN] = published
@@ -228,7 +245,7 @@ def _reap(channel: Any, poster: Any) -> None:
     arrived = np.int64(0)
     for i in range(count):
         done = poster.completions[i]
-        if done.status == np.uint32(0) and done.flags & np.uint32(WC_WITH_IMMEDIATE) != np.uint32(0):
+        if done.status == np.uint32(0) and done.opcode == np.uint32(WC_RECEIVED_WRITE):
             channel_received(channel, byte_swapped(done.immediate))
             arrived += 1
         else:
@@ -291,6 +308,23 @@ def _wait_for_word(line: Any, word: Any, known: Any, mode: Any, limit_ns: Any) -
         if found != known or (rounds & 7 == 7 and monotonic_ns() >= until):
             return found
         rounds = idle(mode, rounds)
+
+
+def warm() -> None:
+    """Compile what Python calls here (:func:`tickmesh.transports.codecache.load_compiled`)."""
+    channel, poster = no_channel(), make_poster()
+    post_writes_now(poster, channel.writes, 1)
+    post_receives_now(poster, 1)
+    poll_now(poster, 1)
+    channel.state[S_DEPTH] = DEPTH
+    channel.state[S_OUT] = channel.state[S_IN] = 1
+    _plan_now(channel, False)
+    _room_now(channel)
+    _available_now(channel)
+    _credit_due_now(channel)
+    _completed_now(channel, 0)
+    _received_now(channel, 0)
+    _wait_for_word(channel.told, T_BEATS, np.uint64(1), 0, np.int64(0))
 
 
 # ---------------------------------------------------------------- the Python face
@@ -362,9 +396,9 @@ class RdmaChannel:
         if not RECORDS_MIN <= records <= RECORDS_MAX or records & (records - 1):
             raise ChannelError(f"the other side offers {records} records: a power of two up to {RECORDS_MAX}", peer=self.peer)
         self._make_outbox(address, key, records, strict=bool(offer.get("strict")))
-        if self.strict:
-            self.queue.receive(_RECEIVES)
         self.queue.connect(endpoint)
+        if self.strict:  # who writes before they are there is told to try again
+            self.queue.receive(_RECEIVES)
 
     def _make_outbox(self, address: int, key: int, records: int, *, strict: bool) -> None:
         memory = zeros_aligned(records * RECORD_BYTES, np.uint8)
@@ -373,7 +407,7 @@ class RdmaChannel:
         tell, state = zeros_aligned(8, np.uint64), zeros_aligned(32, np.uint64)
         constants = {
             S_OUT: records, S_IN: self.records, S_REMOTE: address, S_KEY: key, S_LOCAL: self._outbox.address,
-            S_LOCAL_KEY: self._outbox.lkey, S_TELL: tell.ctypes.data, S_DEPTH: DEPTH, S_STRICT: strict,
+            S_LOCAL_KEY: self._outbox.lkey, S_TELL: tell.ctypes.data, S_DEPTH: DEPTH, S_STRICT: strict, S_TOLD: self.strict,
         }  # fmt: skip
         for word, value in constants.items():
             state[word] = value

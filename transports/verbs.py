@@ -38,10 +38,21 @@ RNR_RETRIES = 7
 """For ever: with an immediate, a receiver that has no room has not read yet."""
 PSN_BITS = 24
 STATUS_TEXTS = {
-    0: "success", 1: "local length error", 2: "local queue pair operation error", 4: "local protection error", 5: "flushed: the connection has ended",
-    6: "memory window bind error", 7: "bad response", 8: "local access error", 9: "remote invalid request", 10: "remote access error: the memory is not ours",
-    11: "remote operation error", 12: "the peer does not answer", 13: "the peer has no receive posted", 21: "fatal error of the device",
-}  # fmt: skip
+    0: "success",
+    1: "local length error",
+    2: "local queue pair operation error",
+    4: "local protection error",
+    5: "flushed: the connection has ended",
+    6: "memory window bind error",
+    7: "bad response",
+    8: "local access error",
+    9: "remote invalid request",
+    10: "remote access error: the memory is not ours",
+    11: "remote operation error",
+    12: "the peer does not answer",
+    13: "the peer has no receive posted",
+    21: "fatal error of the device",
+}
 """``enum ibv_wc_status`` of infiniband/verbs.h."""
 MTU_BYTES = {1: 256, 2: 512, 3: 1024, 4: 2048, 5: 4096}
 
@@ -104,9 +115,18 @@ class Endpoint:
 
 
 WRITE = np.dtype(
-    [("local", "<u8"), ("remote", "<u8"), ("id", "<u8"), ("local_key", "<u4"), ("remote_key", "<u4"), ("length", "<u4"), ("flags", "<u4"),
-     ("immediate", "<u4"), ("unused", "<u4")]
-)  # fmt: skip
+    [
+        ("local", "<u8"),
+        ("remote", "<u8"),
+        ("id", "<u8"),
+        ("local_key", "<u4"),
+        ("remote_key", "<u4"),
+        ("length", "<u4"),
+        ("flags", "<u4"),
+        ("immediate", "<u4"),
+        ("unused", "<u4"),
+    ]
+)
 """A :class:`Write` for kernels."""
 F_SIGNALED, F_INLINE, F_IMMEDIATE = 1, 2, 4
 
@@ -139,9 +159,17 @@ class Write(NamedTuple):
     def of(cls, planned: Any) -> Write:
         """Of a :data:`WRITE`."""
         flags = int(planned["flags"])
-        names = ("local", "local_key", "length", "remote", "remote_key", "id")
-        immediate = int(planned["immediate"]) if flags & F_IMMEDIATE else None
-        return cls(*(int(planned[name]) for name in names), bool(flags & F_SIGNALED), bool(flags & F_INLINE), immediate)
+        return cls(
+            int(planned["local"]),
+            int(planned["local_key"]),
+            int(planned["length"]),
+            int(planned["remote"]),
+            int(planned["remote_key"]),
+            int(planned["id"]),
+            bool(flags & F_SIGNALED),
+            bool(flags & F_INLINE),
+            int(planned["immediate"]) if flags & F_IMMEDIATE else None,
+        )
 
 
 class Completion(NamedTuple):

@@ -9,8 +9,6 @@ import errno
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from tickmesh.transports.toolbox import zeros_aligned
 from tickmesh.transports.verbs import (
     RNR_RETRIES,
@@ -36,12 +34,9 @@ from tickmesh.transports.verbs_post import (
     POLL_CQ_OFFSET,
     POST_RECV_OFFSET,
     POST_SEND_OFFSET,
-    RECV_WR,
-    SEND_WR,
     SENDS_AT_ONCE,
-    SGE,
-    WC,
-    WC_WITH_IMMEDIATE,
+    WC_RECEIVED_WRITE,
+    make_poster,
     poll_now,
     post_receives_now,
     post_writes_now,
@@ -58,7 +53,7 @@ _RC, _STATE_RESET, _STATE_INIT, _STATE_RTR, _STATE_RTS, _STATE_ERROR = 2, 0, 1, 
 _INIT_MASK, _ERROR_MASK = 1 | 8 | 16 | 32, 1
 _RTR_MASK = 1 | 128 | 256 | 1048576 | 4096 | 131072 | 32768
 _RTS_MASK = 1 | 512 | 1024 | 2048 | 65536 | 8192
-_MIN_RNR_TIMER, _HOPS = 1, 64
+_MIN_RNR_TIMER, _HOPS, GIDS_MAX = 1, 64, 256
 
 
 class _Cap(ctypes.Structure):
@@ -69,9 +64,14 @@ class QpInit(ctypes.Structure):
     """``struct ibv_qp_init_attr``."""
 
     _fields_ = [
-        ("qp_context", ctypes.c_void_p), ("send_cq", ctypes.c_void_p), ("recv_cq", ctypes.c_void_p), ("srq", ctypes.c_void_p), ("cap", _Cap),
-        ("qp_type", ctypes.c_uint32), ("sq_sig_all", ctypes.c_int),
-    ]  # fmt: skip
+        ("qp_context", ctypes.c_void_p),
+        ("send_cq", ctypes.c_void_p),
+        ("recv_cq", ctypes.c_void_p),
+        ("srq", ctypes.c_void_p),
+        ("cap", _Cap),
+        ("qp_type", ctypes.c_uint32),
+        ("sq_sig_all", ctypes.c_int),
+    ]
 
 
 class AddressAttr(ctypes.Structure):
@@ -88,14 +88,33 @@ class QpAttr(ctypes.Structure):
     """``struct ibv_qp_attr``."""
 
     _fields_ = [
-        ("qp_state", ctypes.c_uint32), ("cur_qp_state", ctypes.c_uint32), ("path_mtu", ctypes.c_uint32), ("path_mig_state", ctypes.c_uint32),
-        ("qkey", ctypes.c_uint32), ("rq_psn", ctypes.c_uint32), ("sq_psn", ctypes.c_uint32), ("dest_qp_num", ctypes.c_uint32),
-        ("qp_access_flags", ctypes.c_uint32), ("cap", _Cap), ("ah_attr", AddressAttr), ("alt_ah_attr", AddressAttr), ("pkey_index", ctypes.c_uint16),
-        ("alt_pkey_index", ctypes.c_uint16), ("en_sqd_async_notify", ctypes.c_uint8), ("sq_draining", ctypes.c_uint8),
-        ("max_rd_atomic", ctypes.c_uint8), ("max_dest_rd_atomic", ctypes.c_uint8), ("min_rnr_timer", ctypes.c_uint8), ("port_num", ctypes.c_uint8),
-        ("timeout", ctypes.c_uint8), ("retry_cnt", ctypes.c_uint8), ("rnr_retry", ctypes.c_uint8), ("alt_port_num", ctypes.c_uint8),
-        ("alt_timeout", ctypes.c_uint8), ("rate_limit", ctypes.c_uint32),
-    ]  # fmt: skip
+        ("qp_state", ctypes.c_uint32),
+        ("cur_qp_state", ctypes.c_uint32),
+        ("path_mtu", ctypes.c_uint32),
+        ("path_mig_state", ctypes.c_uint32),
+        ("qkey", ctypes.c_uint32),
+        ("rq_psn", ctypes.c_uint32),
+        ("sq_psn", ctypes.c_uint32),
+        ("dest_qp_num", ctypes.c_uint32),
+        ("qp_access_flags", ctypes.c_uint32),
+        ("cap", _Cap),
+        ("ah_attr", AddressAttr),
+        ("alt_ah_attr", AddressAttr),
+        ("pkey_index", ctypes.c_uint16),
+        ("alt_pkey_index", ctypes.c_uint16),
+        ("en_sqd_async_notify", ctypes.c_uint8),
+        ("sq_draining", ctypes.c_uint8),
+        ("max_rd_atomic", ctypes.c_uint8),
+        ("max_dest_rd_atomic", ctypes.c_uint8),
+        ("min_rnr_timer", ctypes.c_uint8),
+        ("port_num", ctypes.c_uint8),
+        ("timeout", ctypes.c_uint8),
+        ("retry_cnt", ctypes.c_uint8),
+        ("rnr_retry", ctypes.c_uint8),
+        ("alt_port_num", ctypes.c_uint8),
+        ("alt_timeout", ctypes.c_uint8),
+        ("rate_limit", ctypes.c_uint32),
+    ]
 
 
 def _load() -> ctypes.CDLL:
@@ -107,13 +126,23 @@ def _load() -> ctypes.CDLL:
     found = ctypes.CDLL("libibverbs.so.1", use_errno=True)
     pointer, number = ctypes.c_void_p, ctypes.c_int
     signatures: dict[str, tuple[Any, list[Any]]] = {
-        "get_device_list": (pointer, [pointer]), "free_device_list": (None, [pointer]), "get_device_name": (ctypes.c_char_p, [pointer]),
-        "open_device": (pointer, [pointer]), "close_device": (number, [pointer]), "alloc_pd": (pointer, [pointer]),
-        "dealloc_pd": (number, [pointer]), "reg_mr": (pointer, [pointer, pointer, ctypes.c_size_t, number]), "dereg_mr": (number, [pointer]),
-        "create_cq": (pointer, [pointer, number, pointer, pointer, number]), "destroy_cq": (number, [pointer]),
-        "create_qp": (pointer, [pointer, pointer]), "destroy_qp": (number, [pointer]), "modify_qp": (number, [pointer, pointer, number]),
-        "query_port": (number, [pointer, ctypes.c_uint8, pointer]), "query_gid": (number, [pointer, ctypes.c_uint8, number, pointer]),
-    }  # fmt: skip
+        "get_device_list": (pointer, [pointer]),
+        "free_device_list": (None, [pointer]),
+        "get_device_name": (ctypes.c_char_p, [pointer]),
+        "open_device": (pointer, [pointer]),
+        "close_device": (number, [pointer]),
+        "alloc_pd": (pointer, [pointer]),
+        "dealloc_pd": (number, [pointer]),
+        "reg_mr": (pointer, [pointer, pointer, ctypes.c_size_t, number]),
+        "dereg_mr": (number, [pointer]),
+        "create_cq": (pointer, [pointer, number, pointer, pointer, number]),
+        "destroy_cq": (number, [pointer]),
+        "create_qp": (pointer, [pointer, pointer]),
+        "destroy_qp": (number, [pointer]),
+        "modify_qp": (number, [pointer, pointer, number]),
+        "query_port": (number, [pointer, ctypes.c_uint8, pointer]),
+        "query_gid": (number, [pointer, ctypes.c_uint8, number, pointer]),
+    }
     for name, (result, arguments) in signatures.items():
         function = getattr(found, f"ibv_{name}")
         function.restype, function.argtypes = result, arguments
@@ -193,10 +222,10 @@ class _Device(Device):
         _done("the port cannot be asked", _library.ibv_query_port(self.context, 1, ctypes.byref(port)))
         at = ctypes.addressof(port)
         self.mtu, self.lid = _word(at + PORT_MTU_OFFSET, ctypes.c_uint32), _word(at + PORT_LID_OFFSET, ctypes.c_uint16)
-        gids, gid = [], (ctypes.c_uint8 * 16)()
-        for index in range(min(_word(at + PORT_GIDS_OFFSET, ctypes.c_uint32), 256)):
-            if _library.ibv_query_gid(self.context, 1, index, ctypes.byref(gid)) == 0:
-                gids.append((index, bytes(gid)))
+        gids, gid = list[tuple[int, bytes]](), (ctypes.c_uint8 * 16)()
+        for index in range(min(_word(at + PORT_GIDS_OFFSET, ctypes.c_uint32), GIDS_MAX)):
+            found = _library.ibv_query_gid(self.context, 1, index, ctypes.byref(gid))
+            gids += [(index, bytes(gid))] if found == 0 else []
         self.gid_index, self.gid = choose_gid(gids)
 
     def region(self, address: int, length: int) -> Region:
@@ -230,9 +259,7 @@ class _Queue(Queue):
     def __init__(self, device: _Device, sends: int, receives: int, inline_bytes: int) -> None:
         super().__init__(device)
         self._native, self._pair = device, 0
-        self._completions = _made(
-            "no completion queue", _library.ibv_create_cq(device.context, sends + receives, None, None, 0)
-        )
+        self._completions = _made("no completion queue", _library.ibv_create_cq(device.context, sends + receives, None, None, 0))
         init = QpInit(send_cq=self._completions, recv_cq=self._completions, qp_type=_RC)
         init.cap = _Cap(sends, max(1, receives), 1, 1, inline_bytes)
         try:
@@ -246,11 +273,11 @@ class _Queue(Queue):
 
     def _make_poster(self) -> Poster:
         operations = self._native.context + OPERATIONS_OFFSET
-        calls = zeros_aligned(8, np.uint64)
+        made = make_poster()
+        calls = made.calls
         calls[C_POST_SEND], calls[C_POST_RECV] = _word(operations + POST_SEND_OFFSET), _word(operations + POST_RECV_OFFSET)
         calls[C_POLL], calls[C_QUEUE], calls[C_COMPLETIONS] = _word(operations + POLL_CQ_OFFSET), self._pair, self._completions
-        sends, pieces = zeros_aligned(SENDS_AT_ONCE + 1, SEND_WR), zeros_aligned(SENDS_AT_ONCE, SGE)
-        return Poster(calls, sends, pieces, zeros_aligned(1, RECV_WR), zeros_aligned(COMPLETIONS_AT_ONCE, WC))
+        return made
 
     def _modify(self, what: str, mask: int, attributes: QpAttr) -> None:
         _done(what, _library.ibv_modify_qp(self._pair, ctypes.byref(attributes), mask))
@@ -292,7 +319,9 @@ class _Queue(Queue):
         return [_completion(entry) for entry in self.poster.completions[:count]]
 
     def close(self) -> None:
-        pair, completions, self._pair, self._completions, self.poster = self._pair, self._completions, 0, 0, None
+        pair, completions, self._pair, self._completions = self._pair, self._completions, 0, 0
+        if self.poster is not None:  # a kernel that still has it is refused
+            self.poster.calls[C_QUEUE] = self.poster.calls[C_COMPLETIONS] = 0
         if pair:
             _library.ibv_destroy_qp(pair)
         if completions:
@@ -300,7 +329,7 @@ class _Queue(Queue):
 
 
 def _completion(entry: Any) -> Completion:
-    told = int(entry["flags"]) & WC_WITH_IMMEDIATE and int(entry["status"]) == 0
+    told = int(entry["opcode"]) == WC_RECEIVED_WRITE and int(entry["status"]) == 0
     return Completion(int(entry["id"]), int(entry["status"]), byte_swapped_int(int(entry["immediate"])) if told else None)
 
 

@@ -1,8 +1,8 @@
 """Posting writes and polling completions from compiled code, through the device's operation table.
 
 ``ibv_post_send`` and its like are inline functions of infiniband/verbs.h: they call what the queue pair's context has in its table of
-operations. Compiled code does the same, so that a write costs no Python. The layouts are the stable ABI of libibverbs (1.1 and later, 64-bit
-Linux); ``tests/test_verbs.py`` compares them with the header where there is one. Nothing here needs the library.
+operations. Compiled code does the same, so that a write costs no Python. The layouts are the stable ABI of libibverbs (1.1 and later,
+64-bit Linux); ``tests/test_verbs.py`` compares them with the header where there is one. Nothing here needs the library.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from llvmlite import ir
 from numba import types
 from numba.core.extending import intrinsic
 
-from tickmesh.transports.toolbox import address_of, inlined, outlined, quick
-from tickmesh.transports.verbs import F_IMMEDIATE, F_INLINE, F_SIGNALED
+from tickmesh.transports.toolbox import address_of, inlined, outlined, quick, zeros_aligned
+from tickmesh.transports.verbs import F_IMMEDIATE, F_INLINE, F_SIGNALED, Poster
 
 # ---------------------------------------------------------------- layouts
 
@@ -42,7 +42,8 @@ WC = np.dtype(
 )
 """``struct ibv_wc``; `immediate` is in network order."""
 WR_WRITE, WR_WRITE_WITH_IMMEDIATE, SEND_SIGNALED, SEND_INLINE = 0, 1, 2, 8
-WC_WITH_IMMEDIATE, WC_RECEIVED_WRITE = 2, 129
+WC_RECEIVED_WRITE = 129
+"""``IBV_WC_RECV_RDMA_WITH_IMM``; the flag for an immediate says less: Soft-RoCE sets it for the sender too."""
 
 # ---------------------------------------------------------------- kernels
 
@@ -50,6 +51,14 @@ C_POST_SEND, C_POST_RECV, C_POLL, C_QUEUE, C_COMPLETIONS, C_BAD = range(6)
 """Words of :class:`tickmesh.transports.verbs.Poster`'s `calls`: addresses of three functions, the queue pair, its completion queue; and
 where the library says which request was bad."""
 SENDS_AT_ONCE, COMPLETIONS_AT_ONCE = 16, 64
+NO_QUEUE = 22
+"""EINVAL: the poster has no queue, or it is closed."""
+
+
+def make_poster() -> Poster:
+    """Memory of a poster, whose `calls` its queue has to fill in."""
+    sends, pieces = zeros_aligned(SENDS_AT_ONCE + 1, SEND_WR), zeros_aligned(SENDS_AT_ONCE, SGE)
+    return Poster(zeros_aligned(8, np.uint64), sends, pieces, zeros_aligned(1, RECV_WR), zeros_aligned(COMPLETIONS_AT_ONCE, WC))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -89,7 +98,9 @@ def byte_swapped(word: Any) -> Any:
 @outlined
 def post_writes(poster: Any, writes: Any, count: Any) -> Any:
     """Post ``writes[:count]`` (WRITE; at most SENDS_AT_ONCE) with one call; returns 0, or an errno."""
-    sends, pieces = poster.sends, poster.pieces
+    sends, pieces, calls = poster.sends, poster.pieces, poster.calls
+    if calls[C_QUEUE] == np.uint64(0):
+        return np.int64(NO_QUEUE)
     for i in range(count):
         write, send, piece = writes[i], sends[i], pieces[i]
         piece.address, piece.length, piece.key = write.local, write.length, write.local_key
@@ -104,7 +115,6 @@ def post_writes(poster: Any, writes: Any, count: Any) -> Any:
         send.immediate = byte_swapped(write.immediate)
         send.remote_address, send.remote_key = write.remote, write.remote_key
     sends[count - 1].next = np.uint64(0)
-    calls = poster.calls
     return _call_at(calls[C_POST_SEND], calls[C_QUEUE], address_of(sends, 0), address_of(calls, C_BAD))
 
 
@@ -112,6 +122,8 @@ def post_writes(poster: Any, writes: Any, count: Any) -> Any:
 def post_receives(poster: Any, count: Any) -> Any:
     """Post `count` receives for writes with an immediate; returns 0, or an errno."""
     calls = poster.calls
+    if calls[C_QUEUE] == np.uint64(0):
+        return np.int64(NO_QUEUE)
     for _ in range(count):
         code = _call_at(calls[C_POST_RECV], calls[C_QUEUE], address_of(poster.receives, 0), address_of(calls, C_BAD))
         if code != 0:
@@ -123,6 +135,8 @@ def post_receives(poster: Any, count: Any) -> Any:
 def poll_completions(poster: Any, most: Any) -> Any:
     """What has completed, into ``poster.completions`` (:data:`WC`); how many (i64), or less than 0."""
     calls = poster.calls
+    if calls[C_COMPLETIONS] == np.uint64(0):
+        return np.int64(-NO_QUEUE)
     return _call_poll(calls[C_POLL], calls[C_COMPLETIONS], np.int64(most), address_of(poster.completions, 0))
 
 

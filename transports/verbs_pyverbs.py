@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -126,17 +127,16 @@ class _Queue(Queue):
         self._to_state(enums.IBV_QPS_ERR)
 
     def write(self, writes: Sequence[Write]) -> None:
-        following = None
+        requests: list[Any] = []  # which pyverbs does not hold by their chain
         for write in reversed(writes):
-            request = _request(write, following)
-            following = request
+            requests.append(_request(write, requests[-1] if requests else None))
         with _told("a write cannot be posted"):
-            self._pair.post_send(following)
+            self._pair.post_send(requests[-1])
 
     def receive(self, count: int) -> None:
         with _told("a receive cannot be posted"):
             for _ in range(count):
-                self._pair.post_recv(RecvWR(num_sge=0, sg=[]))
+                self._pair.post_recv(RecvWR(num_sge=1, sg=[SGE(0, 0, 0)]))
 
     def poll(self, most: int) -> list[Completion]:
         with _told("completions cannot be polled"):
@@ -159,12 +159,12 @@ def _request(write: Write, following: Any) -> Any:
     flags = (enums.IBV_SEND_SIGNALED if write.signaled else 0) | (enums.IBV_SEND_INLINE if write.inline else 0)
     opcode = enums.IBV_WR_RDMA_WRITE if write.immediate is None else enums.IBV_WR_RDMA_WRITE_WITH_IMM
     piece = SGE(write.local_address, write.length, write.local_key)
-    more: dict[str, Any] = {} if write.immediate is None else {"imm_data": write.immediate}
+    more: dict[str, Any] = {} if write.immediate is None else {"imm_data": socket.htonl(write.immediate)}
     request = SendWR(wr_id=write.id, opcode=opcode, num_sge=1, sg=[piece], send_flags=flags, next_wr=following, **more)
     request.set_wr_rdma(write.remote_key, write.remote_address)
     return request
 
 
 def _completion(entry: Any) -> Completion:
-    told = int(entry.wc_flags) & enums.IBV_WC_WITH_IMM and int(entry.status) == 0
-    return Completion(int(entry.wr_id), int(entry.status), int(entry.imm_data) if told else None)
+    told = int(entry.opcode) == enums.IBV_WC_RECV_RDMA_WITH_IMM and int(entry.status) == 0
+    return Completion(int(entry.wr_id), int(entry.status), socket.ntohl(int(entry.imm_data)) if told else None)

@@ -98,7 +98,13 @@ class _Queue(Queue):
         self._own = device
         with _told("no queue pair"):
             self._completions = device.context.create_cq(sends + receives)
-            sizes = {"max_send_wr": sends, "max_recv_wr": max(1, receives), "max_send_sge": 1, "max_recv_sge": 1, "max_inline_data": inline_bytes}
+            sizes = {
+                "max_send_wr": sends,
+                "max_recv_wr": max(1, receives),
+                "max_send_sge": 1,
+                "max_recv_sge": 1,
+                "max_inline_data": inline_bytes,
+            }
             init = ib.QPInitAttr(send_cq=self._completions, recv_cq=self._completions, qp_type=ib.QPType.RC, **sizes)
             self._pair = device.domain.create_qp(init)
         self.number = int(self._pair.qp_num)
@@ -152,5 +158,5 @@ def _request(write: Write) -> Any:
 
 def _completion(entry: Any) -> Completion:
     status = int(entry.status)
-    told = int(entry.wc_flags) & int(ib.WCFlags.WITH_IMM) and status == 0
+    told = int(entry.opcode) == int(ib.WCOpcode.RECV_RDMA_WITH_IMM) and status == 0
     return Completion(int(entry.wr_id), status, int(entry.imm_data) if told else None)

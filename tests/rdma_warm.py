@@ -1,0 +1,34 @@
+"""Compile, on the host and for the virtual machine's processor, what the tests over RDMA run there: the emulated one would take minutes.
+
+`make test-rdma` runs it with NUMBA_CPU_NAME set as the machine has it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+from replicas import pair
+
+from tickmesh.node.rdma_source import receiving_loop
+from tickmesh.node.routing_loop import routing_loop
+from tickmesh.transports.codecache import load_compiled
+
+
+def main() -> None:
+    load_compiled("tickmesh.transports.rdma", "RDMA channel", print)
+    load_compiled("tickmesh.node.rdma_events", "RDMA delivery", print)
+    routing_loop(1, print)
+    for compiled in (True, False):
+        receiving_loop(1, compiled, print)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:  # journals and what carries them
+        both = stack.enter_context(pair(Path(folder), 100))
+        both.follow()
+        both.caught_up()
+        both.append(1000)
+        both.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 SOURCES := $(sort $(wildcard node/*.py node/protocols/* control/*.py transports/*.py ops/*.py ops/*.cpp chaos/*.py))
 STAMP  := $(VENV)/.installed-$(shell (echo $(SOURCES); cat pyproject.toml) | cksum | cut -d' ' -f1)
 
-.PHONY: run cluster test check lint types bench install clean
+.PHONY: run cluster test test-rdma check lint types bench install clean
 
 run: $(STAMP)
 	@$(BIN)/tickmesh up $(if $(CAPTURE),--capture $(CAPTURE)) $(ARGS)
@@ -15,11 +15,14 @@ cluster: $(STAMP)
 	@$(BIN)/tickmesh cluster $(ARGS)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -n auto --dist loadfile -m "not cluster"
+	@$(BIN)/python -m pytest -n auto --dist loadfile -m "not cluster and not rdma"
 	@$(BIN)/python -m pytest -m cluster
 
+test-rdma: $(STAMP)
+	@$(BIN)/python tests/run_rdma.py $(ARGS)
+
 check: $(STAMP)
-	@$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" -x
+	@$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow and not rdma" -x
 
 lint: $(STAMP)
 	@$(BIN)/ruff check .

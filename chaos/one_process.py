@@ -28,7 +28,7 @@ from tickmesh.ops.simulator import Simulator, SimulatorConfig
 from tickmesh.transports.nats import Login
 
 _BLOCK_MESSAGES = 4096
-_READ_S = 120.0
+_READ_S = 600.0
 _SHOWN = 5
 _KEPT = [int(kind) for kind in (Kind.SIGNAL, Kind.BBO, Kind.TRADE, Kind.TIMER, Kind.REFERENCE, Kind.GAP)]
 Row = tuple[int, ...]

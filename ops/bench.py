@@ -155,6 +155,10 @@ BENCHES = (
         "sbe", "messages of an SBE schema to 64-byte events, against C++ by hand", "tickmesh.ops.bench_sbe", "bench_sbe", _given_rows,
         {"messages": 50_000, "repeats": 3},
     ),
+    Bench(
+        "rdma", "posting writes from compiled code, against bindings for Python", "tickmesh.ops.bench_rdma", "bench_rdma", _given_rows,
+        {"rounds": 5, "records": 20_000},
+    ),
 )  # fmt: skip
 
 

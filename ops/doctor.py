@@ -21,6 +21,7 @@ from typing import Literal
 
 from tickmesh.ops.servers import ServerBinaryMissing, nats_server_binary
 from tickmesh.transports.receive_path import LACK_ABOUT, Lack, lacking, ways_of
+from tickmesh.transports.verbs import installed
 
 Status = Literal["ok", "warn", "fail"]
 _MIB = 1 << 20
@@ -232,13 +233,16 @@ def check_receive_paths() -> Check:
 
 
 def check_rdma() -> Check:
-    """RDMA devices."""
+    """RDMA devices, and what there is to talk to them with."""
     folder = Path("/sys/class/infiniband")
-    devices = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    devices, bindings = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [], installed()
+    found = f"{', '.join(devices) or 'no device'}; bindings: {', '.join(bindings) or 'none'}"
     if not devices:
-        advice = "only the rdma transport needs one; to try it without hardware: modprobe rdma_rxe; rdma link add rxe0 type rxe netdev eth0"
-        return Check("rdma", "warn", "no device", advice)
-    return Check("rdma", "ok", ", ".join(devices))
+        advice = "only RDMA links need one; to try it without hardware: modprobe rdma_rxe; rdma link add rxe0 type rxe netdev eth0"
+        return Check("rdma", "warn", found, advice)
+    if "libibverbs" not in bindings:
+        return Check("rdma", "warn", found, "apt-get install libibverbs1 ibverbs-providers: without it compiled code cannot post")
+    return Check("rdma", "ok", found)
 
 
 def check_multicast() -> Check:

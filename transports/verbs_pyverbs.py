@@ -99,7 +99,7 @@ class _Queue(Queue):
         with _told("no queue pair"):
             self._completions = CQ(device.context, sends + receives)
             cap = QPCap(max_send_wr=sends, max_recv_wr=max(1, receives), max_send_sge=1, max_recv_sge=1, max_inline_data=inline_bytes)
-            init = QPInitAttr(qp_type=enums.IBV_QPT_RC, scq=self._completions, rcq=self._completions, cap=cap)
+            init = QPInitAttr(qp_type=enums.IBV_QPT_RC, sq_sig_all=0, scq=self._completions, rcq=self._completions, cap=cap)
             self._pair = QP(device.domain, init)
         self.number = int(self._pair.qp_num)
 

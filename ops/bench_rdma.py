@@ -1,0 +1,171 @@
+"""Benchmark: RDMA between two devices of this host (of Soft-RoCE: ``make test-rdma BENCH=1``), or one and itself.
+
+Posting: what it costs the processor to describe and post one write of 64 bytes and an inline write behind it, as every publication of a
+ring is, by each binding and from compiled code; completions are taken between the rounds and not counted. The ring: records of 64 bytes
+through a channel. With Soft-RoCE the kernel is the card, so that only comparisons between bindings say anything.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from tickmesh.transports.rdma import RdmaChannel
+from tickmesh.transports.toolbox import loop, monotonic_ns, zeros_aligned
+from tickmesh.transports.verbs import WRITE, Binding, Device, Poster, Queue, VerbsError, Write, devices, installed, open_device
+from tickmesh.transports.verbs_post import post_writes
+
+_BYTES, _SENDS = 1 << 16, 128
+_LIMIT_S = 60.0
+
+
+class NoRdma(Exception):
+    """There is no device to measure with."""
+
+
+@loop
+def _post_many(poster: Any, writes: Any, times: Any) -> Any:
+    """Post the same two writes so often; nanoseconds for one time."""
+    begun = monotonic_ns()
+    for _ in range(times):
+        if post_writes(poster, writes, 2) != 0:
+            return np.int64(-1)
+    return (monotonic_ns() - begun) // times
+
+
+class _Pair:
+    """Two connected queues, and memory on both sides."""
+
+    def __init__(self, binding: Binding) -> None:
+        names = devices()
+        self.ends: list[tuple[Device, Any, Any, Queue]] = []
+        for name in (names[0], names[-1]):
+            device, memory = open_device(name, binding=binding), zeros_aligned(_BYTES, np.uint8)
+            region = device.region(memory.ctypes.data, _BYTES)
+            self.ends.append((device, memory, region, device.queue(sends=_SENDS, receives=1, inline_bytes=64)))
+        first, second = self.queue, self.ends[1][3]
+        ours, theirs = first.endpoint(), second.endpoint()
+        second.connect(ours)
+        first.connect(theirs)
+
+    @property
+    def queue(self) -> Queue:
+        return self.ends[0][3]
+
+    def publication(self, *, signaled: bool) -> list[Write]:
+        here, there = self.ends[0][2], self.ends[1][2]
+        data = Write(here.address + 64, here.lkey, 64, there.address + 64, there.rkey)
+        return [data, Write(here.address, here.lkey, 24, there.address, there.rkey, signaled=signaled, inline=True)]
+
+    def settle(self) -> None:
+        """Wait until everything posted has completed."""
+        self.queue.write(self.publication(signaled=True))
+        end = time.monotonic() + _LIMIT_S
+        while not self.queue.poll(8):
+            if time.monotonic() > end:
+                raise NoRdma("writes do not complete")
+
+    def close(self) -> None:
+        for device, _, region, queue in self.ends:
+            queue.close()
+            region.close()
+            device.close()
+
+
+def bench_rdma(*, rounds: int = 30, records: int = 200_000) -> dict[str, Any]:
+    """Measure; returns plain data.
+
+    Args:
+        rounds: of each binding, in turn.
+        records: through the ring.
+
+    Returns:
+        ``{"device", "post_ns": {way: median of a publication}, "ring_records_s", "rows"}``.
+
+    Raises:
+        NoRdma: this host has no device.
+    """
+    if not devices():
+        raise NoRdma("this host has no RDMA device: make test-rdma BENCH=1 runs it on Soft-RoCE in a virtual machine")
+    posts = _posting(rounds)
+    speed = _ring(records)
+    rows = [
+        {"name": "RDMA: posting a publication from compiled code", "unit": "ns", "ours": posts["compiled"], "theirs": cost, "peer": way,
+         "ratio": cost / posts["compiled"], "target": 5.0}
+        for way, cost in posts.items() if way != "compiled"
+    ] if "compiled" in posts else []  # fmt: skip
+    return {"device": devices(), "post_ns": posts, "ring_records_s": speed, "rows": rows}
+
+
+def _posting(rounds: int) -> dict[str, float]:
+    """Nanoseconds of a publication by each way there is, medians of alternating rounds."""
+    ways: dict[str, tuple[_Pair, Callable[[_Pair], float]]] = {}
+    for binding in ("pyverbs", "ibverbs"):
+        if installed(binding):
+            ways[binding] = (_Pair(binding), _by_binding)
+    if installed("libibverbs"):
+        ways["compiled"] = (_Pair("libibverbs"), _by_kernel)
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    try:
+        for _ in range(rounds):
+            for way, (pair, measure) in ways.items():
+                found[way].append(measure(pair))
+                pair.settle()
+    finally:
+        for pair, _ in ways.values():
+            pair.close()
+    return {way: median(costs) for way, costs in found.items()}
+
+
+_TIMES = 30
+
+
+def _by_binding(pair: _Pair) -> float:
+    queue, begun = pair.queue, time.perf_counter_ns()
+    for _ in range(_TIMES):
+        queue.write(pair.publication(signaled=False))
+    return (time.perf_counter_ns() - begun) / _TIMES
+
+
+def _by_kernel(pair: _Pair) -> float:
+    poster, writes = pair.queue.poster, zeros_aligned(2, WRITE)
+    assert isinstance(poster, Poster)
+    for i, write in enumerate(pair.publication(signaled=False)):
+        writes[i] = write.planned()
+    return float(_post_many(poster, writes, np.int64(_TIMES)))
+
+
+def _ring(records: int) -> float:
+    """Records per second through a channel, by threads of this process."""
+    names = devices()
+    ends = [open_device(names[0]), open_device(names[-1])]
+    sender, taker = RdmaChannel(ends[0], 64, idle_mode=1), RdmaChannel(ends[1], 8192, idle_mode=1)
+    try:
+        sender.connect(taker.offer())
+        taker.connect(sender.offer())
+        taker.beat()
+        if sender.wait_for_beat(0, _LIMIT_S) == 0:
+            raise VerbsError("the two devices do not reach each other")
+        taking = threading.Thread(target=_take, args=(taker, records), daemon=True)
+        taking.start()
+        begun, batch = time.perf_counter(), memoryview(bytes(64 * 1024))
+        for _ in range(records // 1024):
+            sender.send([batch], _LIMIT_S)
+        taking.join(_LIMIT_S)
+        return records // 1024 * 1024 / (time.perf_counter() - begun)
+    finally:
+        sender.close()
+        taker.close()
+        for device in ends:
+            device.close()
+
+
+def _take(channel: RdmaChannel, records: int) -> None:
+    left, room = records // 1024 * 1024, memoryview(bytearray(64 * 4096))
+    while left > 0:
+        left -= channel.receive_into(room, 1.0) // 64

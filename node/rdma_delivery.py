@@ -118,12 +118,12 @@ class _Session(threading.Thread):
         self.counters = SubscriberCounters()
         self._connection = connection
         self._cursor = np.zeros(3, np.uint64)
-        self._stop = np.zeros(1, np.int64)
+        self._ended = np.zeros(1, np.int64)
         self._reader: Reader | None = None
 
     def end(self) -> None:
         """Have it end soon. From any thread."""
-        self._stop[0] = 1
+        self._ended[0] = 1
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
 
@@ -138,7 +138,7 @@ class _Session(threading.Thread):
             except Refused as refused:
                 self._refuse(link, refused)
         except (LinkError, ChannelError, VerbsError, OSError) as error:
-            if not self._stop[0]:
+            if not self._ended[0]:
                 _log.info("subscriber gone", shard=self.shard, node=self.node, peer=self.peer, reason=str(error))
         finally:
             if self._reader is not None:
@@ -245,12 +245,12 @@ class _Session(threading.Thread):
         ended.register(self._connection, select.POLLIN)
         told_s = time.monotonic()
         shard, epoch, turn_ns = np.uint64(self.shard), np.uint64(served.epoch), _TURN_NS if served.gate is None else _GATED_NS
-        while not self._stop[0] and not ended.poll(0):
+        while not self._ended[0] and not ended.poll(0):
             self._cursor[C_LIMIT] = self._released(served) if served.gate is not None else _EVERYTHING
             published = channel.published
             if channel.poster is not None:
                 publish_for(
-                    channel.arrays, channel.poster, words, slots, self._cursor, shard, epoch, self._stop, options.idle, np.int64(turn_ns)
+                    channel.arrays, channel.poster, words, slots, self._cursor, shard, epoch, self._ended, options.idle, np.int64(turn_ns)
                 )
             else:
                 stage_now(channel.arrays, words, slots, self._cursor, shard, epoch)

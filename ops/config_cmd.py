@@ -198,7 +198,8 @@ def schema_markdown() -> str:
         summary = (models[section].__doc__ or "").strip().split("\n")[0].split(": ", 1)[-1]
         parts.append(f"\n## `{section}`\n\n{summary[:1].upper()}{summary[1:]}\n\n{_MARKDOWN_COLUMNS}")
         parts += [_markdown_row(row) for row in schema_rows() if row.section == section]
-    parts.append(_MARKDOWN_TAIL.format(types=", ".join(NOT_BUILT_YET["type"]), methods=", ".join(NOT_BUILT_YET["method"])))
+    kinds = {"type": "source types", "method": "delivery methods"}
+    parts.append(_MARKDOWN_TAIL.format(what="; ".join(f"{kinds[key]} {', '.join(names)}" for key, names in NOT_BUILT_YET.items() if names)))
     return "\n".join(parts) + "\n"
 
 
@@ -226,7 +227,7 @@ Prices and quantities are exact: `0.01` and `"0.01"` are the same number, and ne
 _MARKDOWN_TAIL = """
 ## Not built yet
 
-These are refused with that reason: source types {types}; delivery methods {methods}."""
+Refused with that reason: {what}."""
 
 
 def schema_table() -> RichTable:

@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 from replicas import pair
 
+from tickmesh.node.event import EVENT
+from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.rdma_source import receiving_loop
 from tickmesh.node.routing_loop import routing_loop
 from tickmesh.ops import bench_rdma
 from tickmesh.transports.codecache import load_compiled
+from tickmesh.transports.ring import Ring
 from tickmesh.transports.toolbox import zeros_aligned
 from tickmesh.transports.verbs import WRITE
 from tickmesh.transports.verbs_post import make_poster
@@ -23,6 +26,7 @@ from tickmesh.transports.verbs_post import make_poster
 
 def main() -> None:
     warm_bench()
+    warm_rings()
     load_compiled("tickmesh.transports.rdma", "RDMA channel", print)
     load_compiled("tickmesh.node.rdma_events", "RDMA delivery", print)
     routing_loop(1, print)
@@ -38,6 +42,20 @@ def main() -> None:
 
 def warm_bench() -> None:
     bench_rdma._post_many(make_poster(), zeros_aligned(2, WRITE), np.int64(1))
+
+
+def warm_rings() -> None:
+    table, ring = InstrumentTable(4), Ring.create(None, 64, EVENT)
+    table.intern("A")
+    table.let_through(0, ["A"])
+    table.lets_through("A")
+    reader = ring.reader("warm", start="newest")
+    ring.writer.write(np.zeros(3, EVENT))
+    reader.read()
+    reader.hold_from(2)
+    ring.reader("again", start="oldest").close()
+    ring.release_dead_readers()
+    ring.close()
 
 
 if __name__ == "__main__":

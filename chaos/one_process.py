@@ -41,17 +41,19 @@ class JoinReport:
 
     Attributes:
         signals: by calculation, how many are in the streams.
-        gaps: GAP events in the streams: what the feed has lost cannot be made again, and explains differences.
+        gaps: GAP events in the streams: what the feed has lost cannot be made again; nothing is compared from the first one on.
+        compared: by calculation, how many of the signals have been compared.
         faults: by calculation, what differs, for people.
     """
 
     signals: dict[str, int] = field(default_factory=dict)
     gaps: int = 0
+    compared: dict[str, int] = field(default_factory=dict)
     faults: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def good(self) -> bool:
-        """Whether there are signals, and all are the right ones."""
+        """Whether there are signals, and all that can be compared are the right ones."""
         return not self.faults and all(self.signals.values())
 
 
@@ -63,12 +65,14 @@ async def compare(cluster: LocalCluster) -> JoinReport:
     last_ns = max(int(events["ts_event"].max()) for events in outputs.values() if len(events))
     found = _signals(outputs)
     wanted = await asyncio.to_thread(_replayed, cluster, config, last_ns)
+    until_ns = min(_before_gap(events) for events in outputs.values())
     for instance in make_plan(config, Path()).instances:
         if instance.legs:
             due_ns = min(_reached(outputs, config, kind, symbol) for kind, symbol in instance.legs)
-            mine, its = found.get(instance.name, []), wanted.get(instance.name, [])
-            report.signals[instance.name] = len(mine)
-            faults = _differences(mine, its, due_ns)
+            report.signals[instance.name] = len(found.get(instance.name, []))
+            mine, its = ([row for row in rows.get(instance.name, []) if row[0] < until_ns] for rows in (found, wanted))
+            report.compared[instance.name] = len(mine)
+            faults = _differences(mine, its, min(due_ns, until_ns))
             if faults:
                 report.faults[instance.name] = faults
     return report
@@ -117,6 +121,13 @@ def _signals(outputs: Mapping[int, EventArray]) -> dict[str, list[Row]]:
             mine = signals[signals["instrument"] == number]
             found[symbol] = [tuple(int(event[name]) for name in ("ts_event", "id", "price", "qty", "aux")) for event in mine]
     return found
+
+
+def _before_gap(events: EventArray) -> float:
+    """The time up to which nothing of the feed is missing."""
+    gaps = np.flatnonzero(events["kind"] == Kind.GAP)
+    before = events["ts_event"][: gaps[0]] if len(gaps) else events["ts_event"][:0]
+    return int(before.max(initial=0)) if len(gaps) else math.inf
 
 
 def _reached(outputs: Mapping[int, EventArray], config: Config, kind: str, symbol: str) -> float:

@@ -108,7 +108,7 @@ endpoint = "udp://10.0.0.1:1"
 data_format = "itch50"
 pace = "fast"
 [data_sources.b]
-type = "rdma"
+type = "rmda"
 [processing]
 outputs = [
   "bbo",
@@ -137,16 +137,29 @@ sync = 3
     ]
     assert by_path["cluster.shrads"].hint == "did you mean 'shards'?"
     assert by_path["cluster.shard_overrides.BRK.B"].value == 7
-    assert "not built yet" in by_path["data_sources.b.type"].reason
+    assert by_path["data_sources.b.type"].hint == "did you mean 'rdma'?"
     assert by_path["processing.outputs[1]"].hint == "did you mean 'trade'?"
 
 
-@pytest.mark.parametrize("kind", ["rdma"])
-def test_transports_to_come_are_refused_with_the_reason(kind: str) -> None:
-    (found,) = problems(f'[data_sources.s]\ntype = "{kind}"\n')
-    assert found.path == "data_sources.s.type"
-    assert "not built yet" in found.reason
-    assert "multicast" in found.hint
+@pytest.mark.parametrize(
+    ("text", "path", "words"),
+    [
+        ('[data_sources.s]\ntype = "rdma"\n', "data_sources.s.endpoint", "is missing"),
+        ('[data_sources.s]\ntype = "rdma"\nendpoint = "tcp://h:1"\n', "data_sources.s.endpoint", "rdma://HOST:PORT"),
+        ('[data_sources.s]\ntype = "rdma"\nendpoint = "rdma://h:1"\ndata_format = "itch50"\n', "data_sources.s.data_format", "no meaning"),
+        ('[processing]\noutputs = ["bbo"]\n[delivery.d]\nmethod = "rdma"\n', "processing.outputs", "reference"),
+        ('[cluster]\naddress = "10.0.0.1"\n[delivery.d]\nmethod = "rdma"\n', "cluster.address", "delivery.d"),
+        (
+            '[replication]\nlink = "rdma"\ntls_certificate_file = "c"\ntls_key_file = "k"\ntls_ca_file = "a"\n',
+            "replication.link",
+            "TLS does not cover",
+        ),
+    ],
+)
+def test_what_rdma_needs_is_told(text: str, path: str, words: str) -> None:
+    (found,) = problems(text)
+    assert found.path == path
+    assert words in f"{found.reason} {found.hint}"
 
 
 @pytest.mark.parametrize("method", ["websocket", "redis"])

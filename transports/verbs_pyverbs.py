@@ -127,9 +127,7 @@ class _Queue(Queue):
         self._to_state(enums.IBV_QPS_ERR)
 
     def write(self, writes: Sequence[Write]) -> None:
-        requests: list[Any] = []  # which pyverbs does not hold by their chain
-        for write in reversed(writes):
-            requests.append(_request(write, requests[-1] if requests else None))
+        requests = described(writes)
         with _told("a write cannot be posted"):
             self._pair.post_send(requests[-1])
 
@@ -153,6 +151,14 @@ def _gid(text: str) -> Any:
     from pyverbs.addr import GID
 
     return GID(":".join(text[i : i + 4] for i in range(0, 32, 4)))
+
+
+def described(writes: Sequence[Write]) -> list[Any]:
+    """The work requests of writes, the last one first; each leads to the one before it, and does not hold it."""
+    requests: list[Any] = []
+    for write in reversed(writes):
+        requests.append(_request(write, requests[-1] if requests else None))
+    return requests
 
 
 def _request(write: Write, following: Any) -> Any:

@@ -127,7 +127,7 @@ class _Queue(Queue):
 
     def write(self, writes: Sequence[Write]) -> None:
         with _told("a write cannot be posted"):
-            self._pair.post_send([_request(write) for write in writes])
+            self._pair.post_send(described(writes))
 
     def receive(self, count: int) -> None:
         with _told("a receive cannot be posted"):
@@ -141,6 +141,11 @@ class _Queue(Queue):
         with _told("a queue pair cannot be given up"):
             self._pair.close()
             self._completions.close()
+
+
+def described(writes: Sequence[Write]) -> list[Any]:
+    """The work requests of writes."""
+    return [_request(write) for write in writes]
 
 
 def _request(write: Write) -> Any:

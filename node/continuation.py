@@ -32,7 +32,9 @@ POSITION = np.dtype(
 """Where a journal stands in a source: the last sequence and how many events with it, the venue's session (the `id` of the last CLEAR or
 CODE of the whole source, 0 before the first), the time of the last timer (ns, the source's clock). And of this node's own receiver: the
 session that its ring begins in; while a new leader looks for its place, `resuming` is not 0, `left` events of the last sequence are to be
-skipped. A CODE of the whole source says that it begins at sequence `seq` of session `id`; unlike a CLEAR it empties nothing."""
+skipped. A CODE of the whole source says that it begins at sequence `seq` of session `id`; unlike a CLEAR it empties nothing.
+
+With `same` 0 there is nothing more of the last sequence: a gap has ended there, or the source began behind it."""
 
 _CLEAR, _REFERENCE, _GAP, _TIMER, _CONFIG, _CODE, _PEER_REFERENCE = (
     np.uint8(kind) for kind in (Kind.CLEAR, Kind.REFERENCE, Kind.GAP, Kind.TIMER, Kind.CONFIG, Kind.CODE, Kind.PEER_REFERENCE)
@@ -109,8 +111,8 @@ def advance(position: Any, event: Any) -> None:
     elif event.kind == _CODE and _is_whole(event):  # what comes next, none of which the journal has
         if event.id != _U(0):
             position.session = event.id
-        if event.seq > position.sequence:
-            position.sequence = event.seq
+        if event.seq > position.sequence + _U(1):
+            position.sequence = event.seq - _U(1)
             position.same = np.int64(0)
     elif event.kind == _GAP and _is_whole(event):
         if _U(event.aux) > position.sequence:
@@ -151,6 +153,11 @@ def follow_positions(positions: Any, owners: Any, batch: Any) -> None:
             advance(positions[source], batch[i])
 
 
+def first_lacking(position: Any) -> int:
+    """The first sequence of a source of which its journal may lack an event; 0: the source counts none."""
+    return int(position["sequence"]) + int(position["same"] == 0)
+
+
 @outlined
 def resume(position: Any, batch: Any, count: Any) -> Any:
     """Take out of ``batch[:count]``, events of one source as its receiver gave them, what the journal has already; returns how many stay.
@@ -181,7 +188,7 @@ def resume(position: Any, batch: Any, count: Any) -> Any:
                         continue
                     event.id = max(event.id, at.sequence + _U(1))
                     at.resuming = 0
-            elif event.seq < at.sequence:
+            elif event.seq < at.sequence or (event.seq == at.sequence and at.same == 0 and at.sequence > _U(0)):
                 continue
             elif event.seq == at.sequence and at.left > 0:
                 at.left -= 1

@@ -501,17 +501,17 @@ class Replica:
             if buffer is None:
                 continue
             at, begun = known.positions[buffer.source], buffer.begun or receiver.begun_at
-            last = int(at["sequence"])
+            last, placed = int(at["sequence"]), bool(at["sequence"] or at["session"])
             if not buffer.same_session(at) and int(at["own_session"]) != int(at["session"]):
                 if receiver.session == int(at["session"]):
                     continue  # the ring begins before the journal's session
                 found.append(_break(Kind.CLEAR, buffer.source, buffer.session))
                 last = 0
-            elif begun == 0 and last:
+            elif begun == 0 and placed:
                 receiver.go_on_from(last + 1, int(at["session"]))  # it has heard nothing yet: it will see the gap itself
                 continue
             known_to_its_beginning = 0 < buffer.begun_ns <= int(at["timer_ns"])
-            begun_after = 0 if known_to_its_beginning or not (last or found) else begun - 1
+            begun_after = 0 if known_to_its_beginning or not (placed or found) else begun - 1
             missing_to = max(buffer.lost, begun_after)
             if last < missing_to:
                 found.append(_break(Kind.GAP, buffer.source, last + 1, missing_to))

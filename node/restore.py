@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from tickmesh.node.continuation import MADE_HERE, POSITION, Place, begin_resuming, follow_positions, make_positions
+from tickmesh.node.continuation import MADE_HERE, POSITION, Place, begin_resuming, first_lacking, follow_positions, make_positions
 from tickmesh.node.event import ALL_INSTRUMENTS, DERIVED, EVENT, PEERS, EventArray, Kind
 from tickmesh.node.instruments import InstrumentTable, InstrumentTableFull, SymbolFiltered
 from tickmesh.node.journal import JournalReader
 from tickmesh.node.shard_state import SOURCES
 
 _DEFINES = np.zeros(256, np.bool_)
+_MEANING = 2
+"""In the facts of a snapshot: with `same` 0 a position has all of its sequence. Before, a source's beginning was told by its first sequence."""
 _DEFINES[[Kind.REFERENCE, Kind.CODE, Kind.PEER_REFERENCE]] = True
 
 
@@ -100,7 +102,8 @@ class RestoredShard:
         used = np.flatnonzero(self.positions != np.zeros(1, POSITION))
         positions = {str(source): self.positions[source].tobytes().hex() for source in used}
         defined = {str(source): found for source, found in self.defined.items()}
-        return {"references": references, "codes": {str(k): v for k, v in self.codes.items()}, "positions": positions, "defined": defined}
+        codes = {str(k): v for k, v in self.codes.items()}
+        return {"references": references, "codes": codes, "positions": positions, "positions_mean": _MEANING, "defined": defined}
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> RestoredShard:
@@ -109,6 +112,8 @@ class RestoredShard:
         made = cls(references, {int(k): int(v) for k, v in facts["codes"].items()})
         for source, text in facts["positions"].items():
             made.positions[int(source)] = np.frombuffer(bytes.fromhex(text), POSITION)[0]
+        if facts.get("positions_mean", 1) < _MEANING:  # nothing of the last sequence might also say that it came next
+            made.positions["sequence"] -= (made.positions["same"] == 0) & (made.positions["sequence"] > 0)
         made.defined = {int(source): (found[0], found[1]) for source, found in facts.get("defined", {}).items()}
         made._own(max(references, default=-1))
         for number, event in references.items():
@@ -165,7 +170,7 @@ class Restored:
         sessions = {int(at["session"]) for at in positions if at["session"] or at["sequence"]}
         if not sessions:
             return None
-        first = min(int(at["sequence"]) for at in positions)
+        first = min(map(first_lacking, positions))
         return Place(max(1, first), sessions.pop(), is_one=True) if len(sessions) == 1 else Place(1, 0, is_one=False)
 
     def intern(self, table: InstrumentTable) -> tuple[list[dict[int, int]], dict[int, dict[int, int]]]:

@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from decimal import Decimal
 from types import ModuleType
 from typing import Protocol
 
 import numpy as np
 
 from tickmesh.node import arbiter, feed
-from tickmesh.node.event import NO_PRICE, NO_SIDE
+from tickmesh.node.event import NO_PRICE, NO_SIDE, PRICE_DECIMALS
 from tickmesh.node.feed import REASONS, Feed
 from tickmesh.node.instruments import FILTERED, InstrumentTable
 from tickmesh.node.layout import NEVER, Column, Layout, common_layout
@@ -117,6 +118,51 @@ def select(spec: Spec, fields: Mapping[str, str] | Sequence[str], messages: Iter
     if problems:
         raise MappingError(problems)
     return dataclasses.replace(spec, messages=chosen)
+
+
+def configured(spec: Spec, price_scale: Decimal | None, tick_size: int | None, qty_exponent: int | None) -> Spec:
+    """The spec with what a source says of its numbers; None leaves the protocol's own.
+
+    Args:
+        price_scale: real price = the protocol's price times this, exactly, which takes a power of ten.
+        tick_size: of instruments whose definition gives none, in 1e-9.
+        qty_exponent: decimals of a quantity.
+
+    Raises:
+        MappingError: prices cannot be scaled so.
+    """
+    own_tick = spec.tick_size
+    if price_scale is not None and price_scale != 1:
+        spec, own_tick = _rescaled(spec, price_scale), int(spec.tick_size * price_scale)
+    return dataclasses.replace(
+        spec, tick_size=tick_size or own_tick, qty_exponent=spec.qty_exponent if qty_exponent is None else qty_exponent
+    )
+
+
+def _rescaled(spec: Spec, scale: Decimal) -> Spec:
+    """Prices times `scale`: their fields have other decimals."""
+    if isinstance(spec, SbeSpec):
+        raise MappingError(["price_scale: the exponents of prices are in the SBE schema: correct them there, and remove the key"])
+    _, digits, places = scale.normalize().as_tuple()
+    assert isinstance(places, int)
+    fields = {f"{m.name}.{f.name}": f.decimals - places for m in spec.messages for f in m.fields.values() if f.decimals >= 0}
+    problems = [f"price_scale: {scale} is no power of ten, and {spec.name} counts prices in those"] if digits != (1,) else []
+    if not problems:
+        problems = [
+            f"price_scale: {scale} would give {name} {decimals} decimals, and 0 to {PRICE_DECIMALS} are possible"
+            for name, decimals in fields.items()
+            if not 0 <= decimals <= PRICE_DECIMALS
+        ]
+        if not 0 < spec.tick_size * scale == int(spec.tick_size * scale):
+            problems.append(f"price_scale: {scale} would make the tick size {spec.tick_size * scale}e-9: write a spec file of your own")
+    if problems:
+        raise MappingError(problems)
+
+    def scaled(one: Field) -> Field:
+        return dataclasses.replace(one, decimals=one.decimals - places) if one.decimals >= 0 else one
+
+    messages = tuple(dataclasses.replace(m, fields={name: scaled(f) for name, f in m.fields.items()}) for m in spec.messages)
+    return dataclasses.replace(spec, messages=messages)
 
 
 def _silent(message: Message, spec: Spec) -> Message:
@@ -1079,5 +1125,5 @@ def decode_flush(now_ns, feed, out):
     """Time passes without packets: give up what has waited too long; returns n. Call again while it returns more than 0."""
     return flush_events(now_ns, feed, out)
 '''
-__all__ = ["FILTERED", "Decoder", "MappingError", "arbitration", "bind_symbol", "dbn_symbols", "decoder_parts", "decoder_source",
-           "end_of_stream", "filtered", "load_decoder", "make_feed", "malformed", "message_counts", "select"]  # fmt: skip
+__all__ = ["FILTERED", "Decoder", "MappingError", "arbitration", "bind_symbol", "configured", "dbn_symbols", "decoder_parts",
+           "decoder_source", "end_of_stream", "filtered", "load_decoder", "make_feed", "malformed", "message_counts", "select"]  # fmt: skip

@@ -233,7 +233,7 @@ def make_feed(
         counters=len(spec.counters),
         direct_codes=1 << (8 * size) if size in (1, 2) else 0,
         hashed_codes=instruments.arrays.index.size if size > 2 else 0,
-        header_bytes=framing.header_bytes if framing else 0,
+        header_bytes=framing.messages_at if framing else 0,
         midnight_ns=midnight_ns,
         tick_size=spec.tick_size,
         qty_exponent=spec.qty_exponent,
@@ -904,6 +904,8 @@ class _DecoderWriter:
         least = max(fr.length_unit, prefix)
         current = _CURRENT_PACKET if fr.by_packet else _CURRENT
         self.out(current.format(prefix=prefix, least=least, reserve=self.reserve, offset=fr.message_offset))
+        if fr.count_to_end:
+            self.out(_MESSAGES_IN.format(prefix=prefix, least=least, offset=fr.message_offset))
         self._accept()
         self.out(_PACKETS.format(reserve=self.reserve, cleared=self.on_clear()))
 
@@ -938,7 +940,11 @@ class _DecoderWriter:
             out(f"if not ({_equals(_load(fr.data_when[0], 'p'), fr.data_when[0], fr.data_when[1])}):\n    return True")
         if heart:
             out(f"if size < {fr.header_bytes}:\n    {short}")
-        out(f"count = np.int64({_load(fr.count, 'p')})" if fr.count else "count = np.int64(1)  # the sequence counts packets")
+        if fr.count_to_end:
+            out(f"count = _messages_in(buf, p + {fr.messages_at}, p + size)")
+            out("if count == 0:\n    feed.malformed[TRUNCATED] += _ONE\n    return True")
+        else:
+            out(f"count = np.int64({_load(fr.count, 'p')})" if fr.count else "count = np.int64(1)  # the sequence counts packets")
         if heart:
             out.indent(-1)
         out(f"seq = np.int64({_load(fr.sequence, 'p')})")
@@ -952,7 +958,7 @@ class _DecoderWriter:
                 "    s[A.CURRENT], s[A.CURRENT_SEQ] = A.FROM_UNSEQUENCED, feed.state[NEXT_SEQ]"
             )
             out(
-                f"    s[A.CURRENT_POS], s[A.CURRENT_END] = p + {fr.header_bytes}, p + size\n"
+                f"    s[A.CURRENT_POS], s[A.CURRENT_END] = p + {fr.messages_at}, p + size\n"
                 "    s[A.CURRENT_LEFT], s[A.CURRENT_SKIP] = count, 0\n    return False"
             )
         session = (
@@ -963,7 +969,7 @@ class _DecoderWriter:
         if fr.end_count is not None:
             out("if ended and verdict == A.CONSUMED:\n    s[A.ENDS] += 1")
         out("if verdict == A.DECODE:")
-        out(f"    s[A.CURRENT], s[A.CURRENT_POS], s[A.CURRENT_END] = A.FROM_PACKET, p + {fr.header_bytes}, p + size")
+        out(f"    s[A.CURRENT], s[A.CURRENT_POS], s[A.CURRENT_END] = A.FROM_PACKET, p + {fr.messages_at}, p + size")
         out("    s[A.CURRENT_LEFT], s[A.CURRENT_SEQ], s[A.CURRENT_SKIP] = count, seq, s[A.EXPECTED] - seq")
         out("    s[A.OVERLAPS] += s[A.CURRENT_SKIP] > 0\n    return False")
         out("if verdict == A.HOLD:\n    return hold(arb, buf, p, size, seq, count, line, packet.ts_recv)")
@@ -1044,6 +1050,19 @@ def _go_on(buf, ts_recv, line, feed, out, n):
         feed.malformed[TRAILING_BYTES] += _ONE
     s[A.CURRENT] = A.NOTHING_CURRENT
     return n
+'''
+
+_MESSAGES_IN = '''
+
+@outlined
+def _messages_in(buf, pos, end):
+    """How many messages there are up to the packet's end; one that is cut short is none."""
+    count = np.int64(0)
+    while pos + {prefix} <= end:
+        total = _total(buf, pos)
+        pos += total if total > {offset} else max(total, {least})
+        count += pos <= end
+    return count
 '''
 
 _CURRENT_PACKET = '''

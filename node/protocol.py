@@ -14,7 +14,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from tickmesh.node.event import PRICE_DECIMALS, Flag, Kind, TradingStatus
+from tickmesh.node.event import NO_PRICE, PRICE_DECIMALS, Flag, Kind, TradingStatus
 
 SHIPPED = Path(__file__).parent / "protocols"
 SYMBOL_BYTES_MAX = 24
@@ -43,7 +43,7 @@ OF_ORDER = ("execute", "cancel", "delete", "replace", "modify")
 """Kinds whose message may name an order and no instrument, where orders are followed (``follow_orders``)."""
 
 UNITS_NS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
-NAMES: dict[str, int] = {"BID": 0, "ASK": 1, "NO_SIDE": 2, **{s.name: int(s) for s in TradingStatus}}
+NAMES: dict[str, int] = {"BID": 0, "ASK": 1, "NO_SIDE": 2, "NO_PRICE": NO_PRICE, **{s.name: int(s) for s in TradingStatus}}
 """Words a map may give instead of a number."""
 
 
@@ -190,7 +190,11 @@ class Spec:
 
 @dataclass(frozen=True)
 class Framing:
-    """A checked framing: message length prefix, and the packet header where there is one."""
+    """A checked framing: message length prefix, and the packet header where there is one.
+
+    `messages_at`: where in a packet the first message begins, header of its own included. `count_to_end`: every whole message up to the
+    packet's end takes a sequence, and the header counts none.
+    """
 
     name: str
     title: str
@@ -205,6 +209,8 @@ class Framing:
     preamble_length: Field | None = None
     preamble_fixed: int = 0
     header_bytes: int = 0
+    messages_at: int = 0
+    count_to_end: bool = False
     sequence: Field | None = None
     count: Field | None = None
     session: tuple[Field, ...] = ()
@@ -628,7 +634,7 @@ def _case(
         doc.fault(key, f"an event of kind {kind!r} needs an instrument: the field that [instrument] names is not in this message")
     elif kind not in ("time", "nothing") and not (has_instrument or everything or by_order):
         doc.fault(key, "names no instrument: add the field that [instrument] names, or instrument = 'all' if it is about the whole venue")
-    if kind == "reference" and instrument.get("symbol") not in fields:
+    if kind == "reference" and "symbol" in instrument and instrument["symbol"] not in fields:
         doc.fault(key, "an event of kind 'reference' needs the symbol field of [instrument] in its message")
     when = _when(doc, (*key, "when"), doc.table(raw, (*key, "when")), fields)
     flags, rules = _flags(doc, key, raw, fields)
@@ -801,14 +807,17 @@ def _preamble(doc: _Document, order: str) -> dict[str, Any]:
 
 def _packet(doc: _Document, order: str) -> dict[str, Any]:
     keys = (
-        "header_bytes", "sequence", "sequence_of", "count", "session", "end_count", "unsequenced", "data_when", "heartbeat_when",
-        "heartbeat_sequence",
+        "header_bytes", "messages_at", "sequence", "sequence_of", "count", "session", "end_count", "unsequenced", "data_when",
+        "heartbeat_when", "heartbeat_sequence",
     )  # fmt: skip
     table = doc.table(doc.root, ("packet",), keys, required=True)
     by_packet = doc.text(table, ("packet", "sequence_of"), ("messages", "packets"), "messages") == "packets"
     header = doc.number(table, ("packet", "header_bytes"), 1, 1024)
     sequence = _number_field(doc, ("packet", "sequence"), table.get("sequence"), order)
-    count = None if by_packet else _number_field(doc, ("packet", "count"), table.get("count"), order)
+    to_end = table.get("count") == "to_end" and not by_packet
+    count = None if by_packet or to_end else _number_field(doc, ("packet", "count"), table.get("count"), order)
+    if to_end and "end_count" in table:
+        doc.fault(("packet", "end_count"), "has no meaning where messages are counted to the packet's end")
     if by_packet and {"count", "end_count"} & table.keys():
         doc.fault(("packet", "count"), "has no meaning where packets are counted (sequence_of): a packet's messages go on to its end")
     session: list[Field] = []
@@ -823,7 +832,8 @@ def _packet(doc: _Document, order: str) -> dict[str, Any]:
         if found and found.offset + found.size > header:
             doc.fault(("packet", name), f"ends at byte {found.offset + found.size}, beyond the header's {header}")
     result: dict[str, Any] = {"header_bytes": header, "sequence": sequence, "count": count, "session": tuple(session)}
-    result["by_packet"] = by_packet
+    result |= {"by_packet": by_packet, "count_to_end": to_end}
+    result["messages_at"] = doc.number(table, ("packet", "messages_at"), 0, header, header)
     if "heartbeat_sequence" in table:
         result["heartbeat_sequence"] = _number_field(doc, ("packet", "heartbeat_sequence"), table["heartbeat_sequence"], order)
     for name in ("end_count", "unsequenced"):

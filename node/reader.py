@@ -50,6 +50,7 @@ USUAL_FRAMING = {
     "iex_deep_plus": ("iex_tp", "iex_tp"), "iex_deep": ("iex_tp", "iex_tp"), "iex_tops": ("iex_tp", "iex_tp"),
     "cboe_pitch": ("", "cboe_unit"), "cboe_pitch_options": ("", "cboe_unit"), "cboe_pitch_complex": ("", "cboe_unit"),
     "cboe_cfe_pitch": ("", "cboe_unit"), "memx_memoir_depth": ("", "memx_udp"), "dbn_mbo": ("dbn", "dbn"),
+    "miax_onyx_tom": ("", "miax_mach"),
 }  # fmt: skip
 """Framing of a shipped protocol in a file and in packets, for a source that names none."""
 CSV_FORMATS = ("lobster", "csv")

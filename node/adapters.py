@@ -31,7 +31,7 @@ from tickmesh.node.event import EVENT, EventArray, Kind
 from tickmesh.node.intake import Data, Intake, codes_of, make_intake, whole_source
 from tickmesh.node.json_feed import MappedFeed, VenueFeed
 from tickmesh.node.reader import SourceError
-from tickmesh.node.receivers import Receiver, ReceiverContext, bind_codes
+from tickmesh.node.receivers import Receiver, ReceiverContext, bind_codes, take_memory
 from tickmesh.node.router import ROUTE_EVENTS
 from tickmesh.node.routing_loop import routing_loop
 from tickmesh.node.timers import go_on
@@ -309,6 +309,7 @@ class AdapterReceiver(Receiver):
         if self.intake.spec is None or before.intake.spec is None or self.intake.spec.name != before.intake.spec.name:
             return False
         bind_codes(self.intake.feed, self.context.table, codes_of(self.context.table, self.context.number))
+        take_memory(self.intake.feed, before.intake.feed, self.context.table)
         self._expected, self._session, self._begins_anew = before.expected, before.session, before._begins_anew
         if self._expected:
             go_on(self.router.clock)

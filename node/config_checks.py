@@ -12,6 +12,7 @@ from tickmesh.control.config import Checks, RawTables, Refusal, Source
 from tickmesh.node.calculation import PlanError, plan
 from tickmesh.node.fields import check_source
 from tickmesh.node.fix_mapping import check_fix_source
+from tickmesh.node.reader import check_price_scale
 
 
 def config_checks(folder: Path) -> Checks:
@@ -29,6 +30,6 @@ def config_checks(folder: Path) -> Checks:
         return []
 
     def source(name: str, options: Source) -> Iterable[Refusal]:
-        return [*check_source(name, options), *check_fix_source(name, options, folder)]
+        return [*check_source(name, options), *check_fix_source(name, options, folder), *check_price_scale(options)]
 
     return Checks(processing, source)

@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from decimal import Decimal
 from types import ModuleType
 from typing import Protocol
 
 import numpy as np
 
 from tickmesh.node import arbiter, feed
-from tickmesh.node.event import NO_PRICE, NO_SIDE
+from tickmesh.node.event import NO_PRICE, NO_SIDE, PRICE_DECIMALS
 from tickmesh.node.feed import REASONS, Feed
 from tickmesh.node.instruments import FILTERED, InstrumentTable
 from tickmesh.node.layout import NEVER, Column, Layout, common_layout
@@ -119,6 +120,51 @@ def select(spec: Spec, fields: Mapping[str, str] | Sequence[str], messages: Iter
     return dataclasses.replace(spec, messages=chosen)
 
 
+def configured(spec: Spec, price_scale: Decimal | None, tick_size: int | None, qty_exponent: int | None) -> Spec:
+    """The spec with what a source says of its numbers; None leaves the protocol's own.
+
+    Args:
+        price_scale: real price = the protocol's price times this, exactly, which takes a power of ten.
+        tick_size: of instruments whose definition gives none, in 1e-9.
+        qty_exponent: decimals of a quantity.
+
+    Raises:
+        MappingError: prices cannot be scaled so.
+    """
+    own_tick = spec.tick_size
+    if price_scale is not None and price_scale != 1:
+        spec, own_tick = _rescaled(spec, price_scale), int(spec.tick_size * price_scale)
+    return dataclasses.replace(
+        spec, tick_size=tick_size or own_tick, qty_exponent=spec.qty_exponent if qty_exponent is None else qty_exponent
+    )
+
+
+def _rescaled(spec: Spec, scale: Decimal) -> Spec:
+    """Prices times `scale`: their fields have other decimals."""
+    if isinstance(spec, SbeSpec):
+        raise MappingError(["price_scale: the exponents of prices are in the SBE schema: correct them there, and remove the key"])
+    _, digits, places = scale.normalize().as_tuple()
+    assert isinstance(places, int)
+    fields = {f"{m.name}.{f.name}": f.decimals - places for m in spec.messages for f in m.fields.values() if f.decimals >= 0}
+    problems = [f"price_scale: {scale} is no power of ten, and {spec.name} counts prices in those"] if digits != (1,) else []
+    if not problems:
+        problems = [
+            f"price_scale: {scale} would give {name} {decimals} decimals, and 0 to {PRICE_DECIMALS} are possible"
+            for name, decimals in fields.items()
+            if not 0 <= decimals <= PRICE_DECIMALS
+        ]
+        if not 0 < spec.tick_size * scale == int(spec.tick_size * scale):
+            problems.append(f"price_scale: {scale} would make the tick size {spec.tick_size * scale}e-9: write a spec file of your own")
+    if problems:
+        raise MappingError(problems)
+
+    def scaled(one: Field) -> Field:
+        return dataclasses.replace(one, decimals=one.decimals - places) if one.decimals >= 0 else one
+
+    messages = tuple(dataclasses.replace(m, fields={name: scaled(f) for name, f in m.fields.items()}) for m in spec.messages)
+    return dataclasses.replace(spec, messages=messages)
+
+
 def _silent(message: Message, spec: Spec) -> Message:
     """The message, counted only; directory and time messages keep working, and the orders that are followed, since others need them."""
     return dataclasses.replace(message, cases=tuple(_silent_case(case, spec) for case in message.cases))
@@ -187,7 +233,7 @@ def make_feed(
         counters=len(spec.counters),
         direct_codes=1 << (8 * size) if size in (1, 2) else 0,
         hashed_codes=instruments.arrays.index.size if size > 2 else 0,
-        header_bytes=framing.header_bytes if framing else 0,
+        header_bytes=framing.messages_at if framing else 0,
         midnight_ns=midnight_ns,
         tick_size=spec.tick_size,
         qty_exponent=spec.qty_exponent,
@@ -858,6 +904,8 @@ class _DecoderWriter:
         least = max(fr.length_unit, prefix)
         current = _CURRENT_PACKET if fr.by_packet else _CURRENT
         self.out(current.format(prefix=prefix, least=least, reserve=self.reserve, offset=fr.message_offset))
+        if fr.count_to_end:
+            self.out(_MESSAGES_IN.format(prefix=prefix, least=least, offset=fr.message_offset))
         self._accept()
         self.out(_PACKETS.format(reserve=self.reserve, cleared=self.on_clear()))
 
@@ -892,7 +940,11 @@ class _DecoderWriter:
             out(f"if not ({_equals(_load(fr.data_when[0], 'p'), fr.data_when[0], fr.data_when[1])}):\n    return True")
         if heart:
             out(f"if size < {fr.header_bytes}:\n    {short}")
-        out(f"count = np.int64({_load(fr.count, 'p')})" if fr.count else "count = np.int64(1)  # the sequence counts packets")
+        if fr.count_to_end:
+            out(f"count = _messages_in(buf, p + {fr.messages_at}, p + size)")
+            out("if count == 0:\n    feed.malformed[TRUNCATED] += _ONE\n    return True")
+        else:
+            out(f"count = np.int64({_load(fr.count, 'p')})" if fr.count else "count = np.int64(1)  # the sequence counts packets")
         if heart:
             out.indent(-1)
         out(f"seq = np.int64({_load(fr.sequence, 'p')})")
@@ -906,7 +958,7 @@ class _DecoderWriter:
                 "    s[A.CURRENT], s[A.CURRENT_SEQ] = A.FROM_UNSEQUENCED, feed.state[NEXT_SEQ]"
             )
             out(
-                f"    s[A.CURRENT_POS], s[A.CURRENT_END] = p + {fr.header_bytes}, p + size\n"
+                f"    s[A.CURRENT_POS], s[A.CURRENT_END] = p + {fr.messages_at}, p + size\n"
                 "    s[A.CURRENT_LEFT], s[A.CURRENT_SKIP] = count, 0\n    return False"
             )
         session = (
@@ -917,7 +969,7 @@ class _DecoderWriter:
         if fr.end_count is not None:
             out("if ended and verdict == A.CONSUMED:\n    s[A.ENDS] += 1")
         out("if verdict == A.DECODE:")
-        out(f"    s[A.CURRENT], s[A.CURRENT_POS], s[A.CURRENT_END] = A.FROM_PACKET, p + {fr.header_bytes}, p + size")
+        out(f"    s[A.CURRENT], s[A.CURRENT_POS], s[A.CURRENT_END] = A.FROM_PACKET, p + {fr.messages_at}, p + size")
         out("    s[A.CURRENT_LEFT], s[A.CURRENT_SEQ], s[A.CURRENT_SKIP] = count, seq, s[A.EXPECTED] - seq")
         out("    s[A.OVERLAPS] += s[A.CURRENT_SKIP] > 0\n    return False")
         out("if verdict == A.HOLD:\n    return hold(arb, buf, p, size, seq, count, line, packet.ts_recv)")
@@ -1000,6 +1052,19 @@ def _go_on(buf, ts_recv, line, feed, out, n):
     return n
 '''
 
+_MESSAGES_IN = '''
+
+@outlined
+def _messages_in(buf, pos, end):
+    """How many messages there are up to the packet's end; one that is cut short is none."""
+    count = np.int64(0)
+    while pos + {prefix} <= end:
+        total = _total(buf, pos)
+        pos += total if total > {offset} else max(total, {least})
+        count += pos <= end
+    return count
+'''
+
 _CURRENT_PACKET = '''
 
 @inlined
@@ -1079,5 +1144,5 @@ def decode_flush(now_ns, feed, out):
     """Time passes without packets: give up what has waited too long; returns n. Call again while it returns more than 0."""
     return flush_events(now_ns, feed, out)
 '''
-__all__ = ["FILTERED", "Decoder", "MappingError", "arbitration", "bind_symbol", "dbn_symbols", "decoder_parts", "decoder_source",
-           "end_of_stream", "filtered", "load_decoder", "make_feed", "malformed", "message_counts", "select"]  # fmt: skip
+__all__ = ["FILTERED", "Decoder", "MappingError", "arbitration", "bind_symbol", "configured", "dbn_symbols", "decoder_parts",
+           "decoder_source", "end_of_stream", "filtered", "load_decoder", "make_feed", "malformed", "message_counts", "select"]  # fmt: skip

@@ -14,11 +14,13 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from tickmesh.node.event import PRICE_DECIMALS, Flag, Kind, TradingStatus
+from tickmesh.node.event import NO_PRICE, PRICE_DECIMALS, Flag, Kind, TradingStatus
 
 SHIPPED = Path(__file__).parent / "protocols"
 SYMBOL_BYTES_MAX = 24
 MESSAGE_BYTES_MAX = 65535
+NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
+"""What a protocol, a framing, a message and the case of one may be called: it becomes a part of generated code."""
 
 TYPES: dict[str, tuple[int, bool]] = {
     "u8": (1, False), "u16": (2, False), "u24": (3, False), "u32": (4, False), "u48": (6, False), "u64": (8, False),
@@ -41,7 +43,7 @@ OF_ORDER = ("execute", "cancel", "delete", "replace", "modify")
 """Kinds whose message may name an order and no instrument, where orders are followed (``follow_orders``)."""
 
 UNITS_NS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
-NAMES: dict[str, int] = {"BID": 0, "ASK": 1, "NO_SIDE": 2, **{s.name: int(s) for s in TradingStatus}}
+NAMES: dict[str, int] = {"BID": 0, "ASK": 1, "NO_SIDE": 2, "NO_PRICE": NO_PRICE, **{s.name: int(s) for s in TradingStatus}}
 """Words a map may give instead of a number."""
 
 
@@ -188,7 +190,11 @@ class Spec:
 
 @dataclass(frozen=True)
 class Framing:
-    """A checked framing: message length prefix, and the packet header where there is one."""
+    """A checked framing: message length prefix, and the packet header where there is one.
+
+    `messages_at`: where in a packet the first message begins, header of its own included. `count_to_end`: every whole message up to the
+    packet's end takes a sequence, and the header counts none.
+    """
 
     name: str
     title: str
@@ -203,6 +209,8 @@ class Framing:
     preamble_length: Field | None = None
     preamble_fixed: int = 0
     header_bytes: int = 0
+    messages_at: int = 0
+    count_to_end: bool = False
     sequence: Field | None = None
     count: Field | None = None
     session: tuple[Field, ...] = ()
@@ -286,6 +294,21 @@ class _Document:
             if name not in allowed:
                 self.fault((*key, name), f"is not known here; known: {', '.join(allowed)}")
 
+    def name(self, table: Mapping[str, Any], key: tuple[str, ...], default: str | None = None) -> str:
+        """A text that may stand in the name of a generated module: letters, digits and underscores."""
+        value = self.text(table, key, default=default)
+        if value and not NAME.fullmatch(value):
+            self.fault(key, f"{value!r} is no name: 1 to 64 letters, digits and underscores")
+        return value
+
+    def title(self, table: Mapping[str, Any], key: tuple[str, ...], default: str) -> str:
+        """A text on one line, which stands in the first line of a generated module."""
+        value = self.text(table, key, default=default)
+        if not value.isprintable() or any(one in value for one in '"\\'):
+            self.fault(key, "must be printable text on one line, without quotation marks and backslashes")
+            return ""
+        return value
+
     def text(self, table: Mapping[str, Any], key: tuple[str, ...], choices: tuple[str, ...] = (), default: str | None = None) -> str:
         value = table.get(key[-1], default)
         if not isinstance(value, str):
@@ -353,7 +376,7 @@ def _field(doc: _Document, key: tuple[str, ...], raw: Any, order: str, maps: Map
         return None
     doc.only(raw, key, _FIELD_KEYS)
     kind = doc.text(raw, (*key, "type"))
-    if kind.startswith("alpha:") and kind[6:].isdigit() and 0 < int(kind[6:]) <= MESSAGE_BYTES_MAX:
+    if re.fullmatch(r"alpha:[0-9]{1,5}", kind) and 0 < int(kind[6:]) <= MESSAGE_BYTES_MAX:
         size, signed = int(kind[6:]), False
     elif kind in TYPES:
         size, signed = TYPES[kind]
@@ -369,11 +392,13 @@ def _field(doc: _Document, key: tuple[str, ...], raw: Any, order: str, maps: Map
             doc.fault((*key, "decimals"), f"a field of type {kind} cannot carry a price")
     if "null" in raw:
         null = doc.number(raw, (*key, "null"), -(1 << (8 * min(size, 8) - 1)) if signed else 0, (1 << (8 * min(size, 8) - int(signed))) - 1)
-    found, default = _map(doc, (*key, "map"), raw.get("map"), maps, size) if "map" in raw else (None, None)
+    found, default = _map(doc, (*key, "map"), raw.get("map"), maps, size, signed) if "map" in raw else (None, None)
     return Field(key[-1], offset, kind, size, signed, order == "big", decimals, null, found, default)
 
 
-def _map(doc: _Document, key: tuple[str, ...], raw: Any, maps: Mapping[str, Any], size: int) -> tuple[dict[int, int] | None, int | None]:
+def _map(
+    doc: _Document, key: tuple[str, ...], raw: Any, maps: Mapping[str, Any], size: int, signed: bool
+) -> tuple[dict[int, int] | None, int | None]:
     """Raw value -> event value, and the value for everything else (key ``*``), if any."""
     if isinstance(raw, str):
         if raw not in maps:
@@ -392,7 +417,7 @@ def _map(doc: _Document, key: tuple[str, ...], raw: Any, maps: Mapping[str, Any]
         if name == "*":
             default = number
             continue
-        code = raw_value(name, size)
+        code = raw_value(name, size, signed)
         if code is None:
             doc.fault((*key, name), f"{name!r} does not fit a field of {size} bytes")
         else:
@@ -400,20 +425,26 @@ def _map(doc: _Document, key: tuple[str, ...], raw: Any, maps: Mapping[str, Any]
     return result, default
 
 
-def raw_value(value: Any, size: int) -> int | None:
-    """A raw field value as written in a spec: a number, text of digits after ``#`` or ``0x``, or one character; None if it does not fit."""
+def raw_value(value: Any, size: int, signed: bool = False) -> int | None:
+    """A raw field value as written in a spec: a number, text of digits after ``#`` or ``0x``, or one character; None if it does not fit.
+
+    Of a `signed` field the value is what the field then says: both -1 and 0xFF are -1 in an ``i8``.
+    """
+    bits = 8 * min(size, 8)
     if isinstance(value, bool):
         return None
     if isinstance(value, str):
-        if value.startswith("#") and value[1:].isdigit():
+        if re.fullmatch(r"#-?[0-9]{1,20}", value):
             value = int(value[1:])
-        elif re.fullmatch(r"0x[0-9A-Fa-f]+", value):
+        elif re.fullmatch(r"0x[0-9A-Fa-f]{1,16}", value):
             value = int(value, 16)
         elif len(value) == 1 and value.isascii():
             value = ord(value)
         else:
             return None
-    return value if isinstance(value, int) and 0 <= value < 1 << (8 * min(size, 8)) else None
+    if not isinstance(value, int) or not (-(1 << bits - 1) if signed else 0) <= value < 1 << bits:
+        return None
+    return value - (1 << bits) if signed and value >= 1 << bits - 1 else value
 
 
 # ---------------------------------------------------------------- protocol
@@ -455,16 +486,17 @@ def load_spec(name: str | Path) -> Spec:
     order = doc.text(head, ("protocol", "byte_order"), ("big", "little"))
     maps = doc.table(root, ("maps",))
     type_field = _type_field(doc, head, order)
-    time = doc.table(root, ("timestamp",), ("field", "unit", "since", "received", "seconds_since"))
-    instrument = doc.table(root, ("instrument",), ("code", "symbol", "follow_orders"))
+    time = _with_names(doc, "timestamp", ("field", "received"), ("field", "unit", "since", "received", "seconds_since"))
+    instrument = _with_names(doc, "instrument", ("code", "symbol"), ("code", "symbol", "follow_orders"))
     common = {k: f for k, raw in doc.table(root, ("fields",)).items() if (f := _field(doc, ("fields", k), raw, order, maps))}
     tables = doc.table(root, ("messages",), required=True)
     messages = [m for k in tables if (m := _message(doc, ("messages", k), tables, order, maps, common, instrument, time, type_field))]
     _check_codes(doc, messages)
     _check_names(doc, messages, instrument, time)
+    _check_uses(doc, messages, instrument)
     spec = Spec(
-        name=doc.text(head, ("protocol", "name")),
-        title=doc.text(head, ("protocol", "title"), default=str(head.get("name", ""))),
+        name=doc.name(head, ("protocol", "name")),
+        title=doc.title(head, ("protocol", "title"), str(head.get("name", ""))),
         path=str(doc.path),
         type_field=type_field,
         order_ids=doc.text(head, ("protocol", "order_ids"), ("random", "sequential"), "random"),
@@ -486,6 +518,25 @@ def load_spec(name: str | Path) -> Spec:
     return spec
 
 
+def _with_names(doc: _Document, section: str, names: tuple[str, ...], allowed: tuple[str, ...]) -> dict[str, Any]:
+    """A table some of whose keys name fields; a value that is no text is a fault, and left out."""
+    table = dict(doc.table(doc.root, (section,), allowed))
+    for key in names:
+        if key in table and not isinstance(table[key], str):
+            doc.fault((section, key), "must be the name of a field")
+            del table[key]
+    return table
+
+
+def _check_uses(doc: _Document, messages: list[Message], instrument: Mapping[str, Any]) -> None:
+    """There is an instrument to speak of, and an event that does."""
+    if not {"code", "symbol"} & instrument.keys():
+        reason = "is missing: say in `code`, `symbol` or both which fields name the instrument of a message"
+        doc.fault(("instrument",), reason)
+    elif not any(case.kind in KINDS and not case.all_instruments for message in messages for case in message.cases):
+        doc.fault(("messages",), "no message makes an event of an instrument: give one an event, such as { kind = 'trade', … }")
+
+
 def _type_field(doc: _Document, head: Mapping[str, Any], order: str) -> Field:
     found = None
     if "type_field" in head:
@@ -503,7 +554,8 @@ def _tick_size(doc: _Document, head: Mapping[str, Any]) -> int:
         value = Decimal(raw) if isinstance(raw, str) else None
     except InvalidOperation:
         value = None
-    scaled = value.scaleb(PRICE_DECIMALS) if value is not None and value.is_finite() else Decimal(0)
+    bounded = value is not None and value.is_finite() and 0 < value < 1 << 33
+    scaled = value.scaleb(PRICE_DECIMALS) if value is not None and bounded else Decimal(0)
     if scaled <= 0 or scaled != int(scaled) or scaled >= 1 << 62:
         doc.fault(("protocol", "tick_size"), f'{raw!r} is not a decimal text between "0.000000001" and "4000000000"')
         return 1
@@ -522,6 +574,8 @@ def _message(
     if code is None:
         doc.fault((*key, "type"), f"{table.get('type')!r} is not a value of the type field ({type_field.type}): one character or a number")
     length = doc.number(table, (*key, "length"), 1, MESSAGE_BYTES_MAX)
+    if not NAME.fullmatch(key[-1]):
+        doc.fault(key, f"{key[-1]!r} is no name of a message: 1 to 64 letters, digits and underscores")
     own = {k: f for k, raw in doc.table(table, (*key, "fields")).items() if (f := _field(doc, (*key, "fields", k), raw, order, maps))}
     fields = {**{k: f for k, f in common.items() if f.offset + f.size <= length}, **own}
     _check_layout(doc, (*key, "fields"), fields, own, length, type_field)
@@ -535,6 +589,9 @@ def _message(
             cases.append(case)
     if len({c.name for c in cases}) != len(cases):
         doc.fault((*key, "event"), "two cases have one name; give each a `name`")
+    for number, case in enumerate(cases[:-1]):
+        if not case.when:
+            doc.fault((*key, "event", str(number)), "has no `when`, so that it takes all messages: the cases behind it never come")
     return Message(key[-1], code or 0, length, fields, tuple(cases))
 
 
@@ -575,18 +632,22 @@ def _case(
     by_order = instrument.get("follow_orders") is True and kind in OF_ORDER and not has_instrument and not everything
     if kind in OF_INSTRUMENT and (everything or not has_instrument) and not by_order:
         doc.fault(key, f"an event of kind {kind!r} needs an instrument: the field that [instrument] names is not in this message")
-    if kind == "reference" and instrument.get("symbol") not in fields:
+    elif kind not in ("time", "nothing") and not (has_instrument or everything or by_order):
+        doc.fault(key, "names no instrument: add the field that [instrument] names, or instrument = 'all' if it is about the whole venue")
+    if kind == "reference" and "symbol" in instrument and instrument["symbol"] not in fields:
         doc.fault(key, "an event of kind 'reference' needs the symbol field of [instrument] in its message")
     when = _when(doc, (*key, "when"), doc.table(raw, (*key, "when")), fields)
     flags, rules = _flags(doc, key, raw, fields)
+    name = doc.name(raw, (*key, "name"), kind)
     if kind == "execute" and "price" in values:
         flags |= int(Flag.PRICED)
-    return Case(str(raw.get("name", kind)), kind, when, values, flags, rules, not by_order and (everything or not has_instrument), by_order)
+    return Case(name, kind, when, values, flags, rules, not by_order and (everything or not has_instrument), by_order)
 
 
 def _event_value(doc: _Document, key: tuple[str, ...], raw: Any, fields: Mapping[str, Field]) -> str | int | None:
     if isinstance(raw, dict) and set(raw) == {"constant"}:
-        raw = NAMES.get(raw["constant"], raw_value(raw["constant"], 8))
+        given = raw["constant"]
+        raw = NAMES[given] if isinstance(given, str) and given in NAMES else raw_value(given, 8)
     if isinstance(raw, str):
         found = fields.get(raw)
         if not found:
@@ -614,7 +675,7 @@ def _when(doc: _Document, key: tuple[str, ...], raw: Mapping[str, Any], fields: 
         if name not in fields or fields[name].text:
             doc.fault((*key, name), f"this message has no number or character field {name!r}")
             continue
-        codes = [raw_value(v, fields[name].size) for v in (wanted if isinstance(wanted, list) else [wanted])]
+        codes = [raw_value(v, fields[name].size, fields[name].signed) for v in (wanted if isinstance(wanted, list) else [wanted])]
         if not codes or None in codes:
             doc.fault((*key, name), f"{wanted!r} is not a value of {name} ({fields[name].type})")
             continue
@@ -631,8 +692,11 @@ def _flags(doc: _Document, key: tuple[str, ...], raw: Mapping[str, Any], fields:
             constant |= int(Flag[name])
         else:
             doc.fault((*key, "flags"), f"{name!r} is not one of {', '.join(names)}")
-    for rule in raw.get("flag_if", []):
-        where = (*key, "flag_if")
+    where, conditions = (*key, "flag_if"), raw.get("flag_if", [])
+    if not isinstance(conditions, list):
+        doc.fault(where, "must be a list of tables")
+        conditions = []
+    for rule in conditions:
         if not isinstance(rule, dict):
             doc.fault(where, "must be a list of tables")
             continue
@@ -700,8 +764,8 @@ def load_framing(name: str | Path) -> Framing:
     body = doc.table(doc.root, ("message",), keys, required=True)
     length = _number_field(doc, ("message", "length"), body.get("length"), order)
     framing = Framing(
-        name=doc.text(head, ("framing", "name")),
-        title=doc.text(head, ("framing", "title"), default=str(head.get("name", ""))),
+        name=doc.name(head, ("framing", "name")),
+        title=doc.title(head, ("framing", "title"), str(head.get("name", ""))),
         path=str(doc.path),
         packets=packets,
         length=length or Field("length", 0, "u16", 2, False, True),
@@ -724,6 +788,8 @@ def _number_field(doc: _Document, key: tuple[str, ...], raw: Any, order: str) ->
     found = _field(doc, key, raw, order, {})
     if found and (found.text or found.signed):
         doc.fault((*key, "type"), "must be an unsigned number")
+    if found and key == ("message", "length") and found.size > 4:
+        doc.fault((*key, "type"), "is wider than u32: no message is so long")
     return found
 
 
@@ -741,14 +807,17 @@ def _preamble(doc: _Document, order: str) -> dict[str, Any]:
 
 def _packet(doc: _Document, order: str) -> dict[str, Any]:
     keys = (
-        "header_bytes", "sequence", "sequence_of", "count", "session", "end_count", "unsequenced", "data_when", "heartbeat_when",
-        "heartbeat_sequence",
+        "header_bytes", "messages_at", "sequence", "sequence_of", "count", "session", "end_count", "unsequenced", "data_when",
+        "heartbeat_when", "heartbeat_sequence",
     )  # fmt: skip
     table = doc.table(doc.root, ("packet",), keys, required=True)
     by_packet = doc.text(table, ("packet", "sequence_of"), ("messages", "packets"), "messages") == "packets"
     header = doc.number(table, ("packet", "header_bytes"), 1, 1024)
     sequence = _number_field(doc, ("packet", "sequence"), table.get("sequence"), order)
-    count = None if by_packet else _number_field(doc, ("packet", "count"), table.get("count"), order)
+    to_end = table.get("count") == "to_end" and not by_packet
+    count = None if by_packet or to_end else _number_field(doc, ("packet", "count"), table.get("count"), order)
+    if to_end and "end_count" in table:
+        doc.fault(("packet", "end_count"), "has no meaning where messages are counted to the packet's end")
     if by_packet and {"count", "end_count"} & table.keys():
         doc.fault(("packet", "count"), "has no meaning where packets are counted (sequence_of): a packet's messages go on to its end")
     session: list[Field] = []
@@ -763,7 +832,8 @@ def _packet(doc: _Document, order: str) -> dict[str, Any]:
         if found and found.offset + found.size > header:
             doc.fault(("packet", name), f"ends at byte {found.offset + found.size}, beyond the header's {header}")
     result: dict[str, Any] = {"header_bytes": header, "sequence": sequence, "count": count, "session": tuple(session)}
-    result["by_packet"] = by_packet
+    result |= {"by_packet": by_packet, "count_to_end": to_end}
+    result["messages_at"] = doc.number(table, ("packet", "messages_at"), 0, header, header)
     if "heartbeat_sequence" in table:
         result["heartbeat_sequence"] = _number_field(doc, ("packet", "heartbeat_sequence"), table["heartbeat_sequence"], order)
     for name in ("end_count", "unsequenced"):

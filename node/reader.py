@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from tickmesh.control.config import Source
+from tickmesh.control.config import Refusal, Source
 from tickmesh.node.csv_feed import csv_events, lobster_events
 from tickmesh.node.decoder import (
     arbitration,
     bind_symbol,
+    configured,
     dbn_symbols,
     decoder_parts,
     end_of_stream,
@@ -38,7 +39,7 @@ from tickmesh.node.fix_feed import fix_counters, fix_malformed, fix_message_coun
 from tickmesh.node.fix_mapping import FixMappingError, is_fix
 from tickmesh.node.instruments import FILTERED, InstrumentTable, InstrumentTableFull, SymbolFiltered
 from tickmesh.node.json_feed import VenueFeed
-from tickmesh.node.protocol import Framing, Spec, is_sbe, load_framing, load_spec
+from tickmesh.node.protocol import Framing, MappingError, Spec, SpecError, is_sbe, load_framing, load_spec
 from tickmesh.node.sbe_mapping import SbeSpec
 from tickmesh.node.venues import VENUE_FEEDS, venue_feed
 from tickmesh.transports.capture import read_capture
@@ -49,6 +50,7 @@ USUAL_FRAMING = {
     "iex_deep_plus": ("iex_tp", "iex_tp"), "iex_deep": ("iex_tp", "iex_tp"), "iex_tops": ("iex_tp", "iex_tp"),
     "cboe_pitch": ("", "cboe_unit"), "cboe_pitch_options": ("", "cboe_unit"), "cboe_pitch_complex": ("", "cboe_unit"),
     "cboe_cfe_pitch": ("", "cboe_unit"), "memx_memoir_depth": ("", "memx_udp"), "dbn_mbo": ("dbn", "dbn"),
+    "miax_onyx_tom": ("", "miax_mach"),
 }  # fmt: skip
 """Framing of a shipped protocol in a file and in packets, for a source that names none."""
 CSV_FORMATS = ("lobster", "csv")
@@ -378,6 +380,7 @@ def spec_and_framing(name: str, options: Source) -> tuple[Spec, Framing]:
     Raises:
         SourceError: there is no such protocol, or it needs a framing.
         SpecError: a spec file is wrong.
+        MappingError: its prices cannot have the source's `price_scale`.
     """
     chosen = options.data_format or ""
     packets = options.type in ("pcap", "multicast")
@@ -386,7 +389,24 @@ def spec_and_framing(name: str, options: Source) -> tuple[Spec, Framing]:
     framing = options.framing or usual or USUAL_FRAMING.get(chosen, ("", ""))[packets]
     if not framing:
         raise SourceError(name, f'name the framing of {chosen}: framing = "moldudp64"')
-    return spec or load_spec(chosen), load_framing(framing)
+    found = spec or load_spec(chosen)
+    return configured(found, options.price_scale, options.tick_size_of(""), options.quantity_exponent), load_framing(framing)
+
+
+def check_price_scale(options: Source) -> list[Refusal]:
+    """What is wrong with the `price_scale` of a source; what is wrong with its protocol is said when that is opened."""
+    chosen, scale = options.data_format or "", options.price_scale
+    if scale is None or chosen in ("json", "csv") or is_fix(chosen):
+        return []
+    if chosen in VENUE_FEEDS or chosen in CSV_FORMATS:
+        return [Refusal("price_scale", f"has no meaning for {chosen}, whose prices are read as they stand", "remove it")]
+    try:
+        configured(load_spec(chosen), scale, None, None)
+    except MappingError as error:
+        return [Refusal("price_scale", "; ".join(one.removeprefix("price_scale: ") for one in error.problems), "change or remove it")]
+    except SpecError:
+        return []
+    return []
 
 
 def open_reader(

@@ -24,7 +24,7 @@ from tickmesh.node.arbiter import CLEAR_DUE, EXPECTED, FIRST_SEQUENCE, SESSION, 
 from tickmesh.node.continuation import Place
 from tickmesh.node.decoder import arbitration, decoder_parts, filtered, load_decoder, make_feed, malformed, message_counts
 from tickmesh.node.event import EVENT, EventArray
-from tickmesh.node.feed import RESOLVED_BELOW, SHORT_PACKET, UNBOUND, Feed, bind_unannounced
+from tickmesh.node.feed import MIDNIGHT_NS, RESOLVED_BELOW, SHORT_PACKET, TIME_BASE_NS, UNBOUND, Feed, bind_unannounced
 from tickmesh.node.instruments import EXCLUDED, FILTERED, InstrumentTable
 from tickmesh.node.loops import receive_loop
 from tickmesh.node.order_map import take_orders
@@ -407,9 +407,7 @@ class MulticastReceiver(Receiver):
         mine = np.flatnonzero((records["source"] == number) & (records["code"] != 0))
         bind_codes(self.feed, self.context.table, {int(i): int(records["code"][i]) for i in mine})
         self.feed.arbiter.state[START_SEQUENCE] = before.feed.arbiter.state[EXPECTED]
-        if before.feed.ladders.size == self.feed.ladders.size:  # a book by position goes on where it stands
-            self.feed.ladders[:], self.feed.depths[:] = before.feed.ladders, before.feed.depths
-        take_orders(self.feed, before.feed, np.flatnonzero(records["flags"] & EXCLUDED))
+        take_memory(self.feed, before.feed, self.context.table)
         if before.feed.arbiter.state[EXPECTED]:
             go_on(self.router.clock)
         return True
@@ -527,6 +525,15 @@ def bind_codes(feed: Feed, table: InstrumentTable, codes: Mapping[int, int]) -> 
     bound = feed.codes != UNBOUND
     feed.codes[:] = np.where(bound & np.isin(resolved, known), resolved, feed.codes)
     feed.codes[:] = np.where(bound & np.isin(resolved, left_out), FILTERED, feed.codes)
+
+
+def take_memory(feed: Feed, before: Feed, table: InstrumentTable) -> None:
+    """Go on with what the decoder of the source's receiver so far remembers of the session: ladders, orders, the seconds last told."""
+    if before.ladders.size == feed.ladders.size:  # a book by position goes on where it stands
+        feed.ladders[:], feed.depths[:] = before.ladders, before.depths
+    take_orders(feed, before, np.flatnonzero(table.arrays.records["flags"][: len(table)] & EXCLUDED))
+    if before.state[MIDNIGHT_NS] == feed.state[MIDNIGHT_NS]:
+        feed.state[TIME_BASE_NS] = before.state[TIME_BASE_NS]
 
 
 def make_receiver(

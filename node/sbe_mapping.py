@@ -240,8 +240,8 @@ class _MappingReader:
         cases = [case for template in templates for case in template.cases]
         laddered = any("change" in case.values or case.kind == "depth" for case in cases)
         spec = SbeSpec(
-            name=doc.text(head, ("protocol", "name")),
-            title=doc.text(head, ("protocol", "title"), default=str(head.get("name", ""))),
+            name=doc.name(head, ("protocol", "name")),
+            title=doc.title(head, ("protocol", "title"), str(head.get("name", ""))),
             path=str(doc.path),
             type_field=Field("templateId", 0, "u16", 2, False, self.schema.big),
             order_ids=doc.text(head, ("protocol", "order_ids"), ("random", "sequential"), "random"),

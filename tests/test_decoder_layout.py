@@ -106,7 +106,7 @@ def a_message(data: st.DataObject, spec: Spec, message: Message, size: int, choo
     body = bytearray(data.draw(st.binary(min_size=size, max_size=size)))
     for case in message.cases[:1]:
         for field, values in case.when.items():
-            others = [v for c in message.cases for v in c.when[field]] if choose else list(values)
+            others = [v for c in message.cases for v in c.when.get(field, ())] if choose else list(values)
             body[message.fields[field].offset] = data.draw(st.sampled_from(others)) if size > message.fields[field].offset else 0
     for field in message.fields.values():
         if field.map and field.offset < size and (not choose or data.draw(st.integers(0, 9))):

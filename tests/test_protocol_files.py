@@ -21,12 +21,13 @@ from wire_readers import Told, datagrams, read, write_pcap
 from tickmesh.control.config import Source
 from tickmesh.node import decoder as D
 from tickmesh.node.book import apply_events, make_books, top
-from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, Flag, Kind
-from tickmesh.node.feed import ORDERS_KNOWN
-from tickmesh.node.instruments import InstrumentTable
+from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_PRICE, Flag, Kind
+from tickmesh.node.feed import NOT_TOLD, ORDERS_KNOWN, TIME_BASE_NS
+from tickmesh.node.instruments import EXCLUDED, FILTERED, InstrumentTable
 from tickmesh.node.order_map import take_orders
 from tickmesh.node.protocol import Field, Message, Spec, SpecError, load_framing, load_spec, shipped_names
 from tickmesh.node.reader import USUAL_FRAMING, open_reader
+from tickmesh.node.receivers import take_memory
 from tickmesh.node.replay import replay
 from tickmesh.transports.capture import PACKET
 
@@ -36,7 +37,7 @@ PCAPS = DATA / "omi_pcaps"
 FOLDERS = {
     "Cboe/Byx.Equities*": "cboe_pitch", "Cboe/Futures*": "cboe_cfe_pitch", "Cboe/Options.Depth*": "cboe_pitch_options",
     "Cboe/Options.Complex*": "cboe_pitch_complex", "Iex/Deep.*": "iex_deep", "Iex/Tops*": "iex_tops", "Memx/*": "memx_memoir_depth",
-    "Jnx/*Itch*": "jnx_itch", "Nasdaq/*Bbo*": "nasdaq_bbo",
+    "Jnx/*Itch*": "jnx_itch", "Nasdaq/*Bbo*": "nasdaq_bbo", "Miax/Onyx*ToM*": "miax_onyx_tom",
 }  # fmt: skip
 CAPTURES = [(name, path) for folder, name in FOLDERS.items() for path in sorted(PCAPS.glob(folder + "/*.pcap"))]
 FOREIGN = "StockTradingActionMessage"
@@ -96,6 +97,8 @@ def packet(name: str, messages: Sequence[bytes], sequence: int, heartbeat: bool 
     if framing == "iex_tp":
         body = b"".join(struct.pack("<H", len(m)) + m for m in messages)
         return struct.pack("<BBHIIHHqQq", 1, 0, 0x8004, 1, 7, len(body), count, 0, sequence, 0) + body
+    if framing == "miax_mach":
+        return b"".join(struct.pack("<QHBB", sequence + n, 12 + len(m), 3, 1) + m for n, m in enumerate(messages)) or bytes(12)
     body = b"".join(struct.pack(">H", len(m)) + m for m in messages)
     if framing == "moldudp64":
         return b"0000000001" + struct.pack(">QH", sequence, count) + body
@@ -391,6 +394,23 @@ def test_a_feed_goes_on_with_the_orders_of_another() -> None:
     assert (D.filtered(line.feed), int(line.feed.state[ORDERS_KNOWN]), line.malformed) == (1, 0, {})
 
 
+@pytest.mark.parametrize("same_day", [True, False])
+def test_a_receiver_goes_on_with_what_the_decoder_before_it_remembers(same_day: bool) -> None:
+    """A source that is changed while the node runs, over lines or over a connection."""
+    spec, table = load_spec("cboe_pitch"), InstrumentTable(4)
+    known, left_out = (table.intern(symbol, 0, 1, 0) for symbol in ("ABC", "XYZ"))
+    table.arrays.records["flags"][left_out] |= EXCLUDED
+    later = 0 if same_day else 86_400 * 10**9
+    before, feed = (D.make_feed(spec, table, midnight_ns=10**18 + ns, order_slots=16) for ns in (0, later))
+    assert int(feed.state[TIME_BASE_NS]) == NOT_TOLD
+    before.orders[3], before.orders[4] = (11, known, 5), (12, left_out, 6)
+    before.state[ORDERS_KNOWN], before.state[TIME_BASE_NS] = 2, 10**18 + 7
+    take_memory(feed, before, table)
+    assert feed.orders[[3, 4]].tolist() == [(11, known, 5), (12, FILTERED, 6)]
+    assert int(feed.state[ORDERS_KNOWN]) == 2
+    assert int(feed.state[TIME_BASE_NS]) == (10**18 + 7 if same_day else NOT_TOLD)
+
+
 def test_messages_that_are_not_wanted_still_tell_of_which_instrument_an_order_is() -> None:
     spec, framing, _ = load("cboe_pitch")
     chosen = D.select(spec, (), ["delete_order"])
@@ -430,7 +450,10 @@ class Twin:
         message = next((m for m in spec.messages if len(raw) >= tf.offset + tf.size and m.code == number(raw, tf)), None)
         if message is None or len(raw) < message.length:
             return None
-        case, fields = message.cases[0], message.fields
+        fields = message.fields
+        case = next((c for c in message.cases if all(number(raw, fields[k]) in codes for k, codes in c.when.items())), None)
+        if case is None:
+            return None
         values = {k: value(raw, fields[v], k) if isinstance(v, str) else v for k, v in case.values.items()}
         if None in values.values():
             return None
@@ -610,6 +633,53 @@ def test_two_lines_are_arbitrated(name: str) -> None:
     assert (out[0]["kind"], out[0]["id"], out[0]["aux"]) == (Kind.GAP, 9, 11), "a heartbeat tells which sequence comes next"
 
 
+# ---------------------------------------------------------------- messages with headers of their own
+
+
+def quote(line: Line, **values: int) -> bytes:
+    return body_of(line.spec, "best_bid_and_offer", instrument_id=7, **{"bid_size": 1, "ask_size": 2, "ask_price": 5, **values})
+
+
+def test_a_datagram_of_messages_with_headers_of_their_own() -> None:
+    """Each takes a sequence, the last one on line B only; what comes twice counts once."""
+    line = Line("miax_onyx_tom", gap_wait_ns=10)
+    one, two, three = (quote(line, bid_price=price) for price in (-3, 0, 4))
+    whole = packet("miax_onyx_tom", [one, two, three], 5)
+    events = plain(line.take([packet("miax_onyx_tom", [one, two], 5), whole], lines=[0, 1]))
+    assert [(int(e["seq"]), int(e["price"])) for e in events] == [(5, -3), (6, 0), (7, 4)]
+    assert (D.arbitration(line.feed)["overlaps"], line.malformed) == (1, {})
+    line.take([packet("miax_onyx_tom", [one], 10)])
+    (gap,) = plain(line.take([packet("miax_onyx_tom", [two], 8), packet("miax_onyx_tom", [one, two], 9)]))[:1]
+    assert int(gap["seq"]) == 8
+    assert D.arbitration(line.feed)["expected"] == 11
+
+
+def test_a_datagram_cut_in_the_middle_of_a_message() -> None:
+    line = Line("miax_onyx_tom")
+    whole = packet("miax_onyx_tom", [quote(line), quote(line)], 1)
+    assert len(plain(line.take([whole[:-1]]))) == 1
+    assert line.malformed == {"trailing_bytes": 1}
+    assert line.take([packet("miax_onyx_tom", [quote(line)], 2)[:-1]]) == []
+    assert line.malformed == {"trailing_bytes": 1, "truncated": 1}
+    assert D.arbitration(line.feed)["expected"] == 2, "the message that was cut is missing until it comes"
+
+
+@pytest.mark.parametrize(("bid", "ask"), [(0, 0), (0, 3), (3, 0), (3, 4)])
+def test_a_side_without_size_is_absent(bid: int, ask: int) -> None:
+    line = Line("miax_onyx_tom")
+    (told,) = plain(line.take([packet("miax_onyx_tom", [quote(line, bid_size=bid, ask_size=ask, bid_price=8, ask_price=9)], 1)]))
+    assert (told["qty"], told["id"]) == (bid, ask)
+    assert (told["price"], told["aux"]) == (8 if bid else NO_PRICE, 9 if ask else NO_PRICE)
+
+
+def test_a_definition_without_a_symbol_gives_the_tick() -> None:
+    line = Line("miax_onyx_tom")
+    for number, name in enumerate(("instrument_definition", "strategy_definition"), 1):
+        line.take([packet("miax_onyx_tom", [body_of(line.spec, name, instrument_id=number, tick=250_000 * number)], number)])
+        assert int(line.table.record(line.table.find(f"#{number}"))["tick_size"]) == 250_000 * number
+    assert line.malformed == {}
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -620,7 +690,8 @@ def test_any_bytes(name: str, raw: bytes, sequence: int, count: int) -> None:
     line = Line(name, room=4, capacity=2, order_slots=8)
     whole = bytearray(packet(name, [], sequence) + raw)
     framing = load(name)[1]
-    put(whole, framing.count, count)
+    if framing.count:
+        put(whole, framing.count, count)
     line.take([bytes(whole), raw])
     assert sum(line.counts.values()) <= 2 * (len(whole) + len(raw))
 

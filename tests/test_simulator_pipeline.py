@@ -36,7 +36,8 @@ class Pipeline:
         assert not results.any(), (events[results != 0], results[results != 0])
         self.gaps += int(np.count_nonzero(events["kind"] == Kind.GAP))
         printed = (events["flags"] & Flag.NON_PRINTABLE) == 0
-        traded = np.isin(events["kind"], (Kind.EXECUTE, Kind.TRADE)) & printed & (events["qty"] > 0)
+        traded = np.isin(events["kind"], (Kind.EXECUTE, Kind.TRADE)) & printed
+        assert (events["qty"][traded] > 0).all(), "a cross that did not take place is no trade"
         np.add.at(self.trades[:, 0], events["instrument"][traded], 1)
         np.add.at(self.trades[:, 1], events["instrument"][traded], events["qty"][traded])
 
@@ -61,8 +62,13 @@ def agree(pipeline: Pipeline, simulator: Simulator) -> None:
     assert decoder.malformed(pipeline.feed) == {}
 
 
-def test_stream_decoder_and_books_equal_the_exchange() -> None:
-    simulator, pipeline = Simulator(CONFIG), Pipeline("binaryfile")
+HALTED_AT_THE_CLOSE = SimulatorConfig(seed=11, symbols=6, rate=10_000, messages=6000)
+"""One of its symbols is halted when the market closes: its closing cross has no shares and no price."""
+
+
+@pytest.mark.parametrize("config", [CONFIG, HALTED_AT_THE_CLOSE], ids=["halts", "halted at the close"])
+def test_stream_decoder_and_books_equal_the_exchange(config: SimulatorConfig) -> None:
+    simulator, pipeline = Simulator(config), Pipeline("binaryfile")
     while not simulator.finished:
         image, end = simulator.next_block(3000)
         pos = 0
@@ -71,7 +77,8 @@ def test_stream_decoder_and_books_equal_the_exchange() -> None:
             pipeline.apply(n)
         if simulator.messages > 200:
             agree(pipeline, simulator)
-    assert sum(decoder.message_counts(pipeline.feed, pipeline.spec).values()) == CONFIG.messages
+    assert sum(decoder.message_counts(pipeline.feed, pipeline.spec).values()) == config.messages
+    assert any(about["status"] != "T" for about in simulator.truth(1).values()) == (config is HALTED_AT_THE_CLOSE)
 
 
 @pytest.mark.parametrize("faults", [FaultConfig(), FaultConfig(duplicate=0.1, reorder=0.1)])

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tickmesh.node.event import TradingStatus
+
 Payload = tuple[tuple[str, int], bytes]
 """Destination (address, port) and bytes of a datagram."""
 
@@ -58,6 +60,16 @@ def moldudp64(payload: bytes) -> Iterator[bytes]:
 def memx_udp(payload: bytes) -> Iterator[bytes]:
     if payload[0] == 2:
         yield from _prefixed(payload, 20, struct.unpack_from(">H", payload, 18)[0], ">")
+
+
+def miax_mach(payload: bytes) -> Iterator[bytes]:
+    at = 0
+    while at < len(payload):
+        _, length, kind, _ = struct.unpack_from("<QHBB", payload, at)
+        if kind == 3:
+            yield payload[at + 12 : at + length]
+        at += length
+    assert at == len(payload)
 
 
 # ---------------------------------------------------------------- messages: name, then what the event must say
@@ -258,6 +270,24 @@ def nasdaq_bbo(message: bytes) -> tuple[str, Told]:
     return "system_event", {"kind": "SYSTEM", "at": at, "aux": message[9]}
 
 
+def miax_onyx_tom(message: bytes) -> tuple[str, Told]:
+    at = struct.unpack_from("<Q", message, 1)[0]
+    if message[0] == 15:
+        number, bid, bid_size, ask, ask_size = struct.unpack_from("<IqIqI", message, 9)
+        assert bid_size
+        assert ask_size
+        said = {"kind": "QUOTE", "price": bid, "qty": bid_size, "aux": ask, "id": ask_size}
+        return "best_bid_and_offer.both", {"at": at, "symbol": f"#{number}", **said}
+    if message[0] == 4:
+        number, status, state = struct.unpack_from("<IBB", message, 9)
+        status = {1: TradingStatus.PRE_OPEN, 2: TradingStatus.AUCTION, 3: TradingStatus.TRADING, 6: TradingStatus.CLOSED}.get(
+            status, TradingStatus.HALTED
+        )
+        return "trading_status", {"kind": "STATUS", "at": at, "symbol": f"#{number}", "aux": status, "id": state}
+    assert message[0] == 3
+    return "system_state", {"kind": "SYSTEM", "at": at, "aux": message[18], "id": message[17]}
+
+
 Reader = Callable[[bytes], tuple[str, Told]]
 READERS: dict[str, tuple[Callable[[bytes], Iterator[bytes]], Reader]] = {
     "cboe_pitch": (cboe_unit, lambda m: pitch(m, signed=False)),
@@ -269,6 +299,7 @@ READERS: dict[str, tuple[Callable[[bytes], Iterator[bytes]], Reader]] = {
     "memx_memoir_depth": (memx_udp, memx),
     "jnx_itch": (moldudp64, jnx),
     "nasdaq_bbo": (moldudp64, nasdaq_bbo),
+    "miax_onyx_tom": (miax_mach, miax_onyx_tom),
 }
 
 

@@ -372,18 +372,26 @@ SLEEPER = np.dtype([("value", "<u8"), ("address", "<u8"), ("flags", "<u4"), ("re
 """The kernel's ``struct futex_waitv``: one of several bells that somebody sleeps at."""
 
 
+def _timespec(builder: Any, nanos: Any) -> Any:
+    """Address of a ``struct timespec`` of so many nanoseconds, as i64."""
+    spec, second = cgutils.alloca_once(builder, ir.ArrayType(_I64, 2)), _I64(1_000_000_000)
+    builder.store(builder.sdiv(nanos, second), builder.gep(spec, [_I32(0), _I32(0)]))
+    builder.store(builder.srem(nanos, second), builder.gep(spec, [_I32(0), _I32(1)]))
+    return builder.ptrtoint(spec, _I64)
+
+
+def _system_call(builder: Any, numbers: list[Any]) -> Any:
+    """syscall(2) with these i64, the call's number first; its result, i64."""
+    kind = ir.FunctionType(_I64, [_I64], var_arg=True)
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, "syscall"), numbers)
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def _futex(typingctx: Any, address: Any, operation: Any, value: Any, timeout_ns: Any) -> Any:
     """futex(2) on the 32 bits at an address, with a relative timeout; what it returns is of no interest."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        spec = cgutils.alloca_once(builder, ir.ArrayType(_I64, 2))
-        second = _I64(1_000_000_000)
-        builder.store(builder.sdiv(args[3], second), builder.gep(spec, [_I32(0), _I32(0)]))
-        builder.store(builder.srem(args[3], second), builder.gep(spec, [_I32(0), _I32(1)]))
-        kind = ir.FunctionType(_I64, [_I64] * 5)
-        call = cgutils.get_or_insert_function(builder.module, kind, "syscall")
-        builder.call(call, [_I64(_SYS_FUTEX), args[0], args[1], args[2], builder.ptrtoint(spec, _I64)])
+        _system_call(builder, [_I64(_SYS_FUTEX), args[0], args[1], args[2], _timespec(builder, args[3])])
         return context.get_dummy_value()
 
     return types.none(types.uint64, types.int64, types.int64, types.int64), codegen
@@ -394,14 +402,8 @@ def _futex_waitv(typingctx: Any, address: Any, count: Any, until_ns: Any) -> Any
     """futex_waitv(2) on an array of :data:`SLEEPER`, until a time of the monotonic clock; -1: nobody was woken."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        spec = cgutils.alloca_once(builder, ir.ArrayType(_I64, 2))
-        second = _I64(1_000_000_000)
-        builder.store(builder.sdiv(args[2], second), builder.gep(spec, [_I32(0), _I32(0)]))
-        builder.store(builder.srem(args[2], second), builder.gep(spec, [_I32(0), _I32(1)]))
-        kind = ir.FunctionType(_I64, [_I64] * 6)
-        call = cgutils.get_or_insert_function(builder.module, kind, "syscall")
-        numbers = [_I64(_SYS_FUTEX_WAITV), args[0], args[1], _I64(0), builder.ptrtoint(spec, _I64), _I64(_CLOCK_MONOTONIC)]
-        return builder.call(call, numbers)
+        until = _timespec(builder, args[2])
+        return _system_call(builder, [_I64(_SYS_FUTEX_WAITV), args[0], args[1], _I64(0), until, _I64(_CLOCK_MONOTONIC)])
 
     return types.int64(types.uint64, types.int64, types.int64), codegen
 

@@ -23,6 +23,7 @@ from tickmesh.node.journal import W_NEXT, JournalArrays, journal_append_batch, j
 from tickmesh.node.release_marks import make_marks, put_mark
 from tickmesh.node.shard_state import warm_arrays
 from tickmesh.transports.counters import histogram_record
+from tickmesh.transports.references import refer
 from tickmesh.transports.ring import HEADER_BYTES, RingArrays, ring_read_batch, ring_sleep, ring_wait, ring_writer_heartbeat
 from tickmesh.transports.toolbox import IDLE_SLEEP, SLEEPER, idle, load_acquire, loop, monotonic_ns, now_ns
 import tickmesh_generated.{shard} as shard_module
@@ -44,8 +45,9 @@ def run(
     # Events of source sources[s] get the shard's ids and, after a takeover, only what the journal lacks is taken; -1: they are taken as is.
     # After every batch a mark tells the release gate which inputs the outputs so far come from.
     # With again = (first, end) only a step over these events of the batch, which the journal has already; returns how many were taken.
+    referred = refer(shard)
     if again[1] != 0:
-        return step(batch_any, again[0], again[1], shard)
+        return step(batch_any, again[0], again[1], referred)
     if turn > 0:
         if not begin(baton, turn, stop):
             return np.int64(0)
@@ -74,7 +76,7 @@ def run(
                 count = appended
             done = np.int64(0)
             while done < count:
-                done += step(batch_any, done, count, shard)
+                done += step(batch_any, done, count, referred)
                 if done < count:  # the gate may be what keeps the ring full
                     put_mark(marks, journal.words[W_NEXT], shard.core[0].out_seq, now_ns())
                     if ring_wait(shard.out, stop, idle_mode) == 0:
@@ -125,13 +127,14 @@ import numpy as np
 
 from tickmesh.node.event import ANY_VIEW
 from tickmesh.node.shard_state import warm_arrays
+from tickmesh.transports.references import refer
 from tickmesh.transports.toolbox import loop
 import tickmesh_generated.{shard} as shard_module
 
 
 @loop
 def step(batch, first, count, shard):
-    return shard_module.step(batch, first, count, shard)
+    return shard_module.step(batch, first, count, refer(shard))
 
 
 def warm():
@@ -144,7 +147,8 @@ import numpy as np
 
 from tickmesh.node.event import ANY_VIEW, EVENT
 from tickmesh.node.shard_state import warm_arrays
-{imports}from tickmesh.transports.toolbox import {kinds}
+{imports}from tickmesh.transports.references import refer
+from tickmesh.transports.toolbox import {kinds}
 import tickmesh_generated.{decoder} as decoder_module
 import tickmesh_generated.{shard} as shard_module
 from tickmesh_generated.{decoder} import {decode}
@@ -182,6 +186,7 @@ def step_timed(batch, batch_any, count, shard, clock, timer, timer_any):
 _REPLAY_STREAM = """\
 def replay(buf, pos, end, ts_recv, feed, batch, batch_any, shard{more}):
     # returns where it stopped: what is left is not a whole message
+    referred = refer(shard)
     while pos < end:
         before = pos
         pos, count = stream_events(buf, pos, end, ts_recv, feed, batch)
@@ -193,6 +198,7 @@ def replay(buf, pos, end, ts_recv, feed, batch, batch_any, shard{more}):
 _REPLAY_PACKETS = """\
 def replay(buf, packets, first, count, flush_ns, feed, batch, batch_any, shard{more}):
     # with flush_ns != 0 these were the last packets: then what waits for missing ones is given up
+    referred = refer(shard)
     ended = False
     while True:
         if ended:
@@ -296,9 +302,18 @@ _ASKING = {
 }
 
 
-def live_loop(shard: ModuleType, inputs: int, batch_events: int, progress: Callable[[str], None] | None = None) -> ModuleType:
-    """The module whose ``run`` drives `shard`'s step from up to `inputs` rings, the first of them the control ring."""
-    return load_generated("shard", _LIVE.format(shard=_stem(shard), inputs=inputs, batch=batch_events), progress)
+def live_loop(
+    shard: ModuleType,
+    inputs: int,
+    batch_events: int,
+    progress: Callable[[str], None] | None = None,
+    check: Callable[[], None] | None = None,
+) -> ModuleType:
+    """The module whose ``run`` drives `shard`'s step from up to `inputs` rings, the first of them the control ring.
+
+    `check` is called before it is compiled here: see :func:`tickmesh.transports.codecache.load_generated`.
+    """
+    return load_generated("shard", _LIVE.format(shard=_stem(shard), inputs=inputs, batch=batch_events), progress, check)
 
 
 def step_loop(shard: ModuleType, progress: Callable[[str], None] | None = None) -> ModuleType:
@@ -315,7 +330,7 @@ def replay_loop(
     """
     stream = hasattr(decoder, "decode_stream")
     more = ", clock, timer, timer_any" if timers else ""
-    step = f"step_timed(batch, batch_any, {{count}}, shard{more})" if timers else "step(batch_any, FIRST, {count}, shard)"
+    step = f"step_timed(batch, batch_any, {{count}}, referred{more})" if timers else "step(batch_any, FIRST, {count}, referred)"
     body = (_REPLAY_STREAM if stream else _REPLAY_PACKETS).format(more=more, step=step.format(count="count" if stream else "events"))
     place = "0, 0, 0, feed" if stream else "feed.arbiter.no_packets, 0, 0, 0, feed"
     extra = ", make_clock(1), timer, timer.view(ANY_VIEW)" if timers else ""

@@ -30,6 +30,7 @@ from numba.core.compiler import Compiler, compile_result
 from numba.core.funcdesc import PythonFunctionDescriptor
 
 from tickmesh.transports.codecache import source_key
+from tickmesh.transports.references import Reference
 
 _OWN = ("tickmesh", "tickmesh_generated")
 _KEPT_PACKAGE = "tickmesh"
@@ -46,6 +47,9 @@ _NAMED = (types.Number, types.Boolean, types.NoneType, types.Array, types.Record
 
 def _type_text(kind: Any) -> str | None:
     """A type in words that are the same in every process; None if there are none, as for a function."""
+    if isinstance(kind, Reference):
+        target = _type_text(kind.target)
+        return target and f"Reference({target})"
     if isinstance(kind, types.BaseTuple):
         inner = [_type_text(one) for one in kind.types]
         made = getattr(kind, "instance_class", None)

@@ -17,7 +17,7 @@ from tickmesh.node.errors import NodeError
 from tickmesh.node.frames import CalculationNames
 from tickmesh.node.gateways import signal_names
 from tickmesh.node.journal import Journal, JournalReader
-from tickmesh.node.journal_replay import Follower
+from tickmesh.node.journal_replay import JournalStepper
 from tickmesh.node.pipeline import make_shard, risk_limits
 from tickmesh.node.restore import RestoredShard
 from tickmesh.node.shard import Shard
@@ -200,33 +200,32 @@ def replay(
     journal, documents = thread.journal, thread.documents
     assert journal is not None
     assert documents is not None
-    follower = Follower(thread.shard, start.document, documents)
+    stepper = JournalStepper(thread.shard, start.document, documents)
     left = journal.next_sequence - start.sequence
     if left and progress:
         snapshot = f" after the snapshot at {start.sequence:,}" if start.path else ""
         progress(f"shard {thread.number}: replaying {left:,} events of the journal{snapshot}")
     for batch in JournalReader(journal.folder).batches(start.sequence) if left else ():
         mine = batch.copy()  # a shard completes events in place
-        for begin, end in follower.pieces(mine):
-            _adopt(thread, follower, know)
+        for begin, end in stepper.pieces(mine):
+            _adopt(thread, stepper, know)
             if not _step(thread, mine, begin, end, stop, progress):
                 return
-        _adopt(thread, follower, know)
+        _adopt(thread, stepper, know)
     if thread.version == target.version:
         return
     documents.write(target)
-    event, then = follower.change_to(target, time.time_ns())
+    event, then = stepper.change_to(target, time.time_ns())
     journal.append(event)
-    documents.switched(journal.next_sequence, target.version)
     if _step(thread, event, 0, 1, stop, progress):
         then()
-        _adopt(thread, follower, know)
+        _adopt(thread, stepper, know)
 
 
-def _adopt(thread: ShardThread, follower: Follower, know: Callable[[Mapping[int, CalculationNames]], None]) -> None:
-    know({follower.document.version: signal_names(follower.shard.plan)})
-    if thread.shard is not follower.shard:
-        thread.adopt(follower.shard)
+def _adopt(thread: ShardThread, stepper: JournalStepper, know: Callable[[Mapping[int, CalculationNames]], None]) -> None:
+    know({stepper.document.version: signal_names(stepper.shard.plan)})
+    if thread.shard is not stepper.shard:
+        thread.adopt(stepper.shard)
 
 
 def _step(thread: ShardThread, batch: np.ndarray, first: int, end: int, stop: threading.Event, progress: Progress) -> bool:

@@ -1,8 +1,9 @@
 """Replication, the standby's side: one shard's journal, kept equal to the leader's.
 
-A :class:`Follower` connects to the leader, agrees with it where to go on, and appends what comes to its own journal: the same records with
-the same checksums. Every frame is checked against the chain before anything of it is appended, so that a damaged byte costs a new
-connection and nothing else. Acknowledged is what is in the journal's memory, which survives the process; what is on disk is told beside it.
+A :class:`JournalFollower` connects to the leader, agrees with it where to go on, and appends what comes to its own journal: the same
+records with the same checksums. Every frame is checked against the chain before anything of it is appended, so that a damaged byte
+costs a new connection and nothing else. Acknowledged is what is in the journal's memory, which survives the process; what is on disk is
+told beside it.
 
 **A tail that the leader lacks is cut.** A leader that died or was deposed may have journalled events that reached no standby. When it
 comes back as a standby, the new leader has gone on without them. They are cut off here, and nothing is lost by it: an output leaves a
@@ -123,7 +124,7 @@ class FollowerCounters:
     snapshots: int = 0
 
 
-class Follower:
+class JournalFollower:
     """Keeps one shard's journal equal to the leader's, in a thread of its own.
 
     Args:
@@ -175,7 +176,7 @@ class Follower:
 
     # -- from outside
 
-    def start(self) -> Follower:
+    def start(self) -> JournalFollower:
         """Open the journal, if there is one, and begin to follow."""
         self._thread.start()
         return self

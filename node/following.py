@@ -148,6 +148,7 @@ class Following:
         except BeginningError as error:  # the journal knows later versions, or another one of this number
             _log.warning("the version gets another number in the journal", version=version, reason=str(error))
             self.node = self._start(config, None)
+        self.node.expect_changes()
         self._begun.set()
         return self.node
 

@@ -54,7 +54,7 @@ def carry_into(shard: Shard, carry: Carry) -> None:
     carry_now(carry, a.books, a.core, a.info, a.patterns, a.masks, a.last)
 
 
-class Follower:
+class JournalStepper:
     """A shard on its way through a journal.
 
     Attributes:
@@ -140,16 +140,16 @@ def replay_journal(
     ring = Ring.create(None, _RING_EVENTS, EVENT, mode="lossy")
     shard = make_shard(document.config, document.plan(), ring, document.order_ids, progress)
     begin_version(shard, document.version, document.outputs)
-    follower, outputs, digest, total = Follower(shard, document, documents), ring.reader("replay"), hashlib.sha256(), 0
+    stepper, outputs, digest, total = JournalStepper(shard, document, documents), ring.reader("replay"), hashlib.sha256(), 0
     versions = [{"version": document.version, "outputs_before": document.outputs}]
     for batch in reader.batches():
         mine = zeros_aligned(len(batch), EVENT)
         mine[:] = batch
         total += len(mine)
-        for first, end in follower.pieces(mine):
-            follower.shard.step(mine.view(ANY_VIEW), first, end)
+        for first, end in stepper.pieces(mine):
+            stepper.shard.step(mine.view(ANY_VIEW), first, end)
             if mine["kind"][first] == Kind.CONFIG:
-                made = int(follower.shard.arrays.core["out_seq"][0])
+                made = int(stepper.shard.arrays.core["out_seq"][0])
                 versions.append({"version": int(mine["id"][first]), "outputs_before": made})
             made_now = outputs.read(_RING_EVENTS).view(EVENT)
             digest.update(made_now.tobytes())
@@ -158,11 +158,11 @@ def replay_journal(
     return {
         "shard": reader.shard,
         "events_total": total,
-        "outputs_total": int(follower.shard.arrays.core["out_seq"][0]) - document.outputs,
+        "outputs_total": int(stepper.shard.arrays.core["out_seq"][0]) - document.outputs,
         "digest": digest.hexdigest(),
         "versions": versions,
-        "events": count_events([follower.shard]),
-        "instruments": _instruments(folder, follower.shard, depth),
+        "events": count_events([stepper.shard]),
+        "instruments": _instruments(folder, stepper.shard, depth),
     }
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -44,7 +44,7 @@ from tickmesh.node.shard_thread import Input, Leg, ShardThread, inputs_room
 from tickmesh.node.store_link import source_numbers
 from tickmesh.node.succession import common_numbering, numbering_after, same_loop, set_parameters, succeed
 from tickmesh.node.versions import Document, DocumentError
-from tickmesh.transports.codecache import CompileError, CompileStopped, import_generated, watched_compiles, write_generated
+from tickmesh.transports.codecache import CompileError, CompileStopped, ReadyHelper, import_generated, watched_compiles, write_generated
 from tickmesh.transports.ring import Ring
 from tickmesh.transports.toolbox import zeros_aligned
 
@@ -97,6 +97,7 @@ class Reload:
         self._held = ExitStack()
         self._change: _Change | None = None
         self._closed = threading.Event()
+        self._helper: ReadyHelper | None = None
         self._numbered: dict[str, int] = {}
 
     @property
@@ -104,14 +105,23 @@ class Reload:
         """Version of a change that is accepted and not in force yet."""
         return self._version if self._steps is not None else None
 
+    def keep_helper_ready(self) -> None:
+        """See :meth:`Node.expect_changes`."""
+        with self._lock:
+            if self._helper is None and self._node.plan is not None and not self._closed.is_set():
+                self._helper = ReadyHelper(write_generated("shard_parts", generate(self._node.plan)))
+
+    def _compiles(self) -> AbstractContextManager[None]:
+        return watched_compiles(self._closed.is_set, self._helper)
+
     def try_out(self, config: Config) -> None:
         """See :meth:`Node.try_out`."""
-        with self._lock, watched_compiles(self._closed.is_set):
+        with self._lock, self._compiles():
             self._checked(config, None)
 
     def apply(self, config: Config, version: int, wait_s: float) -> None:
         """See :meth:`Node.apply`."""
-        with self._lock, watched_compiles(self._closed.is_set):
+        with self._lock, self._compiles():
             if not self._finish(wait_s):
                 reason = f"configuration {self._version} is accepted and not in force yet: the shards wait"
                 hint = "look at their output rings and deliveries, and apply it again then"
@@ -136,7 +146,7 @@ class Reload:
         if not any(thread.version < node.document.version for thread in node.shards) or not self._lock.acquire(blocking=False):
             return
         try:
-            with watched_compiles(self._closed.is_set):
+            with self._compiles():
                 behind = [thread for thread in node.shards if thread.version < node.document.version and thread.running]
                 if behind and self._steps is None and node.plan is not None:
                     self._carry_out(node.document, node.plan, behind, _CATCH_UP_S)
@@ -160,6 +170,8 @@ class Reload:
             if self._steps is not None and self._change is not None:
                 self._change.abandon()
             self._end()
+            if self._helper is not None:
+                self._helper.close()
 
     def _end(self) -> None:
         self._steps = None
@@ -242,11 +254,15 @@ class Reload:
         module = import_generated(write_generated("shard_parts", generate(plan)))
         room = inputs_room(sources)
         if module is not import_generated(write_generated("shard_parts", generate(running))) or room != inputs_room(len(node.inputs)):
-            known = {(i.module, i.function) for i in running.instances}
-            problems = compile_problems(i for i in plan.instances if (i.module, i.function) not in known)
-            if problems:
-                raise PlanError(problems)
-            live_loop(module, room, BATCH_EVENTS, node.progress)
+            live_loop(module, room, BATCH_EVENTS, node.progress, lambda: _try_new_ones(running, plan))
+
+
+def _try_new_ones(running: ShardPlan, plan: ShardPlan) -> None:
+    """Raises PlanError: a calculation of the plan that does not run yet does not compile."""
+    known = {(i.module, i.function) for i in running.instances}
+    problems = compile_problems(i for i in plan.instances if (i.module, i.function) not in known)
+    if problems:
+        raise PlanError(problems)
 
 
 def _source_problems(config: Config) -> list[Problem]:
@@ -490,8 +506,6 @@ class _Change:
                 yield
             with self.node.swap:
                 thread.complete(leg)
-        if thread.documents is not None and thread.journal is not None:
-            thread.documents.switched(thread.journal.next_sequence, version)
 
     # -- sources
 

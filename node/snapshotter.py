@@ -28,7 +28,7 @@ import structlog
 
 from tickmesh.node.event import ANY_VIEW, EVENT
 from tickmesh.node.journal import JournalReader
-from tickmesh.node.journal_replay import Follower, begin_version
+from tickmesh.node.journal_replay import JournalStepper, begin_version
 from tickmesh.node.pipeline import make_shard
 from tickmesh.node.restore import RestoredShard
 from tickmesh.node.shard import Shard
@@ -130,24 +130,24 @@ def take_snapshot(journal: Path, sizes: tuple[int, int] | None = None) -> Snapsh
     """
     ring = Ring.create(None, _RING_EVENTS, EVENT, mode="lossy")
     start, shard = _begin(journal, ring, sizes)
-    reader, follower, sequence = JournalReader(journal), Follower(shard, start.document, Documents(journal)), start.sequence
+    reader, stepper, sequence = JournalReader(journal), JournalStepper(shard, start.document, Documents(journal)), start.sequence
     for batch in reader.batches(sequence, _BATCH_EVENTS):
         mine = zeros_aligned(len(batch), EVENT)
         mine[:] = batch
         start.known.take(mine)
-        for first, end in follower.pieces(mine):
-            follower.shard.step(mine.view(ANY_VIEW), first, end)
+        for first, end in stepper.pieces(mine):
+            stepper.shard.step(mine.view(ANY_VIEW), first, end)
         sequence += len(mine)
     if sequence == start.sequence:
         return None
     chain = reader.chain_before(sequence)
     if chain is None:
         return None  # what was read has been cut off meanwhile
-    core, identity = follower.shard.arrays.core[0], (chain, reader.journal_id)
+    core, identity = stepper.shard.arrays.core[0], (chain, reader.journal_id)
     facts = SnapshotFacts(
         reader.shard, sequence, *identity, int(core["config_version"]), int(core["out_seq"]), time.time_ns(), start.known.as_json()
     )
-    write_snapshot(snapshot_folder(journal), follower.shard.arrays, facts)
+    write_snapshot(snapshot_folder(journal), stepper.shard.arrays, facts)
     return facts
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import structlog
 
 from tickmesh.node.event import EVENT, EventArray, Flag, Kind
-from tickmesh.node.follower import Follower
+from tickmesh.node.follower import JournalFollower
 from tickmesh.node.frames import outputs_digest
 from tickmesh.node.journal import Journal, Sync
 from tickmesh.node.journal_tail import JournalTail
@@ -201,7 +201,7 @@ class Standby:
     ) -> None:
         self.number = number
         self._build, self._telemetry, self._idle, self._capacity, self._progress = build, telemetry, idle, ring_capacity, progress
-        self.follower = Follower(number, folder, options, self, sync=sync, epoch=epoch)
+        self.follower = JournalFollower(number, folder, options, self, sync=sync, epoch=epoch)
         self.error: Exception | None = None
         self.compared = self.diverged = self._lacking = 0
         self._stepping: _Stepping | None = None
@@ -219,7 +219,7 @@ class Standby:
         return self
 
     def follow(self, address: str | None, epoch: int = 0) -> None:
-        """Follow the leader at ``HOST:PORT``; see :meth:`Follower.follow`."""
+        """Follow the leader at ``HOST:PORT``; see :meth:`JournalFollower.follow`."""
         self.follower.follow(address, epoch)
 
     @property

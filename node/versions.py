@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tickmesh.control.config import Config
+from tickmesh.node.journal import JournalReader
 from tickmesh.node.pipeline import make_plan
 from tickmesh.node.shard import ShardPlan
 from tickmesh.transports.codecache import cache_dir
@@ -152,7 +153,6 @@ class Documents:
 
     def __init__(self, journal_folder: str | Path) -> None:
         self.folder = Path(journal_folder) / _FOLDER
-        self._switches: list[tuple[int, int]] = []
 
     def write(self, document: Document) -> None:
         """Keep a document; it is on the disk when this returns.
@@ -201,21 +201,19 @@ class Documents:
         """The versions that are here, sorted."""
         return sorted(int(path.stem) for path in self.folder.glob("*.json") if path.stem.isdigit())
 
-    # -- what may go
+    def prune(self) -> int:
+        """Delete the documents that the journal, some of which has gone, does not name any more; returns how many.
 
-    def switched(self, sequence: int, version: int) -> None:
-        """Remember that a version took effect at a sequence of the journal, or before."""
-        self._switches.append((sequence, version))
+        The oldest that it names is in the header of its first segment: perhaps an older one than was in force when its first event came,
+        since segments are made ahead. A replay begins by reading it.
 
-    def prune(self, first_sequence: int) -> int:
-        """Delete the documents of versions that were over before `first_sequence`, the oldest that the journal keeps; returns how many."""
-        over = [version for sequence, version in self._switches if sequence <= first_sequence]
-        if len(over) < 2:
-            return 0
-        self._switches = [(first_sequence, over[-1]), *(pair for pair in self._switches if pair[0] > first_sequence)]
-        old = [version for version in self.versions() if version < over[-1]]
+        Raises:
+            JournalError: the journal cannot be read now.
+        """
+        oldest = JournalReader(self.folder.parent).config_version
+        old = [version for version in self.versions() if version < oldest]
         for version in old:
-            self._path(version).unlink(missing_ok=True)
+            self.remove(version)
         return len(old)
 
     def _path(self, version: int) -> Path:

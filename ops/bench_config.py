@@ -71,6 +71,7 @@ def _measure(folder: Path, url: str, parameters: int, filters: int, rate: int, s
     node, pauses, times, version = Node(parse_config(text, file=file), GENERATORS, {"events": url}), [], [], 0
     try:
         node.start()
+        node.expect_changes()
 
         def apply(changed: str) -> float:
             nonlocal version

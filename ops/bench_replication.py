@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from tickmesh.node.event import EVENT, EventArray, Kind
-from tickmesh.node.follower import Follower
+from tickmesh.node.follower import JournalFollower
 from tickmesh.node.journal import Journal
 from tickmesh.node.journal_tail import JournalTail
 from tickmesh.node.replication import Leading, ReplicationServer
@@ -63,7 +63,7 @@ def _until(condition: Any, what: str) -> None:
 
 def _follow(address: str, shard: int, folder: str, count: int) -> Result:
     """Follow a shard until it has `count` events; CPU and wall seconds from its first connection on."""
-    follower = Follower(shard, folder, LinkOptions("bench", "standby"), sync="none")
+    follower = JournalFollower(shard, folder, LinkOptions("bench", "standby"), sync="none")
     begun, cpu = time.perf_counter(), time.process_time()
     follower.start().follow(address)
     _until(lambda: follower.next_sequence >= count, "events")

@@ -18,7 +18,7 @@ from test_journal import SEGMENT
 from test_journal import events as any_events
 
 from tickmesh.node.event import EventArray, Kind
-from tickmesh.node.follower import Follower
+from tickmesh.node.follower import JournalFollower
 from tickmesh.node.journal import Journal, JournalReader, verify
 from tickmesh.node.replication import Leading, ReplicationServer
 from tickmesh.node.replication_link import LinkOptions
@@ -91,12 +91,12 @@ class Pair:
         self.server.lead(SHARD, Leading(self.journal, epoch))
         self.follower = self.new_follower()
 
-    def new_follower(self, replica: Any = None, **more: Any) -> Follower:
-        self.follower = Follower(SHARD, self.standby, options("n2", **self.more), replica, sync="none", **more)
+    def new_follower(self, replica: Any = None, **more: Any) -> JournalFollower:
+        self.follower = JournalFollower(SHARD, self.standby, options("n2", **self.more), replica, sync="none", **more)
         self._stack.callback(self.follower.stop)
         return self.follower
 
-    def follow(self, address: str | None = None) -> Follower:
+    def follow(self, address: str | None = None) -> JournalFollower:
         if not self.follower._thread.is_alive():
             self.follower.start()
         self.follower.follow(address or self.server.address)

@@ -248,6 +248,75 @@ def test_parts_that_are_damaged_or_missing_are_made_again(copied: Copied, damage
         assert copied.kept()[name] not in (b"", damage)
 
 
+# ---------------------------------------------------------------- a helper that is ready
+
+_READY = """
+import os, sys, time
+from pathlib import Path
+from tickmesh.transports import codecache
+from tickmesh.transports.codecache import ReadyHelper, load_generated, watched_compiles, write_generated
+
+SOURCE = '''
+import numpy as np
+from tickmesh.node.outer import outer
+from tickmesh.transports.toolbox import loop
+
+@loop
+def use(x):
+    return max(outer(x), {least})
+
+def warm():
+    use(np.int64(0))
+'''
+ready = ReadyHelper(write_generated("using", SOURCE.format(least=0)))
+first = ready._helper.pid
+end = time.monotonic() + 60
+while not ready.ready:
+    assert time.monotonic() < end, "it is not ready"
+    time.sleep(0.01)
+print(first, flush=True)
+if sys.argv[1] == "die":
+    os.kill(os.getpid(), 9)
+if sys.argv[1]:
+    Path(sys.argv[1]).write_text(sys.argv[2])
+started, start = [], codecache._started
+codecache._started = lambda *arguments: started.append(arguments[1:]) or start(*arguments)
+import numpy as np
+with watched_compiles(lambda: False, ready):
+    module = load_generated("using", SOURCE.format(least=1))
+print(module.use(np.int64(7)), [list(one)[0] == "--wait" for one in started])
+ready.close()
+"""
+
+
+def _with_ready_helper(copied: Copied, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", _READY, *arguments]
+    return subprocess.run(command, env=copied.environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(("edit", "said"), [("", "8 [True]"), (_INNER.format("x * 2"), "14 [True, False]")])
+def test_a_helper_that_is_ready_compiles_unless_its_sources_have_changed(copied: Copied, edit: str, said: str) -> None:
+    """Another one is made ready in its place; an edited kernel is compiled by a fresh one, with what is on the disk now."""
+    done = _with_ready_helper(copied, str(copied.inner) if edit else "", edit)
+    assert done.returncode == 0, done.stderr
+    pid, answer = done.stdout.splitlines()
+    assert answer == said
+    assert not _runs(int(pid))
+
+
+def test_a_helper_that_is_ready_ends_with_its_process(copied: Copied) -> None:
+    done = _with_ready_helper(copied, "die")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    until(lambda: not _runs(int(done.stdout)), "the helper ends too")
+
+
 # ---------------------------------------------------------------- the helper process
 
 _GOOD = """

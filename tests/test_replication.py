@@ -22,7 +22,7 @@ from test_journal import SEGMENT
 from toxiproxy import Toxiproxy, toxiproxy
 
 from tickmesh.node.event import EVENT, EventArray, Kind
-from tickmesh.node.follower import Alone, Follower
+from tickmesh.node.follower import Alone, JournalFollower
 from tickmesh.node.journal import Journal, JournalBusy, JournalError, JournalReader, find_end, truncate, verify
 from tickmesh.node.replication import Leading, ReplicationServer, SnapshotFile, last_common
 from tickmesh.node.replication_link import TlsFiles
@@ -252,9 +252,9 @@ def test_a_standby_that_takes_nothing_is_given_up_and_catches_up_later(tmp_path:
 FOLLOWER = """
 import sys
 from pathlib import Path
-from tickmesh.node.follower import Follower
+from tickmesh.node.follower import JournalFollower
 from tickmesh.node.replication_link import LinkOptions
-follower = Follower(3, Path(sys.argv[1]), LinkOptions("test", "n2", heartbeat_s=0.02, timeout_s=1.0), sync="none").start()
+follower = JournalFollower(3, Path(sys.argv[1]), LinkOptions("test", "n2", heartbeat_s=0.02, timeout_s=1.0), sync="none").start()
 follower.follow(sys.argv[2])
 sys.stdin.read()
 """
@@ -312,7 +312,7 @@ def test_a_killed_follower_goes_on_where_its_journal_ends(tmp_path: Path) -> Non
 
 def test_a_killed_leader_comes_back_and_is_followed_on(tmp_path: Path) -> None:
     leader, standby = tmp_path / "leader", tmp_path / "standby"
-    follower = Follower(SHARD, standby, options("n2"), sync="none").start()
+    follower = JournalFollower(SHARD, standby, options("n2"), sync="none").start()
     try:
         for epoch in (1, 2):
             with child(LEADER, leader, epoch, Path(__file__).parent) as process:
@@ -358,7 +358,7 @@ def test_a_deposed_leaders_tail_is_cut(tmp_path_factory: pytest.TempPathFactory,
             server = ReplicationServer(options("n2")).start()
             stack.callback(server.stop)
             server.lead(SHARD, Leading(new, 2))
-            deposed = Follower(SHARD, both.leader, options("n1"), sync="none").start()
+            deposed = JournalFollower(SHARD, both.leader, options("n1"), sync="none").start()
             stack.callback(deposed.stop)
             deposed.follow(server.address)
             until(lambda: deposed.counters.cut and deposed.next_sequence == new.next_sequence, "the tail to be cut")
@@ -416,7 +416,7 @@ def test_another_journal_is_not_mixed_in(tmp_path: Path) -> None:
 def test_strangers_are_refused(tmp_path: Path, theirs: dict[str, str], reason: str) -> None:
     with pair(tmp_path, 100, token="secret") as both:
         stranger = replace(options("n3", token="secret"), **theirs)
-        both.follower = Follower(SHARD, both.standby, stranger, sync="none")
+        both.follower = JournalFollower(SHARD, both.standby, stranger, sync="none")
         try:
             both.follow()
             until(lambda: both.follower.state == "refused", "refusal")
@@ -428,7 +428,7 @@ def test_strangers_are_refused(tmp_path: Path, theirs: dict[str, str], reason: s
 
 def test_a_leader_that_does_not_know_the_token_is_refused(tmp_path: Path) -> None:
     with pair(tmp_path, 100) as both:
-        careful = Follower(SHARD, both.standby, options("n2", token="secret"), sync="none")
+        careful = JournalFollower(SHARD, both.standby, options("n2", token="secret"), sync="none")
         try:
             careful.start().follow(both.server.address)
             until(lambda: careful.state == "refused", "refusal")
@@ -486,7 +486,7 @@ def test_tls_both_ways(tmp_path: Path, tls_files: TlsFiles) -> None:
 
 def test_without_our_certificate_nobody_gets_in(tmp_path: Path, tls_files: TlsFiles) -> None:
     with pair(tmp_path, 100, tls=tls_files) as both:
-        plain = Follower(SHARD, both.standby, options("n2"), sync="none")
+        plain = JournalFollower(SHARD, both.standby, options("n2"), sync="none")
         try:
             plain.start().follow(both.server.address)
             until(lambda: plain.counters.connects > 1, "attempts")

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 import llvmlite
 import numba
@@ -42,6 +42,10 @@ _GENERATED = "tickmesh_generated"
 """Generated modules import each other under this package: ``from tickmesh_generated.decoder_itch50_0123 import decode_stream``."""
 _THIS = "tickmesh.transports.codecache"
 _WATCH_S = 0.1
+_WAIT = "--wait"
+_PREPARING_NICE = 10
+_UNFIT = 75
+"""A helper ends with it that has imported what is not on the disk any more."""
 
 Progress = Callable[[str], None] | None
 
@@ -259,7 +263,7 @@ _loaded: dict[tuple[Path, str, str], ModuleType] = {}
 """Modules that are ready to run: whoever takes a shard over has no time to look at files."""
 
 
-def load_generated(prefix: str, source: str, progress: Progress = None) -> ModuleType:
+def load_generated(prefix: str, source: str, progress: Progress = None, check: Callable[[], None] | None = None) -> ModuleType:
     """Import a generated module whose loops are compiled, compiling them first in a helper process if needed.
 
     The module must define ``warm()``, which calls each of its entry points once with arguments of the final types.
@@ -268,6 +272,7 @@ def load_generated(prefix: str, source: str, progress: Progress = None) -> Modul
         prefix: start of the module's name, says what it is (``"shard"``, ``"decoder_itch50"``).
         source: the module's Python source.
         progress: told when a compile starts, e.g. ``"compiling shard loop, first run only"``.
+        check: called before this process has it compiled; what it raises ends it. Where the code is there, nothing needs to be checked.
 
     Raises:
         CompileError: with the compiler's message.
@@ -277,7 +282,7 @@ def load_generated(prefix: str, source: str, progress: Progress = None) -> Modul
     if known is not None:
         return known
     path = write_generated(prefix, source)
-    _compile_once(path, str(path), f"{prefix.replace('_', ' ')} loop", progress)
+    _compile_once(path, str(path), f"{prefix.replace('_', ' ')} loop", progress, check)
     module = import_generated(path)
     module.warm()
     _loaded[generated_dir(), prefix, source] = module
@@ -306,28 +311,32 @@ def load_compiled(name: str, what: str, progress: Progress = None) -> ModuleType
 # ---------------------------------------------------------------- the helper process
 
 _watch: ContextVar[Callable[[], bool] | None] = ContextVar("watch", default=None)
+_ready: ContextVar[ReadyHelper | None] = ContextVar("ready", default=None)
 
 
 @contextlib.contextmanager
-def watched_compiles(watch: Callable[[], bool]) -> Iterator[None]:
+def watched_compiles(watch: Callable[[], bool], ready: ReadyHelper | None = None) -> Iterator[None]:
     """Have a function called while a compile is waited for, some ten times a second; by returning true it ends it (CompileStopped).
 
-    Holds for compiles that are asked for inside the ``with`` block, by this thread.
+    Holds for compiles that are asked for inside the ``with`` block, by this thread. They use the helper that is `ready`.
     """
-    token = _watch.set(watch)
+    tokens = _watch.set(watch), _ready.set(ready)
     try:
         yield
     finally:
-        _watch.reset(token)
+        _watch.reset(tokens[0])
+        _ready.reset(tokens[1])
 
 
-def _compile_once(path: Path, argument: str, what: str, progress: Progress) -> None:
+def _compile_once(path: Path, argument: str, what: str, progress: Progress, check: Callable[[], None] | None = None) -> None:
     if is_compiled(path):
         return
     if progress:
         progress(f"compiling {what}, first run only")
     with _one_of_the_host(path):
         if not is_compiled(path):
+            if check:
+                check()
             compile_in_helper(path, argument)
 
 
@@ -369,13 +378,84 @@ def compile_in_helper(path: Path, argument: str | None = None) -> None:
         CompileError: with the compiler's message.
         CompileStopped: see :func:`watched_compiles`.
     """
-    command = [sys.executable, "-m", _THIS, argument or str(path)]
+    ready = _ready.get()
+    if ready is not None and ready.compile(path, argument or str(path)):
+        return
     with tempfile.TemporaryFile("w+", errors="replace") as log:
-        with _ended_with_us(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)) as helper:
+        with _ended_with_us(_started(log, argument or str(path))) as helper:
             _wait_for(helper)
         if helper.returncode:
             log.seek(0)
             raise CompileError(path, log.read()[-4000:])
+
+
+def _started(log: IO[str], *arguments: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", _THIS, *arguments]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
+
+
+class ReadyHelper:
+    """A helper process that has imported the compiler and the kernels, and waits for a module to compile: for running nodes, which take
+    new code while others wait for it. It costs memory, some 150 MiB, and prepares at low priority. When it has compiled a module, or could
+    not, another one is started in its place.
+
+    Args:
+        like: a generated module whose imports are those of the modules to come.
+    """
+
+    def __init__(self, like: Path) -> None:
+        self._like, self._cache = like, cache_dir()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._helper: subprocess.Popen[bytes] | None = None
+        self._log: IO[str] | None = None
+        self._start()
+
+    def _start(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed by who takes it
+                self._helper = _started(self._log, _WAIT, str(self._like))
+
+    @property
+    def ready(self) -> bool:
+        """Whether it waits for a module."""
+        helper, log = self._helper, self._log
+        return helper is not None and helper.poll() is None and log is not None and os.fstat(log.fileno()).st_size > 0
+
+    def compile(self, path: Path, argument: str) -> bool:
+        """As :func:`compile_in_helper`; false if it is not ready now, or was made of other sources than those on the disk."""
+        if not self.ready or self._cache != cache_dir():
+            return False
+        helper, log = self._take()
+        if helper is None or log is None:
+            return False
+        try:
+            with log, _ended_with_us(helper), contextlib.suppress(BrokenPipeError):
+                assert helper.stdin
+                helper.stdin.write(argument.encode() + b"\n")
+                helper.stdin.flush()
+                _wait_for(helper)
+                if helper.returncode not in (0, _UNFIT):
+                    log.seek(0)
+                    raise CompileError(path, log.read()[-4000:])
+        finally:
+            self._start()
+        return helper.returncode == 0
+
+    def _take(self) -> tuple[subprocess.Popen[bytes] | None, IO[str] | None]:
+        with self._lock:
+            taken, self._helper, self._log = (self._helper, self._log), None, None
+        return taken
+
+    def close(self) -> None:
+        """End it. A compile under way is ended by whoever waits for it."""
+        with self._lock:
+            self._closed = True
+        helper, log = self._take()
+        if helper is not None and log is not None:
+            with log, _ended_with_us(helper):
+                pass
 
 
 @contextlib.contextmanager
@@ -415,10 +495,58 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _main(argument: str) -> None:
+def _prepare(like: Path) -> dict[Path, bytes]:
+    """Import what a module's compile needs, at low priority; the sources that were imported.
+
+    It is done in a thread: a process that has lowered its own priority may not raise it again.
+    """
+    from tickmesh.transports import codecache
+
+    imported: dict[Path, bytes] = {}
+
+    def work() -> None:
+        os.setpriority(os.PRIO_PROCESS, 0, _PREPARING_NICE)  # of this thread
+        before = codecache.source_closure(like)
+        codecache.import_generated(like)
+        numba.njit(_anything)(1.0)  # what numba makes ready at its first compile
+        imported.update((path, source) for path, source in codecache.source_closure(like).items() if before.get(path) == source)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return imported
+
+
+def _anything(number: Any) -> Any:
+    return number + 1
+
+
+def _wait_for_order(like: Path) -> str:
+    """As a :class:`ReadyHelper`: what to compile. Ends the process if nothing comes, or if it is made of other sources than those here."""
+    from tickmesh.transports import codecache
+
+    imported = _prepare(like)
+    print("ready", flush=True)
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:
+            os._exit(1)
+        line += byte
+    argument = line.decode().strip()
+    loaded = {getattr(module, "__file__", None) for module in sys.modules.values()}
+    for path, source in codecache.source_closure(Path(argument)).items():
+        if str(path) in loaded and imported.get(path) != source:
+            os._exit(_UNFIT)
+    return argument
+
+
+def _main(argument: str, *more: str) -> None:
     from tickmesh.transports import codecache  # the canonical module, not __main__: its locator is the registered one
     from tickmesh.transports.parts import keep_parts
 
+    if argument == _WAIT:
+        argument = _wait_for_order(Path(more[0]))
     _end_with_parent()
     gc.disable()  # numba makes millions of small objects, and we end soon: collecting them is an eighth of the time
     generated = argument.endswith(".py")
@@ -433,4 +561,4 @@ def _main(argument: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    _main(*sys.argv[1:])

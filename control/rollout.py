@@ -13,9 +13,12 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import structlog
+
 from tickmesh.control.config_store import ConfigStore, Documents, HistoryEntry, Stored, check_documents_size, now_text, who_text
 from tickmesh.control.store import Entry, StoreError, VersionMismatch, Watch, surely
 
+_log = structlog.get_logger("config")
 AnswerState = Literal["applied", "passed", "refused", "superseded", "unanswered"]
 Told = Callable[["Answer"], None]
 
@@ -50,11 +53,13 @@ class Outcome:
         version: the config version that it made; 0: none was made.
         answers: of every node that was waited for.
         withdrawn: nodes whose canary was taken back.
+        left: keys of orders to nodes that could not be taken back, and why.
     """
 
     version: int
     answers: Sequence[Answer] = ()
     withdrawn: Sequence[str] = field(default_factory=tuple)
+    left: Mapping[str, str] = field(default_factory=dict)
 
 
 _Judge = Callable[[str, Mapping[str, Any]], Answer | None]
@@ -129,18 +134,18 @@ class Rollout:
         The version of the outcome is 0 if it was withdrawn. Raises as :meth:`apply` does.
         """
         check_documents_size(self.keys, documents)
-        name, promoted = secrets.token_hex(8), False
+        name, promoted, left = secrets.token_hex(8), False, dict[str, str]()
         try:
-            async with self._placed([self.keys.canary(node)], _order(name, documents)):
+            async with self._placed([self.keys.canary(node)], _order(name, documents), left):
                 answers = await surely(self._answers([node], lambda asked, status: _of_order(asked, status.get("canary"), name)))
                 if answers[0].state == "applied" and hold_s > 0:
                     wrong = await surely(self._held(node, name, hold_s))
                     answers = [wrong or answers[0]]
-                if answers[0].state != "applied":
-                    return Outcome(0, answers, (node,))
-                outcome = await self.apply(documents, based_on, comment, nodes, keep_canary=node)
-                promoted = True
-                return outcome
+                outcome = Outcome(0, answers, (node,))
+                if answers[0].state == "applied":
+                    outcome = await self.apply(documents, based_on, comment, nodes, keep_canary=node)
+                    promoted = True
+            return replace(outcome, withdrawn=tuple(one for one in outcome.withdrawn if promoted or not left), left=left)
         finally:
             if not promoted:
                 await asyncio.shield(self._settled(node))
@@ -149,14 +154,17 @@ class Rollout:
         """Have nodes check and compile documents, and apply nothing. Raises StoreError."""
         check_documents_size(self.keys, documents)
         asked, name = (sorted(set(nodes)) if nodes is not None else await self.members()), secrets.token_hex(8)
-        async with self._placed([self.keys.dry_run(node) for node in asked], _order(name, documents)):
+        async with self._placed([self.keys.dry_run(node) for node in asked], _order(name, documents), {}):
             return await surely(self._answers(asked, lambda node, status: _of_order(node, status.get("dry_run"), name)))
 
     # -- how
 
     @asynccontextmanager
-    async def _placed(self, keys: Sequence[str], order: bytes) -> AsyncIterator[None]:
-        """An order to nodes, withdrawn in the end: also if we are cancelled while it is written."""
+    async def _placed(self, keys: Sequence[str], order: bytes, left: dict[str, str]) -> AsyncIterator[None]:
+        """An order to nodes, withdrawn in the end: also if we are cancelled while it is written.
+
+        A key that cannot be withdrawn is put into `left` with the reason, and told of: what the nodes said counts nevertheless.
+        """
         placing = [asyncio.create_task(self.store.put(key, order)) for key in keys]
         try:
             if placing:
@@ -165,20 +173,20 @@ class Rollout:
                 placed.result()
             yield
         finally:
-            await asyncio.shield(self._withdraw(keys, order, placing))
+            left |= await asyncio.shield(self._withdraw(keys, order, placing))
 
-    async def _withdraw(self, keys: Sequence[str], order: bytes, placing: Sequence[asyncio.Task[int]]) -> None:
+    async def _withdraw(self, keys: Sequence[str], order: bytes, placing: Sequence[asyncio.Task[int]]) -> dict[str, str]:
         await asyncio.gather(*placing, return_exceptions=True)
-        failed: StoreError | None = None
+        left = {}
         for key in keys:
             try:
                 entry = await self.store.get(key)
                 if entry is not None and entry.value == order:
                     await self._end_order(key, entry.version)
             except StoreError as error:
-                failed = error
-        if failed is not None:
-            raise failed
+                left[key] = str(error)
+                _log.warning("an order stays in the store until the next change, or until its key is removed", key=key, reason=str(error))
+        return left
 
     async def _held(self, node: str, name: str, hold_s: float) -> Answer | None:
         """Watch a canary for a time: what went wrong with it, or None."""

@@ -21,7 +21,20 @@ class _Turns:
         self.lock, self.undisturbed, self.usual_s = threading.Lock(), 0, sys.getswitchinterval()
 
     def set(self) -> None:
-        sys.setswitchinterval(_LONG_S if self.undisturbed else self.usual_s)
+        sys.setswitchinterval(_LONG_S if self.undisturbed > 0 else self.usual_s)
+
+    @contextlib.contextmanager
+    def asked(self, more: int) -> Iterator[None]:
+        """So many more, or fewer, want long turns meanwhile."""
+        with self.lock:
+            self.undisturbed += more
+            self.set()
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.undisturbed -= more
+                self.set()
 
 
 _turns = _Turns()
@@ -37,12 +50,12 @@ def short_turns() -> None:
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Others get their turn when we wait for something, or after 10 ms. From several threads at a time is fine."""
-    with _turns.lock:
-        _turns.undisturbed += 1
-        _turns.set()
-    try:
+    with _turns.asked(1):
         yield
-    finally:
-        with _turns.lock:
-            _turns.undisturbed -= 1
-            _turns.set()
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """Inside :func:`undisturbed`: what is waited for may need other threads of ours, which take their usual turns meanwhile."""
+    with _turns.asked(-1):
+        yield

@@ -19,6 +19,8 @@ from tickmesh.node.journal import Journal
 from tickmesh.node.release_marks import EVERYTHING, M_LAST, make_marks, put_mark_now, take_marks
 from tickmesh.transports.counters import BUCKETS, HISTOGRAM_WORDS, Values, percentile
 
+_STOOD_STILL_S = 0.25
+"""A process that has not ticked for so long stood still, or its host did."""
 Acks = Literal[0, 1, "all"]
 Standing = Literal["open", "waiting", "held", "solo"]
 
@@ -75,6 +77,7 @@ class ReleaseGate:
         self._lock = threading.Lock()
         self._seen_s = float("-inf") if alone else clock()
         self._alone = self._nobody = False
+        self._ticked_s: float | None = None
         self._required: str | None = None
         self.closed = False
         self.listeners: set[Callable[[], None]] = set()
@@ -100,6 +103,7 @@ class ReleaseGate:
     def leave(self, node: str) -> None:
         """A standby is gone, and does not count any more; what one that is taking over has got stays good."""
         with self._lock:
+            self._excuse(self._clock())
             if node != self._required:
                 self._standbys.pop(node, None)
         self._tell()
@@ -111,6 +115,21 @@ class ReleaseGate:
         changed, self._nobody = self._nobody == standbys, not standbys
         if changed:
             self._tell()
+
+    def tick(self) -> None:
+        """We run: called many times a second. For as long as this process stood still, its standbys cannot be said to have been silent."""
+        with self._lock:
+            self._ticked_s = self._ticked_s or self._clock()
+            self._excuse(self._clock())
+
+    def _excuse(self, now: float) -> None:
+        if self._ticked_s is None:
+            return
+        stood_s, self._ticked_s = now - self._ticked_s, now
+        if stood_s > _STOOD_STILL_S:
+            self._seen_s += stood_s
+            for at in self._standbys.values():
+                at.caught_up_s, at.target_s = at.caught_up_s + stood_s, at.target_s + stood_s
 
     def require(self, node: str | None) -> None:
         """From now on what leaves is on this standby, whoever else has it: it is about to take over. None: as it is configured again."""
@@ -144,6 +163,7 @@ class ReleaseGate:
     def _limit(self) -> int | None:
         """The sequence below which inputs are safe; None: outputs go whatever is safe."""
         now = self._clock()
+        self._excuse(now)
         if self._required is not None:
             required = self._standbys.get(self._required)
             return required.sequence if required is not None else 0

@@ -23,7 +23,7 @@ import structlog
 
 from tickmesh.control.heartbeats import Role, ShardBeat
 from tickmesh.control.leadership import TakeoverRefused
-from tickmesh.control.turns import undisturbed
+from tickmesh.control.turns import undisturbed, waiting
 from tickmesh.node.beginning import begin_at, begin_shard, journal_folder, make_journal, possible_starts
 from tickmesh.node.changing import ChangeInTheWay
 from tickmesh.node.continuation import UNSEEN, begin_resuming, trim
@@ -114,6 +114,7 @@ class Replica:
         self._leader_known = self._closed = self._handed_over = False
         self._turn = threading.RLock()
         self._retention: Retention | None = None
+        self._documents = Documents(self.folder)
         self._snapshots: list[Path] = []
         self._lacking, self._unagreed, self._made_s = 0, 0, time.monotonic()
         self._made_again_for = 0
@@ -249,7 +250,8 @@ class Replica:
             if found != self._snapshots:
                 self._retention.covered = keep_snapshots(self.folder, stored, built.shard.arrays)
                 self._snapshots = snapshots(snapshot_folder(self.folder))
-            self._retention.trim(stored)
+            if self._retention.trim(stored):
+                self._documents.prune()
         except (JournalError, OSError, ValueError) as error:  # it is being cut or made anew
             _log.debug("a standby's journal is not trimmed now", shard=self.number, reason=str(error))
 
@@ -292,6 +294,12 @@ class Replica:
         thread = self.thread
         if thread is not None and thread.gate is not None:
             thread.gate.expect(standbys)
+
+    def tick(self) -> None:
+        """The process runs; told many times a second."""
+        thread = self.thread
+        if thread is not None and thread.gate is not None:
+            thread.gate.tick()
 
     # -- taking over
 
@@ -419,7 +427,9 @@ class Replica:
         end = time.monotonic() + _FENCE_S
         for name, gateway in self.node.gateways.items():
             delivery = gateway.shards[self.number]
-            if not delivery.judged.wait(max(0.0, end - time.monotonic())):
+            with waiting():  # a server may be away for seconds, and heartbeats must go on
+                judged = delivery.judged.wait(max(0.0, end - time.monotonic()))
+            if not judged:
                 raise TakeoverRefused(self.number, f"delivery.{name}: the output stream did not answer within {_FENCE_S:g} s")
             if delivery.state != "delivering" or delivery.publisher is None:
                 raise TakeoverRefused(self.number, f"delivery.{name}: {delivery.error or delivery.state}")
@@ -577,7 +587,8 @@ class Replica:
                 if time.monotonic() > end:
                     thread.gate.require(None)
                     return False
-                time.sleep(_LOOK_S)
+                with waiting():
+                    time.sleep(_LOOK_S)
             self._handed_over = True
             return True
 

@@ -319,6 +319,7 @@ class Roles:
     def _trim(self) -> None:
         while not self._stopping.wait(_TRIM_S):
             for replica in self._replicas.values():
+                replica.tick()
                 try:
                     while replica.trim() > 0 and not self._stopping.is_set():
                         pass

@@ -476,14 +476,13 @@ def config_apply(
     It is checked here, compared, stored in one transaction with the code that it names, and every node's answer is waited for. FILE may
     name store and cluster itself.
     """
-    import asyncio
 
     wish = _wish(comment, canary, hold_s, dry_run, nodes, timeout_s)
     from tickmesh.ops import config_store_cmd as commands
 
     loaded = _load(file)
     place = commands.place_of(store, cluster, config, loaded)
-    _report(asyncio.run(commands.apply_file(file, place, wish, _say)), as_json, quiet)
+    _report(commands.run_to_its_end(commands.apply_file(file, place, wish, _say), _say), as_json, quiet)
 
 
 @config_app.command("get", cls=_Command)
@@ -530,7 +529,6 @@ def config_set(
 
     The rest of the text stays as it is, comments included. Otherwise like apply.
     """
-    import asyncio
 
     if remove == (value is not None):
         raise typer.BadParameter("give VALUE, or --remove", param_hint="VALUE")
@@ -538,7 +536,7 @@ def config_set(
     from tickmesh.ops import config_store_cmd as commands
 
     place = commands.place_of(store, cluster, config)
-    _report(asyncio.run(commands.set_key(key, value, place, wish, _say)), as_json, quiet)
+    _report(commands.run_to_its_end(commands.set_key(key, value, place, wish, _say), _say), as_json, quiet)
 
 
 @config_app.command("diff", cls=_Command)
@@ -600,13 +598,12 @@ def config_rollback(
     quiet: Quiet = False,
 ) -> None:
     """Apply an earlier version again, under a new number."""
-    import asyncio
 
     wish = _wish(comment, canary, hold_s, dry_run, nodes, timeout_s)
     from tickmesh.ops import config_store_cmd as commands
 
     place = commands.place_of(store, cluster, config)
-    _report(asyncio.run(commands.roll_back(version, place, wish, _say)), as_json, quiet)
+    _report(commands.run_to_its_end(commands.roll_back(version, place, wish, _say), _say), as_json, quiet)
 
 
 @config_app.command("status", cls=_Command)

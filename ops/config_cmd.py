@@ -6,11 +6,12 @@ compares them.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -364,9 +365,13 @@ def changes(old: Config, new: Config) -> list[Change]:
     return found
 
 
-def _main(path: str) -> None:
-    Path(path).write_text(schema_markdown(), encoding="utf-8")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the reference page."""
+    parser = argparse.ArgumentParser(description="Write the reference page of the configuration.")
+    parser.add_argument("file", nargs="?", type=Path, default=Path("docs/reference/configuration.md"), help="default: %(default)s")
+    parser.parse_args(arguments).file.write_text(schema_markdown(), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1] if len(sys.argv) > 1 else "docs/reference/configuration.md")
+    sys.exit(main())

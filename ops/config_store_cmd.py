@@ -10,13 +10,14 @@ import asyncio
 import hashlib
 import os
 import re
+import signal
 import tempfile
 import tomllib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import ValidationError
@@ -41,6 +42,7 @@ from tickmesh.ops.config_cmd import changes, effective, plain, value_text
 EXIT_OK, EXIT_REFUSED, EXIT_UNANSWERED = 0, 4, 5
 STORE_VARIABLE, CLUSTER_VARIABLE = "TICKMESH_STORE", "TICKMESH_CLUSTER"
 Say = Callable[[str], None]
+_Made = TypeVar("_Made")
 
 
 class WrongPlace(Exception):
@@ -263,7 +265,7 @@ class Report:
     def exit_code(self) -> int:
         """What the answers come to."""
         states = {answer.state for answer in self.outcome.answers}
-        return EXIT_REFUSED if "refused" in states else EXIT_UNANSWERED if "unanswered" in states else EXIT_OK
+        return EXIT_REFUSED if "refused" in states else EXIT_UNANSWERED if "unanswered" in states or self.outcome.left else EXIT_OK
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
@@ -275,6 +277,7 @@ class Report:
             "changes": [one.as_json() for one in self.changes],
             "answers": [asdict(answer) for answer in self.outcome.answers],
             "withdrawn": list(self.outcome.withdrawn),
+            "left": dict(self.outcome.left),
             "left_out": list(self.left_out),
         }
 
@@ -285,7 +288,7 @@ class Report:
             {
                 "applied": f"version {self.version} is in the store",
                 "unchanged": f"nothing to change: version {self.version} says the same",
-                "withdrawn": f"withdrawn: version {self.before} holds, on every node",
+                "withdrawn": f"withdrawn: version {self.before} holds" + (", on every node" if not self.outcome.left else ""),
                 "tried": "tried, nothing was applied",
             }[self.did]
         )
@@ -298,6 +301,7 @@ class Report:
             lines += [f"  {'':<{width}}    {reason}" for reason in answer.reasons]
         others = [node for node in self.outcome.withdrawn if self.did != "withdrawn"]
         lines += [f"  the canary on {node} was ended" for node in others]
+        lines += [f"  {key} is still there, remove it: {reason}" for key, reason in self.outcome.left.items()]
         return "\n".join(line for line in lines if line)
 
 
@@ -323,6 +327,34 @@ async def change(config: ConfigStore, place: Place, documents: Documents, stored
         outcome = await rollout.canary(wish.canary, documents, stored, wish.comment, wish.hold_s, nodes)
     did = "applied" if outcome.version else "withdrawn"
     return report(did, outcome, outcome.version or stored.version)
+
+
+def run_to_its_end(work: Coroutine[Any, Any, _Made], say: Say) -> _Made:
+    """``asyncio.run`` for what takes back what it has begun: Ctrl-C cancels it, and a second one does not keep it from that.
+
+    Raises:
+        KeyboardInterrupt: it was cancelled, and has ended.
+    """
+
+    async def watched() -> _Made:
+        loop, task = asyncio.get_running_loop(), asyncio.create_task(work)
+
+        def interrupted() -> None:
+            if not task.cancelling():
+                task.cancel()
+            else:
+                say("what was begun is being taken back; that takes seconds")
+
+        loop.add_signal_handler(signal.SIGINT, interrupted)
+        try:
+            return await task
+        finally:
+            loop.remove_signal_handler(signal.SIGINT)
+
+    try:
+        return asyncio.run(watched())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
 
 
 async def apply_file(file: Path, place: Place, wish: Wish, say: Say) -> Report:

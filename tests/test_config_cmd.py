@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -21,6 +23,7 @@ from tickmesh.ops.config_cmd import (
 )
 
 ROOT = Path(__file__).parents[1]
+WRITTEN = [sys.executable, "-m", "tickmesh.ops.config_cmd"]
 TEXT = """[cluster]
 shards = 2
 [data_sources.sim]
@@ -101,3 +104,11 @@ def test_changes_say_whether_a_restart_is_needed() -> None:
     assert found["delivery.r.method"][0] is None
     assert changes(old, old) == []
     assert changes(default_config(), parse_config("")) == []
+
+
+def test_the_page_is_written_where_it_is_asked_for_and_help_writes_nothing(tmp_path: Path) -> None:
+    done = subprocess.run([*WRITTEN, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    assert "reference page" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    subprocess.run([*WRITTEN, "page.md"], cwd=tmp_path, timeout=60, check=True)
+    assert (tmp_path / "page.md").read_text(encoding="utf-8") == schema_markdown()

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -157,19 +158,31 @@ def test_canary_and_dry_run(start: Callable[..., Node], url: str, cluster: str, 
     assert run("set", "risk.max_qty", "1", "--canary", "a", "--dry-run")[0] == 2
 
 
-def test_ctrl_c_withdraws_a_canary(start: Callable[..., Node], url: str, cluster: str, file: Path) -> None:
-    bird = start("bird")
+@pytest.mark.parametrize("again", [False, True])
+def test_ctrl_c_withdraws_a_canary(again: bool, start: Callable[..., Node], url: str, cluster: str, file: Path) -> None:
+    bird, over = start("bird"), threading.Event()
     first = tell("apply", url, cluster, file)["version"]
     command = [sys.executable, "-m", "tickmesh.ops.cli", "config", "set", "risk.max_qty", "8", "--canary", "bird", "--hold-s", "600"]
-    with subprocess.Popen([*command, "--store", url, "--cluster", cluster], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+    with file.with_name("err").open("w") as err, subprocess.Popen([*command, "--store", url, "--cluster", cluster], stderr=err) as running:
         try:
             until(lambda: bird.status["source"] == "canary")
+            bird.refuses = lambda config: () if not again or over.wait(LIMIT_S) else ["it never ended"]  # time for an impatient person
             running.send_signal(signal.SIGINT)
+            until(lambda: not again or interrupted_again(running, file.with_name("err")))
             assert running.wait(60) == 130
         finally:
+            over.set()
             running.kill()
     until(lambda: (bird.status["source"], bird.status["version"], bird.status["canary"]) == ("config", first, None))
     assert tell("get", url, cluster)["version"] == first
+
+
+def interrupted_again(running: subprocess.Popen[bytes], err: Path) -> bool:
+    """An impatient person, until they are told that it is under way."""
+    if "is being taken back" in err.read_text():
+        return True
+    running.send_signal(signal.SIGINT)
+    return False
 
 
 def test_code_is_uploaded_with_what_names_it(start: Callable[..., Node], url: str, cluster: str, file: Path) -> None:

@@ -416,6 +416,21 @@ async def test_a_canary_that_is_called_off_at_any_moment_leaves_nothing(server: 
 
 
 @contract
+async def test_a_store_that_goes_before_a_canary_is_withdrawn_hides_nothing(own_server: StoreServer, cluster: str, tmp_path: Path) -> None:
+    bird = Node(cluster, "bird", tmp_path)
+    bird.refuses = lambda config: ["it tastes bad"] if config.risk.max_qty == 6 else []
+    async with own_server.store() as store, following(store, bird):
+        await registered(store, cluster, 1)
+        config = ConfigStore(store, cluster)
+        await bird.runs(await applied(config))
+        bad, read = documents(TEXT.replace("max_qty = 5", "max_qty = 6")), await config.read()
+        outcome = await Rollout(config, 20, lambda _: own_server.process.kill()).canary("bird", bad, read)
+        assert [(answer.state, answer.reasons) for answer in outcome.answers] == [("refused", ("it tastes bad",))]
+        assert (outcome.version, list(outcome.withdrawn), list(outcome.left)) == (0, [], [config.keys.canary("bird")])
+        assert outcome.left[config.keys.canary("bird")]
+
+
+@contract
 async def test_a_canary_that_was_left_behind_ends_with_the_next_change(server: StoreServer, cluster: str, tmp_path: Path) -> None:
     bird = Node(cluster, "bird", tmp_path)
     async with server.store() as store, following(store, bird):

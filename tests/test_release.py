@@ -138,6 +138,26 @@ def test_alone_at_once_when_nobody_could_follow(tmp_path: Path) -> None:
         assert (made.released(), made.standing) == (0, "held")
 
 
+def test_standing_still_oneself_is_no_silence_of_the_standbys(tmp_path: Path) -> None:
+    """A stopped process goes on: its standbys have left it meanwhile, and may be back. Nothing may leave on that ground."""
+    with gate(tmp_path) as (made, journal, clock):
+        made.tick()
+        made.update("n2", 100, 100)
+        assert made.released() == 200
+        made.mark(journal.append(events(100, 10)) + 100, 230)
+        clock.now += 30.0
+        assert (made.released(), made.standing) == (200, "waiting")
+        made.leave("n2")
+        assert (made.released(), made.standing) == (200, "held")
+        for _ in range(9):
+            clock.now += 0.1
+            made.tick()
+        assert made.released() == 200
+        clock.now += 0.2
+        made.tick()
+        assert (made.released(), made.standing) == (230, "solo")
+
+
 def test_never_alone_if_that_is_not_wanted(tmp_path: Path) -> None:
     with gate(tmp_path, acks=1, solo=False) as (made, _, clock):
         clock.now += 1e6

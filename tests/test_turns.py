@@ -38,6 +38,11 @@ def test_turns_are_long_while_anybody_wants_it() -> None:
     over.set()
     thread.join(30)
     assert sys.getswitchinterval() == short_s
+    with turns.undisturbed():
+        with turns.waiting():
+            assert sys.getswitchinterval() == short_s
+        assert sys.getswitchinterval() == long_s
+    assert sys.getswitchinterval() == short_s
     with pytest.raises(ValueError, match="why"), turns.undisturbed():
         raise ValueError("why")
     assert sys.getswitchinterval() == short_s

@@ -241,6 +241,7 @@ class Acceptor:
         counters: `connections`, `refused` by reason: `refused_unknown`, `refused_taken`, `refused_garbled`, `refused_silent`,
             `refused_crowded`, `refused_insecure`, `refused_logon`.
         links: the sessions that are connected, by the peer's CompID and ours.
+        ended: how the last connection of each session ended.
     """
 
     def __init__(
@@ -256,6 +257,7 @@ class Acceptor:
         self._accepted = {(a.options.target, a.options.sender): a for a in sessions}
         self._sessions = {key: Session(a.options, a.store, clock) for key, a in self._accepted.items()}
         self.links: dict[tuple[str, str], Link] = {}
+        self.ended: dict[tuple[str, str], Ended] = {}
         self.counters: Counter[str] = Counter()
         self._tls, self._waiting_max, self._logon_s, self._tick_s = tls, waiting_max, logon_s, tick_s
         self._waiting = 0
@@ -363,7 +365,7 @@ class Acceptor:
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(limit=READ_BYTES, loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
-        handshake = {"ssl_handshake_timeout": self._logon_s} if self._tls else {}
+        handshake = {"ssl_handshake_timeout": 2 * self._logon_s} if self._tls else {}  # ours comes first
         taken.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         transport, _ = await loop.connect_accepted_socket(lambda: protocol, taken, ssl=self._tls, **handshake)
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
@@ -395,6 +397,7 @@ class Acceptor:
             if isinstance(event, LoggedOn):
                 _log.info("a FIX session is logged on", peer=key[0], reset=event.reset)
             elif isinstance(event, Ended):
+                self.ended[key] = event
                 _log.info("a FIX session has ended", peer=key[0], reason=event.reason)
             await application.handle(link, event)
 

@@ -403,6 +403,9 @@ class FixOptions(Table):
     store: str | None = key(
         None, "Folder in which sequences and messages are kept; none: in memory, until the node ends.", live=True, min_length=1
     )
+    next_expected: bool = key(
+        False, "Whether Logons carry NextExpectedMsgSeqNum (789): what was missed comes unasked, where the venue does so.", live=True
+    )
     subscribe: bool = key(True, "Whether to ask for market data of `symbols` after the logon.", live=True)
     depth: int = key(0, "Levels of a book to ask for; 0: all of them.", live=True, ge=0, le=10_000)
 

@@ -5,6 +5,9 @@ each tag its slot, and the field's place is stored in that slot of the body or o
 the entries, whose fields are then in known places, into events. What is wrong is counted by reason; a book whose entry cannot be used
 gets a GAP.
 
+Messages of a class with as many fields mostly have the same ones in the same order. So the order is kept (a shape), and the first pass
+holds a message's tags against it, all at once and without a branch; only what differs is cut field by field.
+
 :func:`fix_events` is for loops that contain the decoder; :mod:`tickmesh.node.fix_feed` has what Python calls.
 """
 
@@ -49,17 +52,30 @@ from tickmesh.node.instruments import EXCLUDED, FILTERED, InstrumentTable, find_
 from tickmesh.transports.byte_masks import PLACES_SLACK, find_all
 from tickmesh.transports.toolbox import copy_record, inlined, le16, le64, outlined, zeros_aligned
 
-FixArrays = namedtuple("FixArrays", "instruments state counts malformed types roles data_tags groups cells masks tags places ends held")
+FixArrays = namedtuple(
+    "FixArrays",
+    "instruments state counts malformed types roles data_tags groups cells masks tags places ends walk shapes held",
+)
 """`instruments` see :class:`tickmesh.node.instruments.Instruments`; `state` i64; `counts` u64 per name of COUNTERS; `malformed` u64 per
 name of :data:`REASONS`; `types`, `roles`, `data_tags`, `groups` see :class:`tickmesh.node.fix_slots.FixTables`; `cells`
 u64[entries * SLOTS]: where a field's value begins << 32 and ends, from the message's start, entry 0 being the body; `masks` u64 per entry:
-its slots; `tags` TAG, TAGS_MAX per class: those met so far, and `places` u8: index among the roles -> place there; `ends` i32: scratch;
-`held` EVENT[HELD_MAX]."""
+its slots; `tags` TAG, TAGS_MAX per class: those met so far, and `places` u8: index among the roles -> place there; `ends` i32 and `walk`
+u64: scratch; `shapes` u64, SHAPE_WORDS per class and number of fields; `held` EVENT[HELD_MAX]."""
 
 TAG = np.dtype([("word", "<u8"), ("mask", "<u8"), ("next", "<u4"), ("tag", "<u4"), ("role", "u1"), ("size", "u1"), ("spare", "u1", 6)])
 """A tag as it stands in a message: ``(word ^ bytes) & mask == 0``, its `size` with the equals sign, its role, and the place of the tag that
 came behind it last time. Of a class's tags the first is the list's head (`next`: the first free place), the second stands for the start."""
 TAGS_MAX = 256
+
+SHAPE_FIELDS = 64
+"""Messages with fewer fields are held against shapes."""
+_TAGS_AT, _CELLS_AT, _MASKS_AT = 1, 1 + 2 * SHAPE_FIELDS, 1 + 3 * SHAPE_FIELDS
+SHAPE_WORDS = 2 + 4 * SHAPE_FIELDS
+"""A shape: how many fields are mapped, how many entries and unknown tags there are, and how often it may fail before it is replaced, a byte
+each; then of every field its tag and the tag's mask; of every mapped one its number, the bytes from the field before to its value, and
+the cell that it belongs in; the slots of the body and of each entry. The first word is zero where there is none yet."""
+_CREDIT, _CREDIT_SHIFT = 4, 24
+_NOWHERE = np.uint64(0xFFFFFFFF)
 
 HELD_MAX = 64
 ENTRIES_MAX = 16384
@@ -136,8 +152,8 @@ def make_fix_arrays(instruments: Any, tables: M.FixTables, *, source: int, tick_
     return FixArrays(
         instruments, state, np.zeros(len(M.COUNTERS), np.uint64), np.zeros(len(REASONS), np.uint64), tables.types, tables.roles,
         tables.data_tags, tables.groups, np.zeros(rows << _SLOT_BITS, np.uint64), np.zeros(rows, np.uint64),
-        tags, np.zeros(len(tables.roles), np.uint8), np.zeros(_CHUNK_BYTES + PLACES_SLACK, np.int32),
-        zeros_aligned(HELD_MAX, EVENT),
+        tags, np.zeros(len(tables.roles), np.uint8), np.zeros(_CHUNK_BYTES + PLACES_SLACK, np.int32), np.zeros(SHAPE_FIELDS, np.uint64),
+        np.zeros(len(M.CLASSES) * SHAPE_FIELDS * SHAPE_WORDS, np.uint64), zeros_aligned(HELD_MAX, EVENT),
     )  # fmt: skip
 
 
@@ -192,80 +208,153 @@ def _data_field(buf: Any, p: Any, e: Any, stop: Any, length_tag: Any, data_tags:
 
 
 @inlined
+def _tag_place(buf: Any, f: Any, before: Any, number: Any, feed: Any) -> Any:
+    """Place among the class's tags of the one at f, or -1 if it is malformed.
+
+    Tags are kept in the order in which they were met: the one behind tag `before` is compared first, then the one that came behind it
+    last time; only what neither is gets looked up.
+    """
+    word, tags = le64(buf, f), feed.tags
+    if (word ^ tags[before + _ONE].word) & tags[before + _ONE].mask == _ZERO:
+        return _I(before) + 1
+    following = _U(tags[before].next)
+    if (word ^ tags[following].word) & tags[following].mask == _ZERO:
+        return _I(following)
+    return _learn_tag(buf, f, before, number, feed)
+
+
+@inlined
+def _put_cell(feed: Any, role: Any, entry: Any, seen: Any, cell: Any) -> Any:
+    """A field into the slot of its role: ``(entry, seen, target, fault)``: the current entry's first cell (0: the body), its slots so far,
+    the cell it went to, and -1 or why the message is refused."""
+    slot = role & _U(M.SLOT_MASK)
+    bit, member = _ONE << slot, role & _U(M.MEMBER) != _ZERO
+    if role & _U(M.SPECIAL):  # begins an entry
+        feed.masks[entry >> _U(_SLOT_BITS)] = seen
+        entry += _U(M.SLOTS)
+        if entry > _U(ENTRIES_MAX << _SLOT_BITS):
+            return entry, _ZERO, entry, _I(TOO_MANY_ENTRIES)
+        seen = _ZERO
+    elif entry != _ZERO and not member:  # of the body, behind the group
+        repeated = feed.masks[0] & bit != _ZERO
+        feed.masks[0] |= bit
+        feed.cells[slot] = cell
+        return entry, seen, slot, _I(REPEATED_TAG) if repeated else _I(-1)
+    elif entry == _ZERO and member and not role & _U(M.FREE):
+        return entry, seen, slot, _I(GROUP_ORDER)
+    feed.cells[entry | slot] = cell
+    return entry, seen | bit, entry | slot, _I(REPEATED_TAG) if seen & bit else _I(-1)
+
+
+@outlined
+def _cut(buf: Any, at: Any, body: Any, stop: Any, number: Any, feed: Any) -> Any:
+    """:func:`_fields`, field by field; the message's shape is learnt."""
+    entry, seen, place = _ZERO, _ZERO, number * _U(TAGS_MAX) + _ONE
+    f, base, fault, fields, unknown = _I(body), _I(body), _I(-1), _ZERO, _ZERO
+    while base < stop and fault < 0:
+        limit = min(stop, base + _CHUNK_BYTES)
+        count = find_all(buf, base, limit, np.uint8(1), feed.ends, at)
+        base = limit
+        for k in range(count):
+            e = at + _I(feed.ends[_U(k)])
+            found = _tag_place(buf, f, place, number, feed)
+            if found < 0:
+                fault = _I(BAD_TAG)
+                break
+            place, target = _U(found), _NOWHERE
+            role, v = _U(feed.tags[place].role), f + _I(feed.tags[place].size)
+            f = e + 1
+            if role & _U(M.SPECIAL | M.MEMBER) == _U(M.SPECIAL):
+                end = _data_field(buf, v, e, stop, _I(feed.tags[place].tag), feed.data_tags)
+                if end != e:  # any byte may stand in it: look for the next SOH behind it
+                    fault = _I(BAD_DATA_LENGTH) if end < 0 else fault
+                    f = base = end + 1
+                    fields = _U(SHAPE_FIELDS)  # no shape
+                    break
+            elif role > _U(M.KNOWN):
+                entry, seen, target, fault = _put_cell(feed, role, entry, seen, (_U(v - at) << _U(32)) | _U(e - at))
+                if fault >= 0:
+                    break
+            unknown += _U(role == _ZERO)
+            if fields < _U(SHAPE_FIELDS):
+                feed.walk[fields] = (place << _U(32)) | target
+                fields += _ONE
+    feed.masks[entry >> _U(_SLOT_BITS)] = seen
+    feed.state[UNKNOWN_TAGS] += _I(unknown)
+    if fault < 0 and fields < _U(SHAPE_FIELDS):
+        _learn_shape(number, fields, entry >> _U(_SLOT_BITS), unknown, feed)
+    return _I(entry >> _U(_SLOT_BITS)), fault
+
+
+@outlined
+def _learn_shape(number: Any, fields: Any, rows: Any, unknown: Any, feed: Any) -> Any:
+    """Keep the fields of the message that was cut last, unless those kept have been right lately."""
+    words, shape = feed.shapes, (number * _U(SHAPE_FIELDS) + fields) * _U(SHAPE_WORDS)
+    if words[shape] >> _U(_CREDIT_SHIFT) > _ONE:
+        words[shape] -= _ONE << _U(_CREDIT_SHIFT)
+        return
+    mapped, k = _ZERO, _ZERO
+    while k < fields:
+        place, target = feed.walk[k] >> _U(32), feed.walk[k] & _NOWHERE
+        words[shape + _U(_TAGS_AT) + _U(2) * k] = feed.tags[place].word
+        words[shape + _U(_TAGS_AT + 1) + _U(2) * k] = feed.tags[place].mask
+        if target != _NOWHERE:
+            cell = k | (_U(feed.tags[place].size) + _ONE) << _U(8) | target << _U(16)
+            words[shape + _U(_CELLS_AT) + mapped] = cell
+            mapped += _ONE
+        k += _ONE
+    row = _ZERO
+    while row <= rows:
+        words[shape + _U(_MASKS_AT) + row] = feed.masks[row]
+        row += _ONE
+    words[shape] = mapped | rows << _U(8) | unknown << _U(16) | _U(_CREDIT) << _U(_CREDIT_SHIFT)
+
+
+@inlined
+def _has_shape(buf: Any, at: Any, body: Any, count: Any, shape: Any, feed: Any) -> Any:
+    """Whether the `count` fields that end at ``feed.ends`` have the shape's tags."""
+    words, wrong, f = feed.shapes, _ZERO, _I(body)
+    t = shape + _U(_TAGS_AT)
+    for k in range(count):
+        wrong |= (le64(buf, f) ^ words[t]) & words[t + _ONE]
+        t += _U(2)
+        f = at + _I(feed.ends[_U(k)]) + 1
+    return wrong == _ZERO and words[shape] != _ZERO
+
+
+@inlined
+def _take_shape(shape: Any, feed: Any) -> Any:
+    """Put the fields of a message that has this shape into their cells; returns how many entries its group has."""
+    words, ends = feed.shapes, feed.ends
+    head = words[shape]
+    words[shape] = head & _U((1 << _CREDIT_SHIFT) - 1) | _U(_CREDIT << _CREDIT_SHIFT)
+    c = shape + _U(_CELLS_AT)
+    for _ in range(_I(head & _U(0xFF))):
+        k, behind, target = words[c] & _U(0xFF), words[c] >> _U(8) & _U(0xFF), words[c] >> _U(16)
+        feed.cells[target] = (_U(ends[k - _ONE]) + behind) << _U(32) | _U(ends[k])
+        c += _ONE
+    rows = head >> _U(8) & _U(0xFF)
+    m = shape + _U(_MASKS_AT)
+    for row in range(_I(rows) + 1):
+        feed.masks[_U(row)] = words[m + _U(row)]
+    feed.state[UNKNOWN_TAGS] += _I(head >> _U(16) & _U(0xFF))
+    return _I(rows)
+
+
+@inlined
 def _fields(buf: Any, at: Any, body: Any, stop: Any, number: Any, feed: Any) -> Any:
     """Cut ``buf[body:stop]`` into fields; offsets are counted from `at`.
-
-    Messages of a class are alike, and tags are kept in the order in which they were met: the next one there is compared first, then the
-    one that came behind this tag last time; only what neither is gets looked up.
 
     Returns:
         ``(rows, fault)``: entries of the group, and -1 or the reason of the refusal.
     """
-    cells, masks, tags, places = feed.cells, feed.masks, feed.tags, feed.ends
-    entry, seen = _ZERO, _ZERO  # the current entry's cells begin there; its slots so far
-    place = number * _U(TAGS_MAX) + _ONE
-    f, base, fault = _I(body), _I(body), _I(-1)
-    while base < stop and fault < 0:
-        limit = min(stop, base + _CHUNK_BYTES)
-        count = find_all(buf, base, limit, np.uint8(1), places, at)
-        base = limit
-        k = _I(0)
-        while k < count:
-            e = at + _I(places[_U(k)])
-            k += 1
-            word = le64(buf, f)
-            if (word ^ tags[place + _ONE].word) & tags[place + _ONE].mask == _ZERO:
-                place += _ONE
-            else:
-                following = _U(tags[place].next)
-                if (word ^ tags[following].word) & tags[following].mask != _ZERO:
-                    found = _learn_tag(buf, f, place, number, feed)
-                    if found < 0:
-                        fault = _I(BAD_TAG)
-                        break
-                    following = _U(found)
-                place = following
-            role = _U(tags[place].role)
-            v = f + _I(tags[place].size)
-            f = e + 1
-            if role <= _U(M.KNOWN):
-                if role == _ZERO:
-                    feed.state[UNKNOWN_TAGS] += 1
-                continue
-            slot = role & _U(M.SLOT_MASK)
-            bit = _ONE << slot
-            if role & _U(M.SPECIAL):
-                if not role & _U(M.MEMBER):
-                    end = _data_field(buf, v, e, stop, _I(tags[place].tag), feed.data_tags)
-                    if end != e:  # any byte may stand in it: look for the next SOH behind it
-                        fault = _I(BAD_DATA_LENGTH) if end < 0 else fault
-                        f = base = end + 1
-                        break
-                    continue
-                masks[entry >> _U(_SLOT_BITS)] = seen
-                entry += _U(M.SLOTS)
-                seen = _ZERO
-                if entry > _U(ENTRIES_MAX << _SLOT_BITS):
-                    fault = _I(TOO_MANY_ENTRIES)
-                    break
-            elif (role & _U(M.MEMBER) != _ZERO) != (entry != _ZERO):
-                if entry != _ZERO:  # of the body, behind the group
-                    if masks[0] & bit:
-                        fault = _I(REPEATED_TAG)
-                        break
-                    masks[0] |= bit
-                    cells[slot] = (_U(v - at) << _U(32)) | _U(e - at)
-                    continue
-                if not role & _U(M.FREE):
-                    fault = _I(GROUP_ORDER)
-                    break
-            if seen & bit:
-                fault = _I(REPEATED_TAG)
-                break
-            seen |= bit
-            cells[entry | slot] = (_U(v - at) << _U(32)) | _U(e - at)
-    masks[entry >> _U(_SLOT_BITS)] = seen
-    return _I(entry >> _U(_SLOT_BITS)), fault
+    if stop - body <= _CHUNK_BYTES:
+        count = find_all(buf, body, stop, np.uint8(1), feed.ends, at)
+        if count < SHAPE_FIELDS:
+            shape = (number * _U(SHAPE_FIELDS) + _U(count)) * _U(SHAPE_WORDS)
+            if _has_shape(buf, at, body, count, shape, feed):
+                return _take_shape(shape, feed), _I(-1)
+    return _cut(buf, at, body, stop, number, feed)
 
 
 # ---------------------------------------------------------------- what a message says about itself
@@ -312,24 +401,28 @@ def _sequence(buf: Any, at: Any, counter: Any, seq: Any, sender: Any, ts: Any, r
         s[SENDER_KEY] = sender
     elif s[SENDER_KEY] != sender:
         return True, n
-    if counter == _SEQUENCE_RESET and _has(mask, M.NEW_SEQ):
-        p, e = _cell(feed, at, 0, M.NEW_SEQ)
-        new, problem = whole_number(buf, p, e)
-        s[EXPECTED] = new if problem == 0 else s[EXPECTED]
-        return True, n
     expected = s[EXPECTED]
     if expected != 0 and seq < expected and _is_yes(buf, feed, at, mask, M.POSS_DUP):
         s[DUPLICATES] += 1
         return False, n
-    s[EXPECTED] = seq + 1
-    if expected == 0 or seq == expected:
+    number, following = seq, seq + 1
+    if counter == _SEQUENCE_RESET and _has(mask, M.NEW_SEQ):
+        p, e = _cell(feed, at, 0, M.NEW_SEQ)
+        new, problem = whole_number(buf, p, e)
+        if problem != 0:
+            return True, n
+        following = new
+        if not _is_yes(buf, feed, at, mask, M.GAP_FILL):
+            number = new  # its own sequence means nothing, and what is before the new one is lost
+    s[EXPECTED] = following
+    if expected == 0 or number == expected:
         return True, n
-    if seq > expected:  # messages are missing; otherwise the session begins anew, and what came before is unknown
+    if number > expected:  # messages are missing; otherwise the session begins anew, and what came before is unknown
         s[GAPS] += 1
-        s[MISSING] += seq - expected
+        s[MISSING] += number - expected
     else:
         s[RESTARTS] += 1
-    first, last = (expected, seq - 1) if seq > expected else (_I(0), _I(0))
+    first, last = (expected, number - 1) if number > expected else (_I(0), _I(0))
     _put_gap(feed, _ALL, seq, ts, recv, first, last, out, n)
     return True, n + 1
 
@@ -639,6 +732,62 @@ def _opening(buf: Any, at: Any, number: Any, rows: Any, feed: Any, seq: Any, ts:
     return instrument, False, n
 
 
+@outlined
+def _take_held(feed: Any, out: Any, n: Any) -> Any:
+    """Events that were held back, the last of a transaction first: ``(last, n)``; -1 if there are none."""
+    held = feed.state[HELD]
+    for k in range(held):
+        copy_record(out, n + k, feed.held, k)
+    feed.state[HELD] = 0
+    return _I(n) if held > 0 else _I(-1), n + held
+
+
+@outlined
+def _hold_back(feed: Any, out: Any, n: Any, last: Any) -> Any:
+    """Keep the last event of a transaction, and those behind it, for the next call; returns n without them."""
+    if last <= 0 or n - last > HELD_MAX:
+        return n
+    for k in range(n - last):
+        copy_record(feed.held, k, out, last + k)
+    feed.state[HELD] = n - last
+    return last
+
+
+@inlined
+def _entry(
+    buf: Any, at: Any, number: Any, row: Any, instrument: Any, feed: Any, seq: Any, ts: Any, recv: Any, flags: Any, out: Any, n: Any
+) -> Any:
+    """What an entry becomes: ``(n, of_book)``: whether the last event is one of the book. An entry that cannot be used is a GAP."""
+    mask, by_order = feed.masks[_U(row)], feed.state[BY_ORDER] != 0
+    kind = _character(buf, feed, at, row, mask, M.TYPE, _TYPE_EMPTY if by_order else 0)
+    action = _NEW if number == M.SNAPSHOT else _character(buf, feed, at, row, mask, M.ACTION, _NEW)
+    moment = ts if number == M.SNAPSHOT and kind != _TYPE_TRADE else _entry_time(buf, feed, at, row, mask, ts)
+    seq = _own_seq(buf, feed, at, row, mask, seq)
+    if kind == _TYPE_TRADE:
+        return _trade(buf, at, row, feed, action, instrument, seq, moment, recv, flags, out, n), False
+    e, reason = out[_U(n)], _I(-1)
+    if kind in (_NEW, _CHANGE) or (by_order and kind == _TYPE_EMPTY and action == _REMOVE and _has(mask, M.ID)):
+        e.seq, e.ts_event, e.ts_recv = _U(seq), moment, recv
+        e.instrument, e.side, e.flags = instrument, np.uint8(kind - 48) if kind != _TYPE_EMPTY else _BOTH, flags
+        if by_order:
+            reason = _order(buf, at, row, feed, action, instrument, e)
+        else:
+            reason = _level(buf, at, row, mask, feed, action, instrument, e)
+    elif kind == _TYPE_EMPTY and _has(mask, M.TYPE):
+        if number == M.SNAPSHOT:
+            return n, False  # it began with a CLEAR
+        _put(e, _CLEAR, instrument, NO_SIDE, flags, seq, moment, recv, _I(0), _I(0), _ZERO, _I(0))
+    elif kind <= 0:
+        reason = _I(MISSING_FIELD) if kind == 0 else _I(UNKNOWN_TYPE)
+    else:
+        feed.state[ENTRIES_IGNORED] += 1
+        return n, False
+    if reason >= 0:  # the book lacks this entry: it is stale until the next snapshot
+        _refuse(feed, reason)
+        _put_gap(feed, instrument, seq, moment, recv, _I(0), _I(0), out, n)
+    return n + 1, reason < 0
+
+
 @inlined
 def _entries(
     buf: Any, at: Any, number: Any, rows: Any, row: Any, instrument: Any, feed: Any, seq: Any, ts: Any, recv: Any, out: Any, n: Any
@@ -651,78 +800,33 @@ def _entries(
     Returns:
         ``(row, instrument, n)``; row is beyond `rows` when all is done.
     """
-    room, by_order = _I(out.size) - RESERVE, feed.state[BY_ORDER] != 0
-    flags = _SNAPSHOT if number == M.SNAPSHOT else np.uint16(0)
-    last, last_instrument = _I(-1), _NONE
+    room, flags = _I(out.size) - RESERVE, _SNAPSHOT if number == M.SNAPSHOT else np.uint16(0)
+    last = _I(-1)
     if feed.state[HELD] > 0:
-        for k in range(feed.state[HELD]):
-            copy_record(out, n + k, feed.held, k)
-        last, last_instrument = n, out[_U(n)].instrument
-        n += feed.state[HELD]
-        feed.state[HELD] = 0
+        last, n = _take_held(feed, out, n)
     w0 = w1 = w2 = _ZERO
     if row == 0:
         instrument, cleared, n = _opening(buf, at, number, rows, feed, seq, ts, recv, out, n)
-        if cleared:
-            last, last_instrument = n - 1, instrument
+        last = n - 1 if cleared else last
         row = _I(1) if number != M.SNAPSHOT or instrument < RESOLVED_BELOW else rows + 1
     while row <= rows:
         if n > room:
-            if last > 0 and n - last <= HELD_MAX:
-                feed.state[HELD] = n - last
-                for k in range(n - last):
-                    copy_record(feed.held, k, out, last + k)
-                n = last
+            n = _hold_back(feed, out, n, last)
             break
-        mask = feed.masks[_U(row)]
-        if number != M.SNAPSHOT and _has(mask, M.SYMBOL):
+        if number != M.SNAPSHOT and _has(feed.masks[_U(row)], M.SYMBOL):
             p, end = _cell(feed, at, row, M.SYMBOL)
             v0, v1, v2 = name_words(buf, p, end)
             if v0 != w0 or v1 != w1 or v2 != w2 or instrument >= RESOLVED_BELOW or end - p > _SYMBOL_BYTES:
                 instrument, n = _instrument(buf, at, row, row, feed, seq, ts, recv, out, n)
                 w0, w1, w2 = v0, v1, v2
-        if instrument >= RESOLVED_BELOW:
-            if instrument == _NONE and not _has(mask, M.SYMBOL):
-                _refuse(feed, UNKNOWN_INSTRUMENT)
-            row += 1
-            continue
-        kind = _character(buf, feed, at, row, mask, M.TYPE, _TYPE_EMPTY if by_order else 0)
-        action = _NEW if number == M.SNAPSHOT else _character(buf, feed, at, row, mask, M.ACTION, _NEW)
-        moment = ts if number == M.SNAPSHOT and kind != _TYPE_TRADE else _entry_time(buf, feed, at, row, mask, ts)
-        number_of = _own_seq(buf, feed, at, row, mask, seq)
-        e = out[_U(n)]
-        if kind == _TYPE_TRADE:
-            n = _trade(buf, at, row, feed, action, instrument, number_of, moment, recv, flags, out, n)
-            row += 1
-            continue
-        reason = _I(-1)
-        if kind in (_NEW, _CHANGE) or (by_order and kind == _TYPE_EMPTY and action == _REMOVE and _has(mask, M.ID)):
-            e.seq, e.ts_event, e.ts_recv = _U(number_of), moment, recv
-            e.instrument, e.side, e.flags = instrument, np.uint8(kind - 48) if kind != _TYPE_EMPTY else _BOTH, flags
-            if by_order:
-                reason = _order(buf, at, row, feed, action, instrument, e)
-            else:
-                reason = _level(buf, at, row, mask, feed, action, instrument, e)
-        elif kind == _TYPE_EMPTY and _has(mask, M.TYPE):
-            if number != M.SNAPSHOT:
-                _put(e, _CLEAR, instrument, NO_SIDE, flags, number_of, moment, recv, _I(0), _I(0), _ZERO, _I(0))
-            else:
-                row += 1
-                continue
-        elif kind <= 0:
-            reason = _I(MISSING_FIELD) if kind == 0 else _I(UNKNOWN_TYPE)
-        else:
-            feed.state[ENTRIES_IGNORED] += 1
-            row += 1
-            continue
-        if reason >= 0:  # the book lacks this entry: it is stale until the next snapshot
-            _refuse(feed, reason)
-            _put_gap(feed, instrument, number_of, moment, recv, _I(0), _I(0), out, n)
-        elif last >= 0 and last_instrument == instrument:
-            out[_U(last)].flags |= _MORE
-        if reason < 0:
-            last, last_instrument = n, instrument
-        n += 1
+        elif instrument == _NONE:
+            _refuse(feed, UNKNOWN_INSTRUMENT)
+        if instrument < RESOLVED_BELOW:
+            n, of_book = _entry(buf, at, number, row, instrument, feed, seq, ts, recv, flags, out, n)
+            if of_book:
+                if last >= 0 and out[_U(last)].instrument == instrument:
+                    out[_U(last)].flags |= _MORE
+                last = n - 1
         row += 1
     return row, instrument, n
 

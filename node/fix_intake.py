@@ -14,6 +14,9 @@ from tickmesh.node.intake import OUT_EVENTS, Data, Intake
 from tickmesh.node.reader import Progress, SourceError
 from tickmesh.transports.toolbox import zeros_aligned
 
+_COUNTERS = ("messages", "bytes", "malformed", "gaps", "missing", "duplicates", "filtered")
+"""What a node shows of it (:class:`tickmesh.node.telemetry.SourceCounter`)."""
+
 
 class FixIntake(Intake):
     """Keeps what has come until it is decoded; no message passes through Python.
@@ -50,4 +53,5 @@ class FixIntake(Intake):
         self.waiting_bytes = 0
 
     def counters(self) -> dict[str, int]:
-        return self._feed.counters()
+        found = self._feed.counters()
+        return {name: found[name] for name in _COUNTERS}

@@ -1,8 +1,9 @@
-"""FIX messages of a chunk of bytes at once, for sessions: where each lies, its type, its sequence, and whether its header is plain.
+"""FIX messages of a chunk of bytes at once, for sessions: how many from the beginning on may go on as they are.
 
-A session looks at these rows in place of the messages. Runs of plain messages in sequence go on as one piece; what is left, it reads field
-by field. A header is plain if each of MsgType, MsgSeqNum, SenderCompID, TargetCompID and SendingTime stands in it once and is well formed,
-the begin string and both CompIDs are those of the session, and PossDupFlag (43) is not set.
+A run of plain messages in sequence goes on as one piece, and nobody looks at them one by one; what is not plain, a session reads field by
+field. A message is plain if each of MsgType, MsgSeqNum, SenderCompID, TargetCompID and SendingTime stands in its header once and is well
+formed, the begin string and both CompIDs are those of the session, SendingTime is near the clock, PossDupFlag (43) is not set, and
+it is none of the session level.
 """
 
 from __future__ import annotations
@@ -12,14 +13,12 @@ from typing import Any
 import numpy as np
 
 from tickmesh.node.fix_frame import SOH, TRAILER_BYTES, WHOLE, frame_at, soh_from, tag_at
-from tickmesh.node.fix_text import low_bytes, timestamp, whole_number
+from tickmesh.node.fix_text import timestamp, whole_number
 from tickmesh.transports.byte_masks import SLACK_BYTES
-from tickmesh.transports.toolbox import inlined, le64, loop, outlined
+from tickmesh.transports.toolbox import inlined, outlined, quick
 
-FIRST, STOP, TYPE, SEQ, SENDING_NS, PLAIN = range(6)
-"""Columns of a row, i64: where the message begins and ends, MsgType (up to eight bytes, little-endian; 0: longer), MsgSeqNum, SendingTime
-in ns since 1970, and 1 if the header is plain; only then do SEQ and SENDING_NS mean anything."""
-COLUMNS = 6
+ALONE = 7
+"""Beside what :func:`tickmesh.node.fix_frame.frame_at` says: a whole message that is not the next of a run, to be read by itself."""
 _HEADER_TAGS = (34, 35, 43, 49, 50, 52, 56, 57, 97, 115, 116, 122, 128, 129, 142, 143, 144, 145, 369, 627, 1128)
 _TYPE, _SEQ, _SENDER, _TARGET, _TIME, _DUPLICATE = (1 << n for n in range(6))
 _NEEDED = _TYPE | _SEQ | _SENDER | _TARGET | _TIME
@@ -46,66 +45,72 @@ def _same(buf: Any, p: Any, e: Any, text: Any) -> Any:
     return True
 
 
+@inlined
+def _is_admin(buf: Any, p: Any, e: Any) -> Any:
+    """Whether MsgType is one of the session level: 0 to 5, A."""
+    return e - p == 1 and ((buf[p] >= 48 and buf[p] <= 53) or buf[p] == 65)
+
+
 @outlined
-def _header(buf: Any, first: Any, body: Any, end: Any, who: Any, row: Any) -> Any:
-    """Read the header of the message ``buf[first:end]`` whose body begins at `body`; fills TYPE, SEQ, SENDING_NS, PLAIN of `row`."""
+def _is_next(buf: Any, first: Any, body: Any, end: Any, who: Any, expected: Any, earliest_ns: Any, latest_ns: Any) -> Any:
+    """Whether the message ``buf[first:end]`` whose body begins at `body` is plain, and has sequence `expected`."""
     begin, sender, target, parts, date = who
-    seen, problems, p = _I(0), _I(0), body
-    row[TYPE], row[PLAIN] = 0, 0
+    seen, p = _I(0), body
     if not _same(buf, first, first + begin.size, begin):
-        problems = _I(1)
+        return False
     while p < end:
         tag, size = tag_at(buf, p)
-        part = parts[tag] if tag < parts.size else _I(0)
+        part = parts[_U(tag)] if tag < parts.size else _I(0)
         if part == 0:
             break
         p += size + 1
         e = soh_from(buf, p, end)
-        if part != _OTHER:
-            problems |= seen & part
-            seen |= part
-        if part == _TYPE:
-            row[TYPE] = _I(low_bytes(le64(buf, p), e - p)) if e - p <= 8 else _I(0)
-        elif part == _SEQ:
-            row[SEQ], wrong = whole_number(buf, p, e)
-            problems |= wrong
+        if e == p or seen & part & ~_I(_OTHER):
+            return False
+        seen |= part
+        if part == _TYPE and _is_admin(buf, p, e):
+            return False
+        if part == _SEQ:
+            sequence, wrong = whole_number(buf, p, e)
+            if wrong != 0 or sequence != expected:
+                return False
         elif part == _TIME:
-            row[SENDING_NS], wrong = timestamp(buf, p, e, date)
-            problems |= wrong
-        elif part == _SENDER:
-            problems |= _I(not _same(buf, p, e, sender))
-        elif part == _TARGET:
-            problems |= _I(not _same(buf, p, e, target))
-        elif e == p:
-            problems = _I(1)
+            sent_ns, wrong = timestamp(buf, p, e, date)
+            if wrong != 0 or sent_ns < earliest_ns or sent_ns > latest_ns:
+                return False
+        elif (part == _SENDER and not _same(buf, p, e, sender)) or (part == _TARGET and not _same(buf, p, e, target)):
+            return False
         p = e + 1
-    row[PLAIN] = _I(seen == _NEEDED and problems == 0)
+    return seen & ~_I(_OTHER) == _NEEDED
 
 
-@loop
-def scan_messages(buf: Any, p: Any, end: Any, who: Any, out: Any) -> Any:
-    """Rows of the whole messages that ``buf[p:end]`` begins with; 64 readable bytes lie behind.
+@quick
+def scan_messages(buf: Any, p: Any, end: Any, who: Any, expected: Any, earliest_ns: Any, latest_ns: Any, stops: Any) -> Any:
+    """The run of plain messages, the first of them with sequence `expected`, that ``buf[p:end]`` begins with; 64 readable bytes lie behind.
 
     Args:
         who: ``(begin, sender, target, parts, date)``: u8 arrays of ``8=FIX.4.4|``, the peer's CompID and ours, :data:`HEADER_PARTS`, and
             a date cache, i64[2].
-        out: i64[n, COLUMNS].
+        expected: MsgSeqNum; -1: no message is to go on unread.
+        earliest_ns, latest_ns: what SendingTime may be, ns since 1970.
+        stops: i64[n]: filled with the ends of the run's messages.
 
     Returns:
-        ``(count, position, what)``: how many rows; where the next message should begin; what stands there, as
-        :func:`tickmesh.node.fix_frame.frame_at` has it (WHOLE: nothing, or there were no rows left).
+        ``(count, position, what, stop)``: how many messages; where the run ends; what stands there: ALONE (its end is `stop`), or as
+        :func:`tickmesh.node.fix_frame.frame_at` has it (WHOLE: nothing, or `stops` is full).
     """
-    count, what = 0, _I(WHOLE)
-    while p < end and count < out.shape[0]:
+    count = _I(0)
+    while p < end and count < stops.size:
         what, body, stop = frame_at(buf, p, end)
         if what != WHOLE:
-            return count, p, _I(what)
-        row = out[count]
-        row[FIRST], row[STOP] = p, stop + TRAILER_BYTES
-        _header(buf, p, body, stop, who, row)
+            return count, _I(p), _I(what), _I(p)
+        stop += TRAILER_BYTES
+        if expected < 0 or not _is_next(buf, p, body, stop - TRAILER_BYTES, who, expected + count, earliest_ns, latest_ns):
+            return count, _I(p), _I(ALONE), _I(stop)
+        stops[_U(count)] = stop
         count += 1
-        p = stop + TRAILER_BYTES
-    return count, p, _I(WHOLE)
+        p = stop
+    return count, _I(p), _I(WHOLE), _I(p)
 
 
 def who_of(begin_string: str, sender: str, target: str) -> tuple[Any, ...]:
@@ -117,4 +122,4 @@ def who_of(begin_string: str, sender: str, target: str) -> tuple[Any, ...]:
 
 def warm() -> None:
     """Compile the entry point."""
-    scan_messages(np.zeros(2 * SLACK_BYTES, np.uint8), 0, 0, who_of("FIX.4.4", "A", "B"), np.zeros((1, COLUMNS), np.int64))
+    scan_messages(np.zeros(2 * SLACK_BYTES, np.uint8), 0, 0, who_of("FIX.4.4", "A", "B"), -1, 0, 0, np.zeros(1, np.int64))

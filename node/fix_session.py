@@ -13,11 +13,12 @@ Source: FIX 4.4 volume 2, "Session protocol"; FIXT 1.1; the session test cases o
 from __future__ import annotations
 
 import hmac
+import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from enum import Enum
 from typing import Literal
 
@@ -26,7 +27,7 @@ import numpy.typing as npt
 
 from tickmesh.node.fix_dictionary import Dictionary, Rejection, RejectReason
 from tickmesh.node.fix_frame import BODY_BYTES_MAX, DATA_PAIRS, PARTIAL, TRAILER_BYTES, WHOLE, Message
-from tickmesh.node.fix_scan import COLUMNS, FIRST, PLAIN, SENDING_NS, SEQ, STOP, TYPE, scan_messages, who_of
+from tickmesh.node.fix_scan import ALONE, scan_messages, who_of
 from tickmesh.node.fix_store import Store
 from tickmesh.transports.byte_masks import SLACK_BYTES
 
@@ -49,7 +50,9 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _HEADER = frozenset({8, 9, 35, 34, 43, 49, 50, 52, 56, 57, 90, 91, 97, 115, 116, 122, 128, 129, 142, 143, 144, 145, 212, 213, 347, 369, 627,
                      628, 629, 630, 1128, 1129, 1156})  # fmt: skip
 _ADMIN = frozenset("012345A")
-_ADMIN_WORDS = np.array(sorted(ord(kind) for kind in _ADMIN), np.int64)
+_GARBLED_MAX = 256
+"""Most garbled messages one after the other: a peer that sends more is let go."""
+_TIMESTAMP = re.compile(rb"(\d{4})(\d\d)(\d\d)-([01]\d|2[0-3]):([0-5]\d):([0-5]\d|60)(?:\.(\d{1,12}))?")
 _REVERSED = {115: 128, 116: 129, 144: 145, 128: 115, 129: 116, 145: 144}
 _TEST_ID = b"TEST"
 _COMP_ID, _SENDING_TIME = 9, 10
@@ -84,6 +87,8 @@ class SessionOptions:
         reset: when both sequences begin at 1 again: never (but when the peer asks for it), with each logon, or with each lost connection.
         username, password: Username (553) and Password (554): an initiator sends them, an acceptor wants them.
         logon_fields: further fields of our Logon.
+        next_expected: Logons carry NextExpectedMsgSeqNum (789, since FIX 4.4), by agreement with the peer: what one side lacks the other
+            sends without being asked.
         sending_time_s: how far SendingTime (52) may be from our clock.
         logon_s, logout_s: how long the peer's Logon or Logout may take.
         dictionary: application messages are held against it, one by one; without it, only what the session level needs is checked.
@@ -102,6 +107,7 @@ class SessionOptions:
     username: str | None = None
     password: str | None = field(default=None, repr=False)
     logon_fields: Fields = ()
+    next_expected: bool = False
     sending_time_s: float = 120.0
     logon_s: float = 10.0
     logout_s: float = 2.0
@@ -235,16 +241,16 @@ def utc_timestamp(ns: int, decimals: int = 3) -> bytes:
 
 
 def timestamp_ns(text: bytes | None) -> int | None:
-    """A UTCTimestamp as ns since 1970; None if it is none."""
-    if text is None or len(text) < 17 or not text.isascii():
+    """A UTCTimestamp as ns since 1970, picoseconds cut off; None if it is none. A leap second is the next minute's first."""
+    found = _TIMESTAMP.fullmatch(text or b"")
+    if found is None:
         return None
-    whole, _, fraction = text.decode().partition(".")
+    year, month, day, hour, minute, second = (int(part) for part in found.groups()[:6])
     try:
-        moment = datetime.strptime(whole.replace(":60", ":59"), "%Y%m%d-%H:%M:%S").replace(tzinfo=UTC)
-        leap = whole.endswith(":60")
-        return (int((moment - _EPOCH).total_seconds()) + leap) * _S + (int(fraction[:9].ljust(9, "0")) if fraction else 0)
+        days = (date(year, month, day) - _EPOCH.date()).days
     except ValueError:
         return None
+    return ((days * 24 + hour) * 3600 + minute * 60 + second) * _S + int((found[7] or b"")[:9].ljust(9, b"0"))
 
 
 def whole_value(value: bytes | None) -> int | None:
@@ -272,28 +278,33 @@ class Session:
     """One session, over as many connections as it takes.
 
     :meth:`connect` begins a connection; then :meth:`receive` and :meth:`tick` give events, and :meth:`take_output` the bytes to be sent,
-    until :attr:`closing`; :meth:`disconnected` ends it. Handle events before :meth:`take_output`: it notes that they have been handled.
+    until :attr:`closing`; :meth:`disconnected` ends it. Each call takes it that the events given out before have been handled, and notes
+    so, unless :attr:`handling` says otherwise.
 
     Attributes:
         counters: what happened, by name: `received`, `sent`, `garbled`, `duplicates`, `early`, `rejects_sent`, `rejects_received`,
             `resend_requests_sent`, `resend_requests_received`, `resent`, `test_requests_sent`, `logons`, `logons_refused`, `timeouts`.
         closing: the connection is to be closed when all output has been sent.
+        handling: how many lots of events somebody is still busy with; what is above 0 when the connection ends is asked for again.
     """
 
     def __init__(self, options: SessionOptions, store: Store, clock: Clock | None = None) -> None:
         self.options, self.store, self.clock = options, store, clock or Clock()
         self.counters: Counter[str] = Counter()
         self.closing = False
+        self.handling = 0
         self._state = _State.IDLE
         self._who = who_of(options.begin_string, options.target, options.sender)
         self._pairs = {**DATA_PAIRS, **(options.dictionary.data_pairs if options.dictionary else {})}
-        self._rows = np.zeros((_ROWS, COLUMNS), np.int64)
+        self._stops = np.zeros(_ROWS, np.int64)
         self._buffer = np.zeros(LOGON_BYTES_MAX + SLACK_BYTES, np.uint8)
         self._events: list[Event] = []
         self._output: deque[bytes | _Resend] = deque()
         self._queue: dict[int, tuple[bytes, bool]] = {}
         """Messages that came too early, and whether they have been handled, but for their sequence."""
         self._expected = store.next_in
+        self._stood = False
+        """The connection has had a logon."""
         self._heartbeat_ns = options.heartbeat_s * _S
         self._forget()
 
@@ -304,7 +315,7 @@ class Session:
         self._output_bytes = 0
         self._drop_queue()
         self._asked_until: int | None = None
-        self._asks = 0
+        self._asks = self._garbled = 0
         self._ignoring = self._testing = False
         self._held_from: int | None = None
         self._heard_ns = self._said_ns = self._state_ns = self._asked_ns = self.clock.steady()
@@ -332,12 +343,13 @@ class Session:
         """A connection stands: an initiator logs on."""
         self._forget()
         self._expected = self.store.next_in
-        self.closing = False
+        self.closing = self._stood = False
+        self.handling = 0
         self._set(_State.LOGGING_ON)
         if self.options.initiator:
             if self.options.reset == "logon":
                 self._reset_sequences()
-            self._send_logon(self.options.heartbeat_s, reset=self.options.reset == "logon")
+            self._send_logon(self.options.heartbeat_s, reset=self.options.reset == "logon", expected=self._expected)
 
     def disconnected(self) -> list[Event]:
         """The connection is gone."""
@@ -346,8 +358,9 @@ class Session:
         self._settle()
         self._set(_State.IDLE)
         self._forget()
-        if self.options.reset == "disconnect":
+        if self.options.reset == "disconnect" and (self.options.initiator or self._stood):
             self._reset_sequences()
+        self._expected = self.store.next_in
         self.store.sync()
         return self._taken()
 
@@ -402,11 +415,14 @@ class Session:
         """Send an application message; while there is no logon it is kept, and sent when the peer asks for it.
 
         Args:
-            body: fields in order, without a SOH in their values unless they are data.
+            body: fields in order, without a SOH in their values unless they are data behind their length.
             header: further fields of the header.
 
         Returns:
             Its MsgSeqNum.
+
+        Raises:
+            ValueError: a SOH in a value would end the field.
         """
         now = self.clock.wall()
         sequence = self.store.next_out
@@ -449,6 +465,9 @@ class Session:
 
     def _message(self, kind: str, sequence: int, body: Fields, now_ns: int, header: Fields = ()) -> bytes:
         o = self.options
+        for before, (tag, value) in zip(((0, b""), *body), body):
+            if _SOH in value and self._pairs.get(before[0]) != tag:
+                raise ValueError(f"field {tag}: {value!r} holds a separator, which only a data field behind its length may")
         head = [(34, b"%d" % sequence), (49, o.sender.encode()), (52, utc_timestamp(now_ns, o.decimals)), (56, o.target.encode()), *header]
         return build_message(o.begin_string, [(35, kind.encode()), *sorted(head, key=lambda pair: pair[0]), *body])
 
@@ -468,11 +487,13 @@ class Session:
         self._output.append(raw)
         self._output_bytes += len(raw)
 
-    def _send_logon(self, heartbeat_s: int, *, reset: bool) -> None:
+    def _send_logon(self, heartbeat_s: int, *, reset: bool, expected: int) -> None:
         o = self.options
         body = [(98, b"0"), (108, b"%d" % heartbeat_s)]
         if reset:
             body.append((141, b"Y"))
+        if o.next_expected:
+            body.append((789, b"%d" % expected))
         if o.initiator and o.username is not None:
             body.append((553, o.username.encode("latin-1")))
         if o.initiator and o.password is not None:
@@ -492,6 +513,7 @@ class Session:
             job.at += 1
             self.counters["resent"] += 1
             return self._again(raw, now)
+        job.at = max(job.at, min(store.oldest, job.last + 1))  # what is long gone is not looked for one by one
         while job.at <= job.last and store.message(job.at) is None:
             job.at += 1
         duplicate = [(43, b"Y"), (122, utc_timestamp(now, self.options.decimals))]
@@ -576,8 +598,8 @@ class Session:
         return events
 
     def _settle(self) -> None:
-        """What was given out before has been handled by now."""
-        if self.store.next_in != self._expected:
+        """What was given out before has been handled by now, if nobody is still at it."""
+        if self.handling == 0 and self.store.next_in != self._expected:
             self.store.set_next_in(self._expected)
 
     def _fill(self, data: memoryview) -> int:
@@ -597,19 +619,36 @@ class Session:
 
     def _scan(self) -> None:
         """Take every whole message of the buffer."""
+        now, near = self.clock.wall(), int(self.options.sending_time_s * _S)
         while not self.closing:
-            count, position, what = scan_messages(self._buffer, self._first, self._end, self._who, self._rows)
-            self._take_rows(self._rows[: int(count)])
-            self._first = int(position)
-            if self._first == self._end:
+            expected = self._expected if self._takes_runs else -1
+            count, at, what, stop = scan_messages(
+                self._buffer, self._first, self._end, self._who, expected, now - near, now + near, self._stops
+            )
+            if count:
+                self._take_run(count, at)
+            self._first = stop
+            if what == ALONE:
+                self._take(self._buffer[at:stop].tobytes())
+            elif self._first == self._end:
                 self._first = self._end = 0
                 return
-            if what == WHOLE:
-                continue
-            if what == PARTIAL and self._end - self._first < self._limit:
+            elif what == PARTIAL and self._end - self._first < self._limit:
                 return
-            if not self.closing:
+            elif what != WHOLE:
                 self._skip_garbled()
+
+    @property
+    def _takes_runs(self) -> bool:
+        """Whether plain messages in sequence may go on unread."""
+        return self._state is _State.ACTIVE and not self.options.dictionary and not self._queue and self._asked_until is None
+
+    def _take_run(self, count: int, end: int) -> None:
+        bounds = self._stops[:count] - self._first
+        self._events.append(Received(self._buffer[self._first : end].tobytes(), self._expected, bounds))
+        self._expected += count
+        self.counters["received"] += count
+        self._heard()
 
     @property
     def _limit(self) -> int:
@@ -623,48 +662,25 @@ class Session:
             return
         rest = self._buffer[self._first : self._end].tobytes()
         if rest[:2].strip(b"\r\n"):
-            self.counters["garbled"] += 1
+            self._count_garbled()
         self._first += _garbled_size(rest)
 
-    def _take_rows(self, rows: npt.NDArray[np.int64]) -> None:
-        now = self.clock.wall()
-        late = np.abs(rows[:, SENDING_NS] - now) > self.options.sending_time_s * _S
-        good = (rows[:, PLAIN] != 0) & (rows[:, TYPE] != 0) & ~late & ~np.isin(rows[:, TYPE], _ADMIN_WORDS)
-        offset = rows[:, SEQ] - np.arange(len(rows))
-        at = 0
-        while at < len(rows) and not self.closing:
-            run = self._run(good, offset, at)
-            if run:
-                self._take_run(rows[at : at + run])
-            else:
-                raw = self._buffer[rows[at, FIRST] : rows[at, STOP]].tobytes()
-                self._take(raw)
-            at += max(run, 1)
-
-    def _run(self, good: npt.NDArray[np.bool_], offset: npt.NDArray[np.int64], at: int) -> int:
-        """How many messages from `at` on are plain, in sequence, and may go on unread."""
-        if self._state is not _State.ACTIVE or self.options.dictionary or self._queue or self._asked_until is not None:
-            return 0
-        fits = good[at:] & (offset[at:] == self._expected - at)
-        return len(fits) if fits.all() else int(np.argmin(fits))
-
-    def _take_run(self, rows: npt.NDArray[np.int64]) -> None:
-        start = int(rows[0, FIRST])
-        data = self._buffer[start : int(rows[-1, STOP])].tobytes()
-        self._events.append(Received(data, self._expected, rows[:, STOP] - start))
-        self._expected += len(rows)
-        self.counters["received"] += len(rows)
-        self._heard()
+    def _count_garbled(self) -> None:
+        """One more is ignored, as FIX asks for; a peer that sends nothing else is let go."""
+        self.counters["garbled"] += 1
+        self._garbled += 1
+        if self._garbled > _GARBLED_MAX:
+            self._fatal(f"more than {_GARBLED_MAX} garbled messages one after the other")
 
     def _heard(self) -> None:
-        self._heard_ns, self._testing = self.clock.steady(), False
+        self._heard_ns, self._testing, self._garbled = self.clock.steady(), False, 0
 
     # -- one message
 
     def _take(self, raw: bytes) -> None:
         message = parse_message(raw, self._pairs)
         if message is None:
-            self.counters["garbled"] += 1
+            self._count_garbled()
             if self._state is _State.LOGGING_ON:
                 self._close("what came in place of a Logon is garbled", refused=True)
             return
@@ -687,7 +703,7 @@ class Session:
             self._logon_again(message)
         elif kind == "4" and message.get(123) != b"Y":
             self._sequence_reset(message)
-        elif sequence < self._expected and not (kind == "2" and message.get(43) != b"Y"):
+        elif sequence < self._expected and not (kind == "2" and message.get(43) != b"Y"):  # an old request is answered too
             self._late(message, sequence)
         elif kind == "2":
             self._resend_request(message, sequence)
@@ -778,15 +794,18 @@ class Session:
 
     # -- sequences
 
-    def _early(self, raw: bytes, sequence: int, *, handled: bool = False) -> None:
-        """A message whose turn has not come yet waits, and those before it are asked for."""
+    def _early(self, raw: bytes, sequence: int, *, handled: bool = False, ask: bool = True) -> None:
+        """A message whose turn has not come yet waits, and those before it are asked for; not `ask`: they come of themselves."""
         self.counters["early"] += 1
         if sequence not in self._queue and self._queue_bytes + len(raw) <= self.options.queue_bytes_max:
             self._queue[sequence] = raw, handled
             self._queue_bytes += len(raw)
         if self._asked_until is None:
             self._asked_until = sequence - 1
-            self._request_resend()
+            if ask:
+                self._request_resend()
+            else:
+                self._asked_ns = self.clock.steady()
 
     def _request_resend(self) -> None:
         self._asks += 1
@@ -886,7 +905,7 @@ class Session:
             text = (message.get(58) or b"no reason is given").decode("latin-1")
             self._close(f"the peer has refused the logon ({text})", refused=True)
             return
-        problem = self._logon_problem(message)
+        problem = self.logon_problem(message)
         if problem:
             self._close(problem, refused=True)  # who it is we do not know: nothing is said
             return
@@ -907,27 +926,40 @@ class Session:
         if sequence < self._expected:
             self._fatal(f"MsgSeqNum too low, expecting {self._expected} but received {sequence}", refused=True)
             return
+        if self._lacking(message) > self.store.next_out:
+            self._fatal(f"NextExpectedMsgSeqNum (789) too high, the next is {self.store.next_out}", refused=True)
+            return
         self._log_on(message, sequence, asked or self.options.reset == "logon")
 
+    def _lacking(self, message: Message) -> int:
+        """First sequence of ours that the peer has not had: what its Logon says, or our next."""
+        told = whole_value(message.get(789)) if self.options.next_expected else None
+        return self.store.next_out if told is None else max(told, 1)
+
     def _log_on(self, message: Message, sequence: int, reset: bool) -> None:
-        heartbeat_s = whole_value(message.get(108)) or 0
+        heartbeat_s, lacking, newest = whole_value(message.get(108)) or 0, self._lacking(message), self.store.next_out - 1
         self._heartbeat_ns = heartbeat_s * _S
         if not self.options.initiator:
-            self._send_logon(heartbeat_s, reset=message.get(141) == b"Y")
+            expected = self._expected + (sequence == self._expected)
+            self._send_logon(heartbeat_s, reset=message.get(141) == b"Y", expected=expected)
         self._set(_State.ACTIVE)
+        self._stood = True
         self.counters["logons"] += 1
         self._events.append(LoggedOn(message, reset))
         if self._held_from is not None and self.options.initiator:  # an acceptor's come before its Logon: they will be asked for
-            self._output.append(_Resend(self._held_from, self.store.next_out - 1))
+            lacking = min(lacking, self._held_from)
         self._held_from = None
+        if lacking <= newest:
+            self._output.append(_Resend(lacking, newest))
         if sequence == self._expected:
             self._give(message, admin=True)
             self._advance(sequence + 1)
         else:
-            self._early(message.raw, sequence, handled=True)
+            told = self.options.next_expected and message.get(789) is not None
+            self._early(message.raw, sequence, handled=True, ask=not told)
 
-    def _logon_problem(self, message: Message) -> str:
-        """Why a logon is not even answered."""
+    def logon_problem(self, message: Message) -> str:
+        """Why a first message is not even answered; empty: it is. Changes nothing."""
         o = self.options
         if message.type != "A":
             return "the first message is no Logon"
@@ -971,7 +1003,7 @@ class Session:
         heartbeat_s = whole_value(message.get(108)) or 0
         self._reset_sequences()
         self._heartbeat_ns = heartbeat_s * _S
-        self._send_logon(heartbeat_s, reset=True)
+        self._send_logon(heartbeat_s, reset=True, expected=2)
         self._events.append(LoggedOn(message, True))
         self._give(message, admin=True)
         self._advance(2)
@@ -1007,5 +1039,3 @@ def warm() -> None:
     from tickmesh.node.fix_scan import warm as warm_scan
 
     warm_scan()
-
-

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 (
     SKIP, KNOWN, SYMBOL, SIDE, PRICE, QTY, ID, AUX, ACTION, TYPE, SEQ, SENDING_TIME, TIME, ENTRY_DATE, ENTRY_TIME, STATUS, TICK_SIZE,
-    EXEC_TYPE, EXEC_TRANS, REF_ID, COUNT, POSS_DUP, SENDER, NEW_SEQ, ORDERS, ASK, ASK_QTY, OWN_SEQ, RESET, TRADE_ID, DATA_LENGTH,
+    EXEC_TYPE, EXEC_TRANS, REF_ID, COUNT, POSS_DUP, SENDER, NEW_SEQ, ORDERS, ASK, ASK_QTY, OWN_SEQ, GAP_FILL, TRADE_ID, DATA_LENGTH,
 ) = range(31)  # fmt: skip
 """Slots: the part that a field plays. SKIP: the dictionary does not have it; KNOWN: it means nothing to us."""
 SLOTS = 32
@@ -53,7 +53,7 @@ class MessageClass:
 
 _ENTRY = {269: TYPE, 270: PRICE, 271: QTY, 272: ENTRY_DATE, 273: ENTRY_TIME, 346: ORDERS, 54: SIDE, 278: TRADE_ID}
 CLASSES = (
-    MessageClass("", "other", {36: NEW_SEQ, 141: RESET}),
+    MessageClass("", "other", {36: NEW_SEQ, 123: GAP_FILL}),
     MessageClass("W", "snapshot", {55: SYMBOL, 60: TIME}, 268, 269, _ENTRY),
     MessageClass("X", "incremental", {60: TIME}, 268, 279, {**_ENTRY, 279: ACTION, 55: SYMBOL, 280: REF_ID}),
     MessageClass(

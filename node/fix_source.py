@@ -52,6 +52,7 @@ class FixSource(Adapter):
         return SessionOptions(
             begin_string=fix.begin_string, sender=fix.sender, target=fix.target, initiator=True, heartbeat_s=fix.heartbeat_s,
             appl_version="9" if fix.begin_string == "FIXT.1.1" else "", reset=fix.reset, username=self.options.user,
+            next_expected=fix.next_expected,
             password=self.secret("password"), logon_s=self.options.connect_timeout_ms / 1e3,
         )  # fmt: skip
 
@@ -64,6 +65,8 @@ class FixSource(Adapter):
             self._session = session
             try:
                 ended = await link.run()
+            except StoreError as error:
+                raise Refused(self.endpoint, str(error)) from error
             finally:
                 for name in ("garbled", "duplicates", "resend_requests_sent", "test_requests_sent"):
                     self.sink.count(name, session.counters[name])

@@ -52,6 +52,10 @@ class Store(Protocol):
     next_out: int
     next_in: int
 
+    @property
+    def oldest(self) -> int:
+        """Sequence of the oldest message that is still there; `next_out` if none is."""
+
     def append(self, message: bytes | None) -> None:
         """The message `next_out` is about to leave; None: an administrative one, which is never sent again."""
 
@@ -89,6 +93,10 @@ class MemoryStore:
             while self._bytes > self._bytes_max:
                 self._bytes -= len(self._messages.pop(next(iter(self._messages))))
         self.next_out += 1
+
+    @property
+    def oldest(self) -> int:
+        return next(iter(self._messages), self.next_out)
 
     def set_next_in(self, sequence: int) -> None:
         self.next_in = sequence
@@ -166,6 +174,10 @@ class FileStore:
 
     # -- what a session calls
 
+    @property
+    def oldest(self) -> int:
+        return next(iter(self._places), self.next_out)
+
     def append(self, message: bytes | None) -> None:
         if message is None:
             self._write(_SKIPPED, self.next_out, b"")
@@ -196,7 +208,10 @@ class FileStore:
 
     def sync(self) -> None:
         if self._dirty and self._force:
-            os.fdatasync(self._files[self._segment])
+            try:
+                os.fdatasync(self._files[self._segment])
+            except OSError as error:
+                raise StoreError(self._folder, f"cannot be forced to the disk ({error.strerror}): look at the disk") from error
         self._dirty = False
 
     def close(self) -> None:
@@ -214,7 +229,10 @@ class FileStore:
         if self._end + len(payload) > self._segment_bytes and self._end > _HEAD.size + _STATE_PAIR.size:
             self._next_segment()
         record = _record(kind, number, payload)
-        written = os.pwrite(self._files[self._segment], record, self._end)
+        try:
+            written = os.pwrite(self._files[self._segment], record, self._end)
+        except OSError as error:
+            raise StoreError(self._folder, f"cannot be written ({error.strerror}): make room on the disk") from error
         if written != len(record):
             raise StoreError(self._folder, "the disk is full: make room")  # what was written lies behind the end
         offset = self._end + _HEAD.size

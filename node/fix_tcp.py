@@ -8,21 +8,39 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
+import socket
 import ssl
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 
-from tickmesh.node.fix_session import LOGON_BYTES_MAX, Clock, Ended, Event, Fields, LoggedOn, Session, SessionOptions, parse_message
-from tickmesh.node.fix_store import Store
+from tickmesh.node.fix_frame import TRAILER_BYTES, Message
+from tickmesh.node.fix_session import (
+    LOGON_BYTES_MAX,
+    Clock,
+    Ended,
+    Event,
+    Fields,
+    LoggedOn,
+    Received,
+    Session,
+    SessionOptions,
+    parse_message,
+)
+from tickmesh.node.fix_store import Store, StoreError
 
 READ_BYTES = 1 << 16
 _TICK_S = 0.1
 _CLOSE_S = 1.0
+_GOODBYE_S = 0.5
+"""How long a link that is stopped waits for the peer's Logout; what is left of it is for closing."""
 _WRITE_BYTES_MAX = 1 << 20
+_HEAD = re.compile(rb"8=FIX[^\x01]{1,8}\x019=(\d{1,5})\x01")
+_HEAD_BYTES_MAX = 24
 _log = structlog.get_logger("fix")
 
 Handler = Callable[[Event], Awaitable[None]]
@@ -47,30 +65,57 @@ class Link:
         self.bytes_in = self.bytes_out = 0
         self._reader, self._writer, self._handle, self._tick_s = reader, writer, handle, tick_s
         self._ended = Ended("the connection is lost")
+        self._parting: list[Event] = []
+        """What a stopped link has heard last."""
         self._reading: asyncio.Future[bytes] | None = None
         self._let_go = False
 
     async def run(self, begun: bytes = b"") -> Ended:
-        """Run the session until the connection ends; `begun`: bytes that have been read already. Says how it ended."""
+        """Run the session until the connection ends; `begun`: bytes that have been read already. Says how it ended.
+
+        Whoever cancels it has it log out first, and wait for the peer's answer for a moment.
+        """
         self.session.connect()
         ticks = asyncio.create_task(self._ticks())
         try:
-            await self._flush()
-            data = begun or await self._read()
-            while data and not self.session.closing:
-                await self._events(self.session.receive(data))
-                self.bytes_in += len(data)
-                await self._flush()
-                if not self.session.closing:
-                    data = await self._read()
-        except OSError as error:
-            self._ended = Ended(f"the connection is lost ({error.strerror or error})")
+            await self._talk(begun)
+        except (OSError, StoreError) as error:
+            self._ended = Ended(f"the connection is lost ({getattr(error, 'strerror', None) or error})")
+        except asyncio.CancelledError:
+            ticks.cancel()
+            await _to_its_end(self._say_goodbye())
+            raise
         finally:
             ticks.cancel()
-            await asyncio.gather(ticks, return_exceptions=True)
+            (failed,) = await asyncio.gather(ticks, return_exceptions=True)
             await self._close()
-            await self._events(self.session.disconnected())
+            await self._events([*self._parting, *self.session.disconnected()])
+        if isinstance(failed, Exception):
+            raise failed
         return self._ended
+
+    async def _talk(self, begun: bytes) -> None:
+        await self._flush()
+        data = begun or await self._read()
+        while data and not self.session.closing:
+            await self._events(self.session.receive(data))
+            self.bytes_in += len(data)
+            await self._flush()
+            if not self.session.closing:
+                data = await self._read()
+
+    async def _say_goodbye(self) -> None:
+        """Log out, and wait for the answer. Messages that come meanwhile are not handled any more: the next logon asks for them."""
+        with contextlib.suppress(OSError, StoreError, TimeoutError):
+            async with asyncio.timeout(_GOODBYE_S):
+                await self.logout("we are stopping")
+                while not self.session.closing and (data := await self._reader.read(READ_BYTES)):
+                    events = self.session.receive(data)
+                    self._parting += (event for event in events if isinstance(event, Ended))
+                    self.session.handling += any(isinstance(event, Received) and not event.admin for event in events)
+                    await self._flush()
+        if not self.session.closing:
+            self._writer.transport.abort()
 
     def send(self, msg_type: str, body: Fields, header: Fields = ()) -> int:
         """Send a message now, as :meth:`tickmesh.node.fix_session.Session.send`."""
@@ -98,10 +143,12 @@ class Link:
         await self._flush()
 
     async def _events(self, events: Iterable[Event]) -> None:
+        self.session.handling += 1
         for event in events:
             if isinstance(event, Ended):
                 self._ended = event
             await self._handle(event)
+        self.session.handling -= 1  # not if it fails or is cancelled: who knows what of it has been handled
 
     async def _flush(self) -> None:
         while data := self.session.take_output():
@@ -123,17 +170,19 @@ class Link:
 
     async def _ticks(self) -> None:
         """What is due, until the session closes; then nobody reads any more."""
-        while True:
-            await asyncio.sleep(self._tick_s)
-            await self._events(self.session.tick())
-            self.push()
-            if self.session.closing:
-                self._let_go = True
-                if self._reading is not None:
-                    self._reading.cancel()
-                await asyncio.sleep(_CLOSE_S)  # a peer that takes nothing holds up whoever writes
-                self._writer.transport.abort()
-                return
+        try:
+            while not self.session.closing:
+                await asyncio.sleep(self._tick_s)
+                await self._events(self.session.tick())
+                self.push()
+            self._let_go = True
+            if self._reading is not None:
+                self._reading.cancel()
+            await asyncio.sleep(_CLOSE_S)  # a peer that takes nothing holds up whoever writes
+        except Exception:
+            self._writer.transport.abort()
+            raise
+        self._writer.transport.abort()
 
     async def _close(self) -> None:
         """Close so that the peer still gets what was sent: an end of our side first, and what it says meanwhile is read."""
@@ -149,6 +198,15 @@ class Link:
                 await self._writer.wait_closed()
         if not self._writer.transport.is_closing():
             self._writer.transport.abort()
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await what ends by itself to its end, also if we are cancelled once more."""
+    task = asyncio.create_task(work)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait({task})
+    task.result()
 
 
 # ---------------------------------------------------------------- acceptor
@@ -181,8 +239,9 @@ class Acceptor:
 
     Attributes:
         counters: `connections`, `refused` by reason: `refused_unknown`, `refused_taken`, `refused_garbled`, `refused_silent`,
-            `refused_crowded`.
+            `refused_crowded`, `refused_insecure`, `refused_logon`.
         links: the sessions that are connected, by the peer's CompID and ours.
+        ended: how the last connection of each session ended.
     """
 
     def __init__(
@@ -198,10 +257,12 @@ class Acceptor:
         self._accepted = {(a.options.target, a.options.sender): a for a in sessions}
         self._sessions = {key: Session(a.options, a.store, clock) for key, a in self._accepted.items()}
         self.links: dict[tuple[str, str], Link] = {}
+        self.ended: dict[tuple[str, str], Ended] = {}
         self.counters: Counter[str] = Counter()
         self._tls, self._waiting_max, self._logon_s, self._tick_s = tls, waiting_max, logon_s, tick_s
         self._waiting = 0
-        self._server: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> int:
@@ -210,16 +271,19 @@ class Acceptor:
         Raises:
             OSError: the address cannot be used.
         """
-        self._server = await asyncio.start_server(
-            self._connected, host, port, ssl=self._tls, limit=READ_BYTES,
-            **({"ssl_handshake_timeout": self._logon_s} if self._tls else {}),
-        )  # fmt: skip
-        return int(self._server.sockets[0].getsockname()[1])
+        loop = asyncio.get_running_loop()
+        ((family, _, _, _, address), *_) = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        self._listener = socket.create_server(address[:2], family=family, backlog=self._waiting_max)
+        self._listener.setblocking(False)
+        self._accepting = asyncio.create_task(self._accept(self._listener))
+        return int(self._listener.getsockname()[1])
 
     async def stop(self) -> None:
         """Log everybody out, and close."""
-        if self._server is not None:
-            self._server.close()
+        if self._accepting is not None and self._listener is not None:
+            self._accepting.cancel()
+            await asyncio.gather(self._accepting, return_exceptions=True)
+            self._listener.close()
         for link in list(self.links.values()):
             with contextlib.suppress(OSError, TimeoutError):
                 async with asyncio.timeout(_CLOSE_S):
@@ -245,42 +309,79 @@ class Acceptor:
         """What each session counted."""
         return {key: session.counters for key, session in self._sessions.items()}
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        self.counters["connections"] += 1
-        try:
-            await self._serve(reader, writer)
-        except (OSError, asyncio.IncompleteReadError):
-            pass  # the peer has gone
-        except asyncio.CancelledError:
-            writer.transport.abort()
-        finally:
-            self._tasks.discard(task)
-            writer.close()
+    async def _accept(self, listener: socket.socket) -> None:
+        """Connections, each in a task of its own. TLS is begun there too: who does not get through with it is one that waits."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                taken, _ = await loop.sock_accept(listener)
+            except OSError as error:  # no descriptors are left, or the peer has gone already
+                _log.warning("a FIX connection cannot be accepted", reason=error.strerror)
+                await asyncio.sleep(self._tick_s)
+                continue
+            self.counters["connections"] += 1
+            task = asyncio.create_task(self._connected(taken))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _connected(self, taken: socket.socket) -> None:
         if self._waiting >= self._waiting_max:
+            taken.close()
             self._refuse("crowded", "too many connections without a logon")
             return
+        try:
+            begun = await self._begun(taken)
+            if begun is not None:
+                try:
+                    await self._admit(*begun)
+                finally:
+                    begun[1].close()
+        except StoreError as error:
+            _log.error("a FIX session cannot go on", reason=str(error))
+        except (OSError, asyncio.IncompleteReadError):
+            pass  # the peer has gone
+
+    async def _begun(self, taken: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, bytes, Message | None] | None:
+        """A connection's streams and its first message, if they come in time."""
+        writer: asyncio.StreamWriter | None = None
         self._waiting += 1
         try:
             async with asyncio.timeout(self._logon_s):
-                begun = await _first_message(reader)
-        except TimeoutError:
-            self._refuse("silent", f"no Logon within {self._logon_s:g} s")
-            return
+                reader, writer = await self._streams(taken)
+                return reader, writer, *await _first_message(reader)
+        except BaseException as error:
+            (taken.close if writer is None else writer.transport.abort)()
+            if isinstance(error, TimeoutError):
+                self._refuse("silent", f"no Logon within {self._logon_s:g} s")
+            elif isinstance(error, ssl.SSLError):
+                self._refuse("insecure", f"no trusted TLS ({error.reason or error})")
+            else:
+                raise
+            return None
         finally:
             self._waiting -= 1
-        if not begun:
+
+    async def _streams(self, taken: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=READ_BYTES, loop=loop)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+        handshake = {"ssl_handshake_timeout": 2 * self._logon_s} if self._tls else {}  # ours comes first
+        taken.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        transport, _ = await loop.connect_accepted_socket(lambda: protocol, taken, ssl=self._tls, **handshake)
+        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+    async def _admit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, begun: bytes, first: Message | None) -> None:
+        """Run the session that a first message is for. Before it is a Logon with the right password, it touches no session."""
+        if first is None:
             self._refuse("garbled", "what came is no Logon")
             return
-        key = _identity(begun)
+        key = (first.get(49) or b"").decode("latin-1"), (first.get(56) or b"").decode("latin-1")
         if key not in self._sessions:
             self._refuse("unknown", "no session has these CompIDs")
         elif key in self.links:
             self._refuse("taken", "the session is connected already")
+        elif problem := self._sessions[key].logon_problem(first):
+            self._refuse("logon", problem)
         else:
             await self._run(key, reader, writer, begun)
 
@@ -296,6 +397,7 @@ class Acceptor:
             if isinstance(event, LoggedOn):
                 _log.info("a FIX session is logged on", peer=key[0], reset=event.reset)
             elif isinstance(event, Ended):
+                self.ended[key] = event
                 _log.info("a FIX session has ended", peer=key[0], reason=event.reason)
             await application.handle(link, event)
 
@@ -306,25 +408,18 @@ class Acceptor:
             del self.links[key]
 
 
-async def _first_message(reader: asyncio.StreamReader) -> bytes:
-    """Bytes up to the first message's end and perhaps further; empty if that is not what comes."""
+async def _first_message(reader: asyncio.StreamReader) -> tuple[bytes, Message | None]:
+    """Bytes up to the first message's end and perhaps further, and that message; None if that is not what comes."""
     begun = b""
     while len(begun) < LOGON_BYTES_MAX:
         piece = await reader.read(LOGON_BYTES_MAX - len(begun))
         begun += piece
-        if not piece or not (begun.startswith(b"8=FIX") or b"8=FIX".startswith(begun[:5])):
-            return b""
-        trailer = begun.find(b"\x0110=")
-        if trailer >= 0 and begun.find(b"\x01", trailer + 4) >= 0:
-            return begun
-    return b""
-
-
-def _identity(begun: bytes) -> tuple[str, str]:
-    """SenderCompID and TargetCompID of the first message; the session itself looks at the rest."""
-    end = begun.find(b"\x01", begun.find(b"\x0110=") + 4) + 1
-    message = parse_message(begun[:end])
-    if message is None:
-        return "", ""
-    sender, target = message.get(49) or b"", message.get(56) or b""
-    return sender.decode("latin-1"), target.decode("latin-1")
+        head = _HEAD.match(begun)
+        size = head.end() + int(head[1]) + TRAILER_BYTES if head else 0
+        strange = head is None and (len(begun) > _HEAD_BYTES_MAX or not begun.startswith(b"8=FIX"[: len(begun)]))
+        if not piece or strange or size > LOGON_BYTES_MAX:
+            break
+        if head and len(begun) >= size:
+            right = begun[size - TRAILER_BYTES : size] == b"10=%03d\x01" % (sum(begun[: size - TRAILER_BYTES]) & 0xFF)
+            return begun, parse_message(begun[:size]) if right else None
+    return begun, None

@@ -5,6 +5,8 @@ The messages are made from a seed: 60 % incremental refreshes of 1 to 3 entries,
 Before anything is timed, all events of all decoders are compared byte by byte. Runs alternate; a number is the median of thread CPU time
 per message over the repeats, a ratio the median of the ratios within a repeat.
 
+Beside that, without a peer: what a session takes for a chunk of bytes with 1, 10 or 100 messages in sequence.
+
 Run it: ``python -m tickmesh.ops.bench_fix [messages [repeats]]``.
 """
 
@@ -29,6 +31,8 @@ import numpy.typing as npt
 from tickmesh.control.config import parse_config
 from tickmesh.node.event import EVENT
 from tickmesh.node.fix_feed import load_fix_decoder, open_fix_feed
+from tickmesh.node.fix_session import Received, Session, SessionOptions, build_message, utc_timestamp, warm
+from tickmesh.node.fix_store import MemoryStore
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.ops.cpp_peer import built_peers
 from tickmesh.transports.byte_masks import SLACK_BYTES
@@ -42,6 +46,7 @@ SYMBOLS = 400
 BATCH = 256
 _SLOW_MESSAGES = 20_000
 """Messages for the Python packages, which take microseconds for each."""
+_SESSION_MESSAGES = 3000
 _TARGETS = {"C++, g++": 2.3, "quickfix": 40.0}
 _PEERS = {
     "C++": "hand-written C++, byte by byte",
@@ -275,7 +280,7 @@ def bench_fix(messages: int = 300_000, repeats: int = 7) -> Result:
 
     Returns:
         ``{"machine", "messages", "bytes_per_message", "repeats", "ns_per_message": {decoder: median}, "ns_per_message_min", "ratio":
-        {peer: peer / tickmesh}, "rows": [...], "skipped"}``; rows are for ``tickmesh bench``.
+        {peer: peer / tickmesh}, "rows": [...], "skipped", "session_us_per_chunk": {messages: median}}``; rows are for ``tickmesh bench``.
 
     Raises:
         FixEventsDiffer: the decoders' events are not equal.
@@ -296,7 +301,32 @@ def bench_fix(messages: int = 300_000, repeats: int = 7) -> Result:
     for repeat in range(repeats):
         for name in runs if repeat % 2 == 0 else reversed(runs):
             samples[name].append(runs[name]())
-    return _result(messages, end, repeats, samples, skipped)
+    warm()
+    chunks = {size: statistics.median(session_us_per_chunk(size) for _ in range(repeats)) for size in (1, 10, 100)}
+    return _result(messages, end, repeats, samples, skipped) | {"session_us_per_chunk": chunks}
+
+
+def session_us_per_chunk(messages: int) -> float:
+    """Thread CPU time in µs that a session takes for a chunk of so many incremental refreshes in sequence, handed on as bytes."""
+    options = SessionOptions(begin_string="FIX.4.4", sender="CLIENT", target="VENUE", initiator=True)
+    session, now = Session(options, MemoryStore()), utc_timestamp(time.time_ns())
+
+    def made(kind: bytes, number: int, body: list[tuple[int, bytes]]) -> bytes:
+        return build_message("FIX.4.4", [(35, kind), (34, b"%d" % number), (49, b"VENUE"), (52, now), (56, b"CLIENT"), *body])
+
+    session.connect()
+    session.take_output()
+    session.receive(made(b"A", 1, [(98, b"0"), (108, b"30")]))
+    entry = [(262, b"R"), (268, b"1"), (279, b"0"), (269, b"0"), (55, b"ALFA"), (270, b"10.25"), (271, b"100")]
+    every = [made(b"X", 2 + n, entry) for n in range(_SESSION_MESSAGES)]
+    chunks = [b"".join(every[first : first + messages]) for first in range(0, len(every), messages)]
+    begun, count = time.thread_time_ns(), 0
+    for chunk in chunks:
+        count += sum(event.count for event in session.receive(chunk) if isinstance(event, Received))
+        session.take_output()
+    elapsed = time.thread_time_ns() - begun
+    assert count == len(every), "every message goes on once"
+    return elapsed / len(chunks) / 1e3
 
 
 def _per_message(decoder: Tickmesh | Peer, image: Image, end: int, messages: int) -> float:

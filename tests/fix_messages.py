@@ -103,7 +103,7 @@ def bodies(draw: st.DrawFn, seq: int) -> bytes:
     if draw(st.integers(0, 9)) == 0:
         fields.append((43, draw(st.sampled_from("YN"))))
     if kind == "4":
-        fields += [(123, "Y"), (36, str(seq + 2))]
+        fields += [(123, draw(st.sampled_from("YYN"))), (36, str(max(1, seq + draw(st.sampled_from([2, 2, 0, -3])))))]
     if kind in ("W", "X") and draw(st.booleans()):
         fields.append((55, draw(SYMBOLS)))
     if kind in _ENTRIES:

@@ -22,7 +22,7 @@ HEADER = {34, 49, 52, 43}
 MEMBERS = {"W": {269, 270, 271, 272, 273, 346, 54, 278}, "X": {269, 270, 271, 272, 273, 346, 54, 278, 279, 55, 280}, "y": {55, 969}}
 DELIMITER = {"W": 269, "X": 279, "y": 55}
 COUNT = {"W": 268, "X": 268, "y": 146}
-BODY = {"": {36, 141}, "W": {55, 60}, "X": {60}, "8": {55, 54, 31, 32, 17, 37, 60, 150, 20, 19}, "f": {55, 326, 60}, "d": {55, 969, 60},
+BODY = {"": {36, 123}, "W": {55, 60}, "X": {60}, "8": {55, 54, 31, 32, 17, 37, 60, 150, 20, 19}, "f": {55, 326, 60}, "d": {55, 969, 60},
         "y": {60}, "S": {55, 132, 133, 134, 135, 60}, "AE": {55, 31, 32, 571, 487, 572, 60}}  # fmt: skip
 STATUS = {3: 1, 17: 1, 23: 1, 2: 2, 4: 2, 1: 3, 5: 3, 15: 4, 16: 4, 21: 5, 27: 5, 18: 6, 19: 6, 26: 6, 22: 7, 24: 7, 25: 7}
 DATE_YEARS = range(1970, 2201)
@@ -60,8 +60,8 @@ def day_ns(text: bytes) -> int:
 
 
 def clock_ns(text: bytes) -> int:
-    found = re.fullmatch(rb"(\d\d):(\d\d):(\d\d)(?:\.(\d+))?", text)
-    if not found or int(found[1]) > 23 or int(found[2]) > 59 or int(found[3]) > 60 or (found[4] or b"")[9:].strip(b"0"):
+    found = re.fullmatch(rb"(\d\d):(\d\d):(\d\d)(?:\.(\d{1,12}))?", text)
+    if not found or int(found[1]) > 23 or int(found[2]) > 59 or int(found[3]) > 60:
         raise Bad("bad_time")
     seconds = (int(found[1]) * 60 + int(found[2])) * 60 + int(found[3])
     return seconds * 10**9 + int((found[4] or b"")[:9].ljust(9, b"0"))
@@ -249,16 +249,18 @@ class FixTwin:
             self.sender = sender
         elif sender != self.sender:
             return True
-        if kind == "4" and 36 in body:
-            if re.fullmatch(rb"\d+", body[36]) and int(body[36]) < 1 << 63:
-                self.expected = int(body[36])
-            return True
         if self.expected and self.seq < self.expected and body.get(43, b"")[:1] == b"Y":
             return False
-        before, self.expected = self.expected, self.seq + 1
-        if before and self.seq != before:
-            first, last = (before, self.seq - 1) if self.seq > before else (0, 0)
-            self._gap(ALL_INSTRUMENTS, self.seq, self.ts, first, last)
+        seq, following = self.seq, self.seq + 1
+        if kind == "4" and 36 in body:
+            if not re.fullmatch(rb"\d+", body[36]) or int(body[36]) >= 1 << 63:
+                return True
+            following = int(body[36])
+            seq = seq if body.get(123, b"")[:1] == b"Y" else following
+        before, self.expected = self.expected, following
+        if before and seq != before:
+            first, last = (before, seq - 1) if seq > before else (0, 0)
+            self._gap(ALL_INSTRUMENTS, seq, self.ts, first, last)
         return True
 
     def _put(

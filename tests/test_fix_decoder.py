@@ -162,6 +162,48 @@ def test_missing_messages_are_a_gap_and_a_new_session_too() -> None:
     assert (counters["gaps"], counters["missing"], counters["duplicates"], counters["restarts"]) == (1, 3, 1, 1)
 
 
+def test_sequence_resets_hide_nothing() -> None:
+    """A gap fill that is sent again does not turn the sequence back; one that comes late, and a reset that jumps, are gaps."""
+    level = "268=1|279=0|269=0|55=ABC|270=1|271=2"
+    feed = feed_of()
+    events = read_all(feed, [
+        of_type("X", 5, level),
+        of_type("4", 3, "43=Y|123=Y|36=5"),
+        of_type("X", 6, level),
+        of_type("4", 7, "123=Y|36=10"),
+        of_type("X", 10, level),
+        of_type("4", 13, "123=Y|36=15"),
+        of_type("X", 15, level),
+        of_type("4", 1, "36=20"),
+        of_type("X", 20, level),
+        of_type("4", 1, "123=N|36=2"),
+        of_type("X", 2, level),
+    ])  # fmt: skip
+    gaps = events[events["kind"] == Kind.GAP]
+    assert chosen(gaps, "instrument", "id", "aux") == [(ALL_INSTRUMENTS, 11, 12), (ALL_INSTRUMENTS, 16, 19), (ALL_INSTRUMENTS, 0, 0)]
+    counters = feed.counters()
+    assert (counters["gaps"], counters["missing"], counters["duplicates"], counters["restarts"]) == (2, 6, 1, 1)
+
+
+def test_shapes_are_learnt_and_forgotten() -> None:
+    """Messages of two orders of fields, and with as many but other tags, mixed: none is taken for another."""
+    one, two = "268=1|279=0|269=0|55=ABC|270=1|271=2", "268=1|279=0|269=1|55=ABC|271=3|270=4"
+    third, wrong = "268=1|279=2|269=0|55=XY|270=1|346=2", "268=1|279=0|269=0|55=ABC|270=1|270=2"
+    bodies = [one] * 3 + [two, one, third, wrong] * 4 + [two] * 8 + [one, wrong, two] * 3
+    compare(b"".join(of_type("X", 1 + k, body) for k, body in enumerate(bodies)))
+
+
+@pytest.mark.parametrize("digits", [0, 1, 8, 9, 10, 11, 12, 13])
+def test_times_down_to_picoseconds(digits: int) -> None:
+    fraction = "123456789876"[:digits] + "5" * (digits - 12)
+    data = message(f"35=f|34=1|49=V|56=M|52=20260102-10:00:00.{fraction}|55=ABC|326=17")
+    compare(data)
+    feed = feed_of()
+    events = read_all(feed, [data])
+    assert [int(ts) % 10**9 for ts in events["ts_event"][-1:]] == ([int(fraction[:9].ljust(9, "0"))] if 1 <= digits <= 12 else [])
+    assert feed.malformed == ({} if 1 <= digits <= 12 else {"bad_time": 1})
+
+
 def test_the_other_direction_of_a_log_is_no_gap() -> None:
     request = message("35=V|34=900|49=ME|56=VENUE|52=20260102-10:00:00|262=r")
     feed = feed_of()

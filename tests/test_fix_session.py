@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+import resource
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ from fix_conversations import Time
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tickmesh.node.fix_scan import COLUMNS, FIRST, PLAIN, SENDING_NS, SEQ, STOP, TYPE, scan_messages, who_of
+from tickmesh.node.fix_frame import PARTIAL, WHOLE
+from tickmesh.node.fix_scan import ALONE, scan_messages, who_of
 from tickmesh.node.fix_session import (
     Ended,
     Event,
@@ -529,72 +532,285 @@ def test_a_session_goes_on_from_its_store(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the scan
 
 
-@dataclass
-class Row:
-    """What a row should say, by Python."""
-
-    first: int
-    stop: int
-    type: bytes
-    seq: int | None
-    sent: int | None
-    plain: bool
+HEADER = {34, 35, 43, 49, 50, 52, 56, 57, 97, 115, 116, 122, 128, 129, 142, 143, 144, 145, 369, 627, 1128}
+NOON_NS = 1_714_564_800_000_000_000
 
 
-def slow_rows(data: bytes, sender: bytes, target: bytes) -> list[Row]:
-    rows, at = [], 0
-    header = {34, 35, 43, 49, 50, 52, 56, 57, 97, 115, 116, 122, 128, 129, 142, 143, 144, 145, 369, 627, 1128}
-    while at < len(data):
-        stop = data.index(b"\x0110=", at) + 8
-        found = parse_message(data[at:stop])
+def slow_run(messages: list[bytes], expected: int, earliest_ns: int, latest_ns: int) -> int:
+    """How many of the messages may go on unread, by Python."""
+    for count, raw in enumerate(messages):
+        found = parse_message(raw)
         assert found is not None
         head: list[tuple[int, bytes]] = []
         for tag, value in found.fields[2:-1]:
-            if tag not in header:
+            if tag not in HEADER:
                 break
             head.append((tag, value))
-        tags = [tag for tag, _ in head if tag in (34, 35, 43, 49, 52, 56)]
-        values = dict(head)
-        seq = int(values[34]) if values.get(34, b"x").isdigit() else None
-        sent = timestamp_ns(values.get(52))
-        plain = sorted(tags) == [34, 35, 49, 52, 56] and seq is not None and sent is not None and all(v for _, v in head)
-        plain = plain and (values[49], values[56], found.fields[0][1]) == (sender, target, b"FIX.4.4")
-        rows.append(Row(at, stop, found.fields[2][1], seq, sent, plain))
-        at = stop
-    return rows
+        tags, values = [tag for tag, _ in head if tag in (34, 35, 43, 49, 52, 56)], dict(head)
+        sent_ns = timestamp_ns(values.get(52))
+        plain = sorted(tags) == [34, 35, 49, 52, 56] and all(value for _, value in head) and found.type not in list("012345A")
+        plain = plain and (values[49], values[56], found.fields[0][1]) == (b"ONE", b"TWO", b"FIX.4.4")
+        plain = plain and values[34].isdigit() and int(values[34]) == expected + count
+        if not plain or sent_ns is None or not earliest_ns <= sent_ns <= latest_ns:
+            return count
+    return len(messages)
 
 
 _VALUES = {
     34: [b"1", b"77", b"12345678901", b"x", b""], 49: [b"ONE", b"ONES", b"ON", b""], 56: [b"TWO", b"THREE"], 43: [b"Y", b"N"],
-    52: [b"20240501-12:00:00", b"20240501-12:00:00.123456789", b"20240501", b"20240501-25:00:00"], 57: [b"DESK", b""], 97: [b"Y"],
-    58: [b"text"], 55: [b"MSFT"],
+    52: [b"20240501-12:00:00", b"20240501-12:00:00.123456789", b"20240501-12:00:00.123456789012", b"20240501", b"20240501-25:00:00"],
+    57: [b"DESK", b""], 97: [b"Y"], 58: [b"text"], 55: [b"MSFT"],
 }  # fmt: skip
+_TIMES = ["20240501-12:00:00.5"] * 6 + ["20240501-12:02:01", "20240501-11:57:59", "20240501-12:01:60", "20240501-12:00:00.5000000000001"]
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(
-    st.sampled_from(["0", "W", "X", "AE", "8", "TOOLONGTYPE"]),
-    st.lists(st.sampled_from([34, 49, 56, 52, 43, 57, 97, 58, 55]), max_size=8), st.booleans(), st.randoms(use_true_random=False),
-), max_size=5))  # fmt: skip
-def test_the_scan_says_what_its_twin_says(parts: list[tuple[str, list[int], bool, random.Random]]) -> None:
-    data = b""
-    for kind, tags, usual, rng in parts:
-        fields = [(35, kind.encode())]
-        if usual:
-            fields += [(34, b"5"), (49, b"ONE"), (52, b"20240501-12:00:00.5"), (56, b"TWO")]
-        fields += [(tag, rng.choice(_VALUES[tag])) for tag in tags]
-        data += build_message(rng.choice(["FIX.4.4", "FIX.4.4", "FIX.4.2"]), fields)
-    buffer, rows = np.zeros(len(data) + SLACK_BYTES, np.uint8), np.zeros((8, COLUMNS), np.int64)
+    st.sampled_from(["W", "X", "X", "AE", "8", "0", "A", "TOOLONGTYPE"]),
+    st.lists(st.sampled_from([34, 49, 56, 52, 43, 57, 97, 58, 55]), max_size=3), st.integers(0, 12), st.randoms(use_true_random=False),
+), max_size=6), st.integers(0, 20))  # fmt: skip
+def test_the_scan_says_what_its_twin_says(parts: list[tuple[str, list[int], int, random.Random]], cut: int) -> None:
+    messages = []
+    for number, (kind, tags, whim, rng) in enumerate(parts):
+        sequence = 5 + number + (whim == 1)
+        usual = [(34, b"%d" % sequence), (49, b"ONE"), (52, rng.choice(_TIMES).encode()), (56, b"TWO")] if whim else []
+        fields = [(35, kind.encode()), *usual, *((tag, rng.choice(_VALUES[tag])) for tag in tags if whim < 4)]
+        messages.append(build_message("FIX.4.4" if whim != 2 else "FIX.4.2", fields))
+    data = b"".join(messages)
+    data = data[: len(data) - cut]
+    whole = [raw for k, raw in enumerate(messages) if sum(map(len, messages[: k + 1])) <= len(data)]
+    buffer, stops = np.zeros(len(data) + SLACK_BYTES, np.uint8), np.zeros(8, np.int64)
     buffer[: len(data)] = np.frombuffer(data, np.uint8)
-    count, position, _ = scan_messages(buffer, 0, len(data), who_of("FIX.4.4", "ONE", "TWO"), rows)
-    assert (count, position) == (len(parts), len(data))
-    for row, slow in zip(rows.tolist(), slow_rows(data, b"ONE", b"TWO")):
-        assert (row[FIRST], row[STOP], bool(row[PLAIN])) == (slow.first, slow.stop, slow.plain)
-        assert row[TYPE] == (int.from_bytes(slow.type, "little") if len(slow.type) <= 8 else 0)
-        if slow.plain:
-            assert (row[SEQ], row[SENDING_NS]) == (slow.seq, slow.sent)
+    near = 120_000_000_000
+    count, at, what, stop = scan_messages(buffer, 0, len(data), who_of("FIX.4.4", "ONE", "TWO"), 5, NOON_NS - near, NOON_NS + near, stops)
+    assert count == slow_run(whole, 5, NOON_NS - near, NOON_NS + near)
+    ends = np.cumsum([len(raw) for raw in whole]).tolist()
+    assert stops[:count].tolist() == ends[:count]
+    assert at == (ends[count - 1] if count else 0)
+    assert what == (ALONE if count < len(whole) else PARTIAL if at < len(data) else WHOLE)
+    assert stop == (ends[count] if count < len(whole) else at)
 
 
 @given(st.integers(0, 4_000_000_000_000_000_000), st.sampled_from([0, 3, 6, 9]))
 def test_times_come_back(ns: int, decimals: int) -> None:
     assert timestamp_ns(utc_timestamp(ns, decimals)) == ns // 10 ** (9 - decimals) * 10 ** (9 - decimals)
+
+
+@pytest.mark.parametrize(
+    ("text", "ns"),
+    [
+        (b"20240501-12:00:00.123456789012", 123_456_789),
+        (b"20240501-11:59:60", 0),
+        (b"20240501-11:60:00", None), (b"20240501-12:00:00.", None), (b"20240501-12:00:00.1_2", None), (b"20240501-12:00:0 ", None),
+        (b"20240230-12:00:00", None), (b"20240501-24:00:00", None), (b"20240501-12:00:00.1234567890123", None), (b"", None), (None, None),
+    ],
+)  # fmt: skip
+def test_times_that_are_none_and_times_finer_than_ours(text: bytes | None, ns: int | None) -> None:
+    assert timestamp_ns(text) == (None if ns is None else NOON_NS + ns)
+
+
+# ---------------------------------------------------------------- hostile and odd peers
+
+
+def test_what_is_not_handled_is_not_noted() -> None:
+    """A tick, and what is sent, while somebody is still busy with events, must not say that they have been handled."""
+    one, two, _, _ = pair()
+    two.session.take_output()
+    assert two.store.next_in == 2
+    one.say()
+    events = two.session.receive(one.session.take_output())
+    two.session.handling += 1
+    two.session.tick()
+    two.say()
+    two.session.take_output()
+    assert two.store.next_in == 2
+    two.take(events)
+    two.session.handling -= 1
+    two.session.tick()
+    assert two.store.next_in == 3
+
+
+def test_a_connection_that_ends_in_the_middle_of_handling_has_it_sent_again() -> None:
+    one, two, wire, _ = pair()
+    one.say()
+    lost = two.session.receive(one.session.take_output())
+    assert any(isinstance(event, Received) for event in lost)
+    two.session.handling += 1
+    wire.cut()
+    assert two.store.next_in == 2
+    steps(Wire(one, two, random.Random(4)), 30)
+    assert two.got == spoken(one)
+
+
+def test_a_stranger_resets_nothing_by_being_cut_off() -> None:
+    time, store = Time(), MemoryStore()
+    store.set_next_in(40)
+    store.set_next_out(30)
+    two = End(replace(ACCEPTOR, reset="disconnect", username="me", password="secret"), store, time)
+    two.session.connect()
+    two.take(two.session.receive(message(time, {35: b"A", 34: b"1", 98: b"0", 108: b"30"})))
+    two.take(two.session.disconnected())
+    assert ended(two)[0].refused
+    assert (store.next_in, store.next_out) == (40, 30)
+
+
+@pytest.mark.parametrize("kind", [b"0", b"1", b"3", b"4", b"8"])
+def test_a_sequence_that_is_too_low_ends_the_session_whatever_the_message(kind: bytes) -> None:
+    _, two, _, time = pair()
+    two.take(two.session.receive(message(time, {35: kind, 34: b"1", 112: b"x", 7: b"1", 16: b"0", 45: b"1", 36: b"5", 123: b"Y"})))
+    assert "expecting 2 but received 1" in ended(two)[0].reason
+
+
+def test_a_resend_of_a_long_history_is_one_gap_fill_at_once() -> None:
+    one, two, _, time = pair()
+    two.store.set_next_out(3_000_000_000)
+    two.say()
+    two.session.take_output()
+    two.take(two.session.receive(message(time, {35: b"2", 34: b"2", 7: b"1", 16: b"0"})))
+    out = two.session.take_output()
+    assert (out.count(b"\x0135=4\x01"), out.count(b"\x0135=B\x01"), out.count(b"\x0136=3000000000\x01")) == (1, 1, 1)
+    assert one.session.logged_on
+
+
+def test_messages_go_on_while_others_are_sent_again() -> None:
+    """A range is asked for while live messages come in both directions: all come once, in order."""
+    one, two, wire, time = pair()
+    for n in range(300):
+        one.say()
+        two.say()
+        if n % 100 == 50:
+            one.session.take_output(1)  # some of it is lost
+            two.session.take_output(1)
+        wire.step()
+    for _ in range(200):
+        wire.step()
+        time.passed_ns += 100_000_000
+    assert (two.got, one.got) == (spoken(one), spoken(two))
+    assert one.session.counters["resent"] > 0
+
+
+def test_garbled_messages_are_ignored_up_to_a_bound() -> None:
+    _, two, _, time = pair()
+    garbled = b"8=FIX.4.4\x019=5\x0135=0\x0110=000\x01"
+    two.take(two.session.receive(garbled * 256))
+    two.take(two.session.receive(message(time, {35: b"B", 34: b"2", 58: b"good"})))
+    assert (two.got, two.session.counters["garbled"]) == ([b"good"], 256)
+    two.take(two.session.receive(garbled * 300))
+    assert two.session.counters["garbled"] == 513
+    assert "garbled" in ended(two)[0].reason
+
+
+@pytest.mark.parametrize("body", [[(58, b"a\x0110=000\x018=FIX.4.4")], [(95, b"3"), (58, b"a\x01b"), (96, b"x")]])
+def test_a_separator_in_a_value_is_refused(body: list[tuple[int, bytes]]) -> None:
+    one, _, _, _ = pair()
+    before = one.store.next_out
+    with pytest.raises(ValueError, match="holds a separator"):
+        one.session.send("B", body)
+    assert one.store.next_out == before
+    one.session.send("B", [(95, b"3"), (96, b"a\x01b"), (58, b"text")])
+
+
+# ---------------------------------------------------------------- NextExpectedMsgSeqNum
+
+
+def expecting(stores: tuple[Store, Store]) -> tuple[End, End, Wire, Time]:
+    return pair(replace(INITIATOR, next_expected=True), replace(ACCEPTOR, next_expected=True), stores)
+
+
+def test_what_each_side_lacks_comes_without_being_asked_for() -> None:
+    stores = MemoryStore(), MemoryStore()
+    one, two, wire, _ = expecting(stores)
+    wire.cut()
+    for _ in range(4):
+        one.say()
+        two.say()
+    again = Wire(one, two, random.Random(5))
+    steps(again, 30)
+    assert (two.got, one.got) == (spoken(one), spoken(two))
+    for end in (one, two):
+        assert end.session.counters["resend_requests_sent"] == 0
+    one.say()
+    steps(again)
+    assert two.got == spoken(one)
+
+
+def test_a_peer_that_expects_more_than_was_sent_is_refused() -> None:
+    time = Time()
+    two = End(replace(ACCEPTOR, next_expected=True), MemoryStore(), time)
+    two.session.connect()
+    two.take(two.session.receive(message(time, {35: b"A", 34: b"1", 98: b"0", 108: b"30", 789: b"5"})))
+    assert "789" in ended(two)[0].reason
+    assert ended(two)[0].refused
+
+
+def test_a_peer_that_says_what_it_expects_and_then_sends_nothing_is_asked() -> None:
+    time = Time()
+    two = End(replace(ACCEPTOR, next_expected=True), MemoryStore(), time)
+    two.session.connect()
+    two.take(two.session.receive(message(time, {35: b"A", 34: b"4", 98: b"0", 108: b"3", 789: b"1"})))
+    out = two.session.take_output()
+    assert b"\x01789=1\x01" in out
+    assert b"\x0135=2\x01" not in out
+    time.passed_ns += 5_000_000_000
+    two.take(two.session.tick())
+    assert b"\x017=1\x01" in two.session.take_output()
+
+
+# ---------------------------------------------------------------- a store that is cut off anywhere
+
+
+def test_a_log_that_a_crash_cuts_off_at_any_byte_is_a_beginning_of_what_was_written(tmp_path: Path) -> None:
+    """Every kind of record, over several segments: whatever the last bytes are, what is read is a state that once was."""
+    folder = tmp_path / "s"
+    store = FileStore(folder, 8 * 4096, force=False)
+    states: list[tuple[int, int, int]] = [(1, 1, 1)]
+
+    def note() -> None:
+        states.append((store.next_out, store.next_in, store.oldest))
+
+    for n in range(60):
+        store.append(None if n % 5 == 0 else b"%0200d" % n)
+        note()
+        if n % 3 == 0:
+            store.set_next_in(n + 2)
+            note()
+        if n == 20:
+            store.reset()
+            note()
+        if n == 30:
+            store.set_next_out(1000)
+            note()
+    store.close()
+    newest = max(folder.glob("*.log"))
+    assert len(list(folder.glob("*.log"))) > 2
+    whole = newest.read_bytes()
+    for cut in range(len(whole)):
+        for tail in (b"", bytes(24)):
+            newest.write_bytes(whole[:cut] + tail)
+            again = FileStore(folder, 8 * 4096, force=False)
+            assert (again.next_out, again.next_in, again.oldest) in states
+            assert again.dropped_bytes <= len(whole) + len(tail)
+            again.append(b"new")
+            assert again.message(again.next_out - 1) == b"new"
+            again.close()
+
+
+def test_a_full_disk_is_said_and_uses_up_no_sequence(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "s", force=False)
+    store.append(b"first")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = max((tmp_path / "s").glob("*.log")).stat().st_size
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 30, limit[1]))
+        with pytest.raises(StoreError, match="make room"):
+            store.append(b"x" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert store.next_out == 2
+    store.append(b"second")
+    store.close()
+    again = FileStore(tmp_path / "s", force=False)
+    assert (again.next_out, again.message(2)) == (3, b"second")
+    again.close()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import os
+import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -12,6 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from nats_logins import make_authority, make_certificate
 
 from tickmesh.node.fix_dictionary import load_dictionary
 from tickmesh.node.fix_frame import Message, MessageStream
@@ -20,6 +23,7 @@ from tickmesh.node.fix_store import FileStore, MemoryStore
 from tickmesh.node.fix_tcp import Link
 from tickmesh.ops.fix_market_data import FixVenue, Levels
 from tickmesh.ops.simulator import SimulatorConfig
+from tickmesh.transports.connection import client_tls
 
 DATA = Path(os.environ.get("TICKMESH_DATA", Path(__file__).parents[1] / "../shared/data"))
 VENUE = SessionOptions(begin_string="FIX.4.4", sender="VENUE", target="CLIENT", initiator=False, username="me", password="secret")
@@ -276,7 +280,7 @@ def test_a_wrong_password_gets_no_answer() -> None:
         venue, port = await venue_of()
         try:
             assert await answer_to(port, logon(t553=b"me", t554=b"guess")) == b""
-            assert venue.acceptor.session(*KEY).counters["logons_refused"] == 1
+            assert venue.acceptor.counters["refused_logon"] == 1
         finally:
             await venue.stop()
 
@@ -341,3 +345,266 @@ def test_ended_events_tell_a_refused_logon() -> None:
     ended = asyncio.run(scenario())
     assert ended.refused
     assert "expecting 50 but received 1" in ended.reason
+
+
+# ---------------------------------------------------------------- who may log on, and when
+
+
+def test_a_wrong_password_does_not_hold_the_session() -> None:
+    """Whoever knows the CompIDs alone keeps nobody out, and changes nothing."""
+
+    async def scenario() -> None:
+        venue, port = await venue_of()
+        strangers = [await asyncio.open_connection("127.0.0.1", port) for _ in range(5)]
+        try:
+            for _, writer in strangers:  # and they do not close their side
+                writer.write(logon(t553=b"me", t554=b"guess"))
+            await until(lambda: venue.acceptor.counters["refused_logon"] == 5)
+            assert venue.acceptor.session(*KEY).store.next_in == 1
+            client = Client()
+            link = Link(Session(CLIENT, MemoryStore()), *await asyncio.open_connection("127.0.0.1", port), client.handle)
+            running = asyncio.create_task(link.run())
+            await until(lambda: link.session.logged_on)
+            await link.logout()
+            assert (await running).clean
+        finally:
+            for _, writer in strangers:
+                writer.close()
+            await venue.stop()
+
+    asyncio.run(scenario())
+
+
+def test_of_two_logons_at_the_same_time_one_gets_the_session() -> None:
+    async def scenario() -> None:
+        venue, port = await venue_of()
+        streams = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        try:
+            await until(lambda: venue.acceptor.counters["connections"] == 2)
+            for _, writer in streams:
+                writer.write(logon(t553=b"me", t554=b"secret"))
+            await until(lambda: venue.acceptor.counters["refused_taken"] == 1)
+            await until(lambda: venue.acceptor.session(*KEY).logged_on)
+            first = {task: k for k, (reader, _) in enumerate(streams) for task in [asyncio.create_task(reader.read(1))]}
+            async with asyncio.timeout(LIMIT_S):
+                found = dict(zip(first.values(), await asyncio.gather(*first)))
+            assert sorted(found.values()) == [b"", b"8"]
+        finally:
+            for _, writer in streams:
+                writer.close()
+            await venue.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_logon_may_hold_data_with_separators() -> None:
+    raw = b"a\x0110=000\x018=FIX.4.4\x01"
+
+    async def scenario() -> None:
+        venue, port = await venue_of()
+        options = SessionOptions(**{**vars(CLIENT), "logon_fields": [(95, b"%d" % len(raw)), (96, raw)]})
+        link = Link(Session(options, MemoryStore()), *await asyncio.open_connection("127.0.0.1", port), Client().handle)
+        running = asyncio.create_task(link.run())
+        try:
+            await until(lambda: link.session.logged_on or running.done())
+            await link.logout()
+            assert (await running).clean
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            await venue.stop()
+
+    asyncio.run(scenario())
+
+
+# ---------------------------------------------------------------- a link that is stopped
+
+
+def test_a_link_that_is_stopped_logs_out() -> None:
+    async def scenario() -> None:
+        venue, port = await venue_of()
+        link = Link(Session(CLIENT, MemoryStore()), *await asyncio.open_connection("127.0.0.1", port), Client().handle)
+        running = asyncio.create_task(link.run())
+        try:
+            await until(lambda: link.session.logged_on)
+            running.cancel()
+            await asyncio.sleep(0)
+            running.cancel()  # as impatient as a receiver that stops
+            await asyncio.gather(running, return_exceptions=True)
+            assert running.cancelled()
+            await until(lambda: KEY in venue.acceptor.ended)
+            assert venue.acceptor.ended[KEY] == Ended("we are stopping", clean=True)
+            ours, theirs = link.session.store, venue.acceptor.session(*KEY).store
+            assert (ours.next_in, ours.next_out) == (theirs.next_out, theirs.next_in)
+        finally:
+            await venue.stop()
+
+    asyncio.run(scenario())
+
+
+def test_what_comes_while_a_link_is_stopped_comes_again() -> None:
+    """A handler that is cut off in the middle, and messages behind our Logout: neither counts as handled."""
+    stuck = asyncio.Event()
+
+    async def handle(event: Event) -> None:
+        if isinstance(event, Received) and not event.admin:
+            stuck.set()
+            await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        venue, port = await venue_of()
+        session, client = Session(CLIENT, MemoryStore()), Client()
+        link = Link(session, *await asyncio.open_connection("127.0.0.1", port), handle)
+        running = asyncio.create_task(link.run())
+        try:
+            await until(lambda: session.logged_on)
+            for n in range(3):
+                venue.acceptor.links[KEY].send("B", [(148, b"%d" % n)])
+            await asyncio.wait_for(stuck.wait(), LIMIT_S)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            assert session.store.next_in == 2
+            again = Link(session, *await asyncio.open_connection("127.0.0.1", port), client.handle)
+            running = asyncio.create_task(again.run())
+            await until(lambda: len(client.messages) == 3)
+            assert [message.get(148) for message in client.messages] == [b"0", b"1", b"2"]
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            await venue.stop()
+
+    asyncio.run(scenario())
+
+
+def test_a_peer_that_does_not_answer_our_logout_holds_nobody_up() -> None:
+    async def scenario() -> None:
+        heard = bytearray()
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(logon(t49=b"VENUE", t56=b"CLIENT"))
+            while data := await reader.read(4096):
+                heard.extend(data)
+            writer.close()
+
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        link = Link(Session(CLIENT, MemoryStore()), *await asyncio.open_connection("127.0.0.1", port), Client().handle)
+        running = asyncio.create_task(link.run())
+        try:
+            await until(lambda: link.session.logged_on)
+            running.cancel()
+            async with asyncio.timeout(LIMIT_S):
+                await asyncio.gather(running, return_exceptions=True)
+            await until(lambda: b"\x0135=5\x01" in heard)
+        finally:
+            running.cancel()
+            server.close()
+            await server.wait_closed()
+
+    asyncio.run(scenario())
+
+
+# ---------------------------------------------------------------- TLS
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two authorities, and what they signed."""
+    folder = tmp_path_factory.mktemp("certificates")
+    for name in ("ours", "theirs"):
+        make_authority(folder, name)
+    for authority, name, address in (
+        ("ours", "server", "IP:127.0.0.1"), ("ours", "elsewhere", "IP:127.0.0.9"), ("ours", "client", "DNS:client"),
+        ("theirs", "stranger", "DNS:client"),
+    ):  # fmt: skip
+        make_certificate(folder, authority, name, address)
+    return folder
+
+
+def server_context(folder: Path, name: str = "server", *, clients: bool = False) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / f"{name}.pem", folder / f"{name}.key")
+    if clients:
+        context.load_verify_locations(folder / "ours.pem")
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+@asynccontextmanager
+async def tls_venue(context: ssl.SSLContext) -> AsyncIterator[tuple[FixVenue, int]]:
+    venue = FixVenue(MARKET, [VENUE], interval_s=0.01, tls=context)
+    port = await venue.start()
+    try:
+        yield venue, port
+    finally:
+        await venue.stop()
+
+
+async def tls_client(port: int, context: ssl.SSLContext) -> Ended:
+    """Log on, have the book, log out."""
+    client = Client()
+    link = Link(Session(CLIENT, MemoryStore()), *await asyncio.open_connection("127.0.0.1", port, ssl=context), client.handle)
+    running = asyncio.create_task(link.run())
+    await until(lambda: link.session.logged_on or running.done())
+    if not running.done():
+        link.send("V", SUBSCRIBE)
+        await until(lambda: len(client.messages) > 5)
+        await link.logout()
+    return await running
+
+
+def test_a_session_over_tls_with_certificates_on_both_sides(certificates: Path) -> None:
+    async def scenario() -> None:
+        async with tls_venue(server_context(certificates, clients=True)) as (venue, port):
+            good = client_tls(certificates / "ours.pem", certificates / "client.pem", certificates / "client.key")
+            assert (await tls_client(port, good)).clean
+            assert venue.acceptor.session(*KEY).counters["logons"] == 1
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("name", [None, "stranger"], ids=["none", "of another authority"])
+def test_a_client_without_the_right_certificate_is_refused(certificates: Path, name: str | None) -> None:
+    async def scenario() -> None:
+        async with tls_venue(server_context(certificates, clients=True)) as (venue, port):
+            own = (certificates / f"{name}.pem", certificates / f"{name}.key") if name else (None, None)
+            with contextlib.suppress(OSError):
+                ended = await tls_client(port, client_tls(certificates / "ours.pem", *own))
+                assert not ended.clean
+            await until(lambda: venue.acceptor.counters["refused_insecure"] == 1)
+            assert venue.acceptor.session(*KEY).counters["logons"] == 0
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("served", "trusted"), [("server", "theirs"), ("elsewhere", "ours")], ids=["authority", "address"])
+def test_a_server_with_a_wrong_certificate_is_not_talked_to(certificates: Path, served: str, trusted: str) -> None:
+    async def scenario() -> None:
+        async with tls_venue(server_context(certificates, served)) as (venue, port):
+            with pytest.raises(ssl.SSLCertVerificationError):
+                await tls_client(port, client_tls(certificates / f"{trusted}.pem"))
+            assert not venue.acceptor.links
+
+    asyncio.run(scenario())
+
+
+def test_plain_text_and_silence_where_tls_is_spoken(certificates: Path) -> None:
+    """Who never gets through the handshake counts as one who waits: there are few of them, and not for long."""
+
+    async def scenario() -> None:
+        async with tls_venue(server_context(certificates)) as (venue, port):
+            assert await answer_to(port, logon(t553=b"me", t554=b"secret")) in (b"", b"\x15\x03\x01\x00\x02\x02\x46")
+            await until(lambda: venue.acceptor.counters["refused_insecure"] == 1)
+            venue.acceptor._waiting_max, venue.acceptor._logon_s = 3, 0.5
+            silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+            try:
+                await until(lambda: venue.acceptor.counters["connections"] == 4)
+                assert await answer_to(port, b"") == b""
+                assert venue.acceptor.counters["refused_crowded"] == 1
+                await until(lambda: venue.acceptor.counters["refused_silent"] == 3)
+                assert (await tls_client(port, client_tls(certificates / "ours.pem"))).clean
+            finally:
+                for _, writer in silent:
+                    writer.close()
+
+    asyncio.run(scenario())

@@ -23,8 +23,8 @@ from tickmesh.node.sbe_schema import Data, Encoding, Enum, Group, Leaf, Level, M
 _IMPORTS = """
 from tickmesh.node.feed import BAD_ENCODING, BAD_GROUP, OTHER_SCHEMA, RESOLVED_BELOW, UNKNOWN_INSTRUMENT, find_code, resolve_symbol
 from tickmesh.node.sbe_kernels import (
-    HAS_HELD, IMPLIED, RESUME, clear_ladder, clear_ladders, data_word, define, find_template, hold_last, ladder_level, put_event, rescale,
-    resolve_book, set_depth, take_held, tie,
+    HAS_HELD, IMPLIED, RESUME, clear_ladder, clear_ladders, data_word, define, find_template, hold_last, put_event, put_level,
+    rescale, resolve_book, set_depth, take_held,
 )
 """
 _RECOVERY_IMPORTS = """
@@ -152,8 +152,9 @@ class SbeDecoderWriter(_DecoderWriter):
         return {
             "told": "\n        if feed.recovery.words[R.COUNT] > 0:\n            n = tell(feed.recovery, out, n)\n            continue",
             "gapped": "\n            begin_recovery(feed.recovery, s[A.EXPECTED] - 1)",
-            "snapshot": "\n            if line == feed.recovery.words[R.LINE]:\n                if _recover(buf, packets[np.uint64(i)], feed):\n"
-            "                    arb.lines[line, A.LINE_PACKETS] += _ONE\n                    i += 1\n                continue",
+            "snapshot": "\n            if line == feed.recovery.words[R.LINE]:\n"
+            "                if _recover(buf, packets[np.uint64(i)], feed):\n                    arb.lines[line, A.LINE_PACKETS] += _ONE\n"
+            "                    i += 1\n                continue",
         }
 
     def keeping(self) -> str:
@@ -188,7 +189,7 @@ class SbeDecoderWriter(_DecoderWriter):
         out("return np.int64(-1)")
         out.indent(-1)
         prefix = fr.length.offset + fr.length.size
-        out(_RECOVERY.format(header=fr.header_bytes, prefix=prefix, offset=fr.message_offset, levels=max(1, self.spec.levels),
+        out(_RECOVERY.format(header=fr.header_bytes, prefix=prefix, offset=fr.message_offset, levels=max(1, self.spec.ladder_levels),
                              sequence=_load(fr.sequence, "p")))  # fmt: skip
 
     def _instruments(self) -> None:
@@ -578,16 +579,15 @@ class _TemplateWriter:
             out(f"set_depth(feed, instrument, {values['qty']}, {self.spec.levels})")
         else:
             if case.kind == "clear" and self.spec.levels:
-                out(f"clear_ladder(feed, instrument, np.uint8({values.get('side', NO_SIDE)}), {self.spec.levels})")
+                out(f"clear_ladder(feed, instrument, np.uint8({values.get('side', NO_SIDE)}), {self.spec.ladder_levels})")
             if "change" not in values:
                 self._put(case, values, "instrument")
             else:  # which may become several events, or none
-                self._put(case, values, "instrument", first="n", end="end_of_level")
                 position = f"np.int64({values['position']})"
-                known = "feed.depths[instrument]" if self.writer.depths else "np.int64(0)"
-                levels = f"{known}, np.int64({self.spec.levels})"
-                out(f"end_of_level = ladder_level(feed, np.int64({values['change']}), {position}, {levels}, out, end_of_level)")
-                out("n = tie(out, n, end_of_level, first)")
+                levels = f"np.int64({self.spec.levels})"
+                shown = f"feed.depths[instrument] if feed.depths[instrument] > 0 else {levels}" if self.writer.depths else levels
+                change = f"feed, np.int64({values['change']}), {position}, {shown}, np.int64({self.spec.ladder_levels})"
+                self._put(case, values, "instrument", change=change)
         out.indent(-1)
 
     def _book(self, case: SbeCase, values: dict[str, str]) -> None:
@@ -596,14 +596,17 @@ class _TemplateWriter:
         book = f" | (IMPLIED if {values['book']} == 1 else _ZERO)" if "book" in values else ""
         self.out(f"instrument, n = _by_code(feed, {self._number(case.code)}{book}, seq, stamp, ts_recv, out, n)")
 
-    def _put(self, case: SbeCase, values: dict[str, str], instrument: str, *, first: str = "first", end: str = "n") -> None:
+    def _put(self, case: SbeCase, values: dict[str, str], instrument: str, *, change: str = "") -> None:
         kind = int(Kind.GAP) if case.kind == "stale" else int(KINDS[case.kind])
         flags = " | ".join([str(case.flags), *(self._flag(test) for test in case.tests)])
         casts = {"price": "np.int64", "qty": "np.int64", "id": "np.uint64", "aux": "np.int64"}
         body = ", ".join(f"{cast}({values.get(name, '0')})" for name, cast in casts.items())
         side = f"np.uint8({values.get('side', NO_SIDE)})"
-        what = f"{instrument}, np.uint8({kind}), {side}, np.uint16({flags})"
-        self.out(f"{end} = put_event(out, n, {first}, seq, stamp, ts_recv, {what},\n    {body})")
+        place, what = "out, n, first, seq, stamp, ts_recv", f"{side}, np.uint16({flags})"
+        if change:  # which may become several events, or none
+            self.out(f"n = put_level({change}, {place}, {instrument}, {what},\n    {body})")
+        else:
+            self.out(f"n = put_event({place}, {instrument}, np.uint8({kind}), {what},\n    {body})")
 
     # ---- expressions
 
@@ -650,8 +653,8 @@ class _TemplateWriter:
         if condition.null is None:
             test = " or ".join(f"{raw} == np.uint64({value})" for value in condition.values) if source.field.text else ""
             test = f"({test or _equals(raw, source.field, condition.values)})"
-            type = source.leaf.type
-            null = type.null if isinstance(type, Enum) else source.field.null
+            kind = source.leaf.type
+            null = kind.null if isinstance(kind, Enum) else source.field.null
             if present and null is not None and null in condition.values:  # what an older version lacks is null
                 return f"(not {present} or {test})"
             return f"({present} and {test})" if present else test
@@ -738,7 +741,8 @@ class _TemplateWriter:
         if text.field:
             words, base = _words(text.field, f"b{text.depth}"), f"k{text.depth}"
             present = f"version >= {text.since} and {text.field.offset + text.field.size} <= {base}"
-            out(f"w0, w1, w2 = {words}" if not text.guarded else f"w0, w1, w2 = _ZERO, _ZERO, _ZERO\nif {present}:\n    w0, w1, w2 = {words}")
+            assigned = f"w0, w1, w2 = {words}"
+            out(f"w0, w1, w2 = _ZERO, _ZERO, _ZERO\nif {present}:\n    {assigned}" if text.guarded else assigned)
             return
         assert text.data is not None
         name = "_".join((*path[: text.depth], text.data.name))

@@ -157,6 +157,7 @@ class SbeSpec(Spec):
 
     @property
     def ladder_levels(self) -> int:
+        """Levels that a ladder has room for."""
         return self.levels
 
 

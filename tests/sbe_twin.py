@@ -206,9 +206,9 @@ class Twin:
         level, field = joined if condition.source.depth < 0 else chain[condition.source.depth], condition.source.field
         if value is None:
             value = level.get(condition.source.field.name)  # a null may be asked for by its number
-            type = condition.source.leaf.type
+            kind = condition.source.leaf.type
             if value is None and condition.source.guarded:
-                value = type.null if isinstance(type, Enum) else condition.source.field.null
+                value = kind.null if isinstance(kind, Enum) else condition.source.field.null
                 return value is not None and value in condition.values
         return value is not None and (value & 0xFF if field.size == 1 and not field.signed else value) in condition.values
 
@@ -220,8 +220,8 @@ class Twin:
         if field.map is not None:
             there = level.get(field.name, source.leaf.constant)
             if there is None:  # as if it said null
-                type, leaf_null = source.leaf.type, source.leaf.null
-                there = type.null if isinstance(type, Enum) else type.primitive.null if leaf_null is None else int(leaf_null)
+                kind, leaf_null = source.leaf.type, source.leaf.null
+                there = kind.null if isinstance(kind, Enum) else kind.primitive.null if leaf_null is None else int(leaf_null)
             found = field.map.get(there & 0xFF if field.size == 1 else there, field.map_default)
             if found is None:
                 raise Malformed("bad_field")

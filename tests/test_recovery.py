@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_decoder import DATA, captured, image
+from test_decoder import captured, image
 from test_sbe import CME_AB, CME_XML, need_data, venue
 
 from tickmesh.control.config import ConfigError, parse_config
@@ -202,12 +202,10 @@ def test_any_loss_any_lag(seed: int, lost: list[int], lag: int, room: int) -> No
     check_equal(client, truth, truth.names)
     assert client.recovery["recovered"] >= len(SECURITIES)
     assert not D.malformed(client.feed)
-    told = [e for e in client.events if e["kind"] in (Kind.CLEAR, Kind.LEVEL)]
     sequences = [int(e["seq"]) for e in client.events]
     assert sequences == sorted(sequences)
-    changes = [e for e in told if not e["flags"] & Flag.SNAPSHOT]
-    assert len({bytes(e) for e in told}) > 0
-    assert len(changes) <= sum(1 for e in truth.events if e["kind"] in (Kind.CLEAR, Kind.LEVEL)) + 40 * len(lost)
+    told = [e for e in client.events if e["flags"] & Flag.SNAPSHOT]
+    assert {int(e["kind"]) for e in told} >= {Kind.CLEAR, Kind.LEVEL, Kind.STATUS}
 
 
 def feed_of(count: int, seed: int = 1) -> tuple[list[bytes], Client, list[dict[int, bytes]]]:
@@ -298,7 +296,7 @@ def test_a_reset_of_the_channel_empties_what_was_stale() -> None:
     assert (client.stale, client.books) == (set(), {})
     client.take(packet(1, shown[15][11]), SNAPSHOTS)  # from before the reset, and what came since is done again: nothing is left
     assert client.book("#11") == ([], [])
-    assert client.recovery["recovered"] == 0 if "recovered" in client.recovery else True
+    assert client.stale == set()
 
 
 def test_trades_are_told_once() -> None:
@@ -307,7 +305,7 @@ def test_trades_are_told_once() -> None:
             {"MDEntryPx": {"mantissa": 5}, "MDEntrySize": 1, "SecurityID": 11, "RptSeq": 1, "NumberOfOrders": 1, "AggressorSide": "Buy",
              "MDUpdateAction": "New", "MDTradeEntryID": 1}],
     })  # fmt: skip
-    packets, truth, shown = feed_of(20)
+    packets, _, shown = feed_of(20)
     client = Client()
     for seq, raw in enumerate(packets, 1):
         if seq != 10:
@@ -318,7 +316,7 @@ def test_trades_are_told_once() -> None:
 
 
 def test_damaged_snapshots_do_no_harm() -> None:
-    packets, truth, shown = feed_of(40)
+    packets, _, shown = feed_of(40)
     client, rng = Client(), np.random.default_rng(3)
     for seq, raw in enumerate(packets, 1):
         if seq != 10:
@@ -352,10 +350,12 @@ def test_what_is_not_kept_any_more() -> None:
 @pytest.mark.parametrize("path", CME_AB, ids=lambda path: path.stem)
 @pytest.mark.parametrize("first", [2, 11, 30])
 def test_captures_with_lost_packets(path: Path, first: int) -> None:
+    """The captures hold some packets of a day only: numbered anew, they are a feed of which nothing but our packets is missing."""
     buf, packets = captured(path)
-    raws = [(int(p["line"]), bytes(buf[p["offset"] : p["offset"] + p["length"]])) for p in packets]
-    sequences = sorted({struct.unpack_from("<I", raw)[0] for _, raw in raws})
-    lost = set(sequences[first : first + 3])
+    whole = [(int(p["line"]), bytes(buf[p["offset"] : p["offset"] + p["length"]])) for p in packets]
+    numbers = {seq: i for i, seq in enumerate(sorted({raw[:4][::-1] for _, raw in whole}), 1)}
+    raws = [(line, struct.pack("<I", numbers[raw[:4][::-1]]) + raw[4:]) for line, raw in whole]
+    lost = range(first, first + 3)
     truth, client, shown = Client(recovers=False), Client(), {}
     for line, raw in raws:
         truth.take(raw, line)
@@ -365,10 +365,10 @@ def test_captures_with_lost_packets(path: Path, first: int) -> None:
         if seq not in lost:
             client.take(raw, line)
     assert client.stale >= truth.names
-    for number, message in enumerate(shown[sequences[first + 4]], 1):
+    for number, message in enumerate(shown[first + 5], 1):
         client.take(packet(number, message), SNAPSHOTS)
     recovered = [name for name in truth.names if name not in client.stale]
-    assert len(recovered) >= 3
+    assert len(recovered) >= len(shown[first + 5]) > 0
     check_equal(client, truth, recovered)
 
 
@@ -380,8 +380,9 @@ def test_which_sources_may_have_snapshots(tmp_path: Path) -> None:
         return parse_config(f'[cluster]\nname = "t"\n[data_sources.x]\n{more}\n')
 
     live = 'type = "multicast"\nendpoint = "udp://239.1.1.1:26400"\ndata_format = "itch50"\n'
-    for more, reason in (('snapshot_endpoint = "http://x/{symbol}"', "must be udp://"),
-                         ('snapshot_endpoint = "udp://239.1.1.3:26400"\nbypass = "afxdp"', "snapshots are received by sockets")):  # fmt: skip
+    wrong = {'snapshot_endpoint = "http://x/{symbol}"': "must be udp://",
+             'snapshot_endpoint = "udp://239.1.1.3:26400"\nbypass = "afxdp"': "snapshots are received by sockets"}  # fmt: skip
+    for more, reason in wrong.items():
         with pytest.raises(ConfigError, match=reason):
             source(live + more)
     path = tmp_path / "x.pcap"
@@ -389,6 +390,3 @@ def test_which_sources_may_have_snapshots(tmp_path: Path) -> None:
     options = source(f'type = "pcap"\npath = ["{path}"]\ndata_format = "itch50"\nsnapshot_endpoint = "udp://239.1.1.3:26400"\n')
     with pytest.raises(SourceError, match=r"needs a mapping with \[recovery\]"):
         open_reader("x", options.data_sources["x"], [path], InstrumentTable(4), alone=False)
-
-
-__all__ = ["DATA"]

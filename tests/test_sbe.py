@@ -193,9 +193,10 @@ def test_ids_and_lengths_fit_their_headers(tmp_path: Path) -> None:
     assert "templateId 256 does not fit uint8, its type in composite 'head'" in found[0][2]
     large = ('<type name="blockLength" primitiveType="uint16"/>', '<type name="blockLength" primitiveType="uint64"/>')
     assert "'blockLength' of at most 32 bits" in faults(tmp_path, large)[0][2]
-    narrow = ('<type name="blockLength" primitiveType="uint16"/>\n            <type name="numInGroup" primitiveType="uint8" offset="3"/>',
-              '<type name="blockLength" primitiveType="uint8"/>\n            <type name="numInGroup" primitiveType="uint8" offset="3"/>')  # fmt: skip
-    found = faults(tmp_path, narrow, ('<group name="orders" id="20"', '<group name="orders" id="20" blockLength="300"'))
+    rest = '\n            <type name="numInGroup" primitiveType="uint8" offset="3"/>'
+    wide = f'<type name="blockLength" primitiveType="uint16"/>{rest}'
+    long = ('<group name="orders" id="20"', '<group name="orders" id="20" blockLength="300"')
+    found = faults(tmp_path, (wide, wide.replace("uint16", "uint8")), long)
     assert found[0][1:] == ("message Book/group orders", "blockLength 300 does not fit uint8, its type in composite 'dim'")
 
 
@@ -456,8 +457,9 @@ def test_what_an_older_version_lacks_is_never_read() -> None:
     ("mantissa", "exponent", "price"),
     [
         (1, 9, 10**18), (9, 9, 9 * 10**18), (10, 9, None), (-9, 9, -9 * 10**18), (-10, 9, None), (1, 10, None), (0, 127, 0),
-        ((1 << 63) - 1, -9, (1 << 63) - 1), (1 - (1 << 63), -9, 1 - (1 << 63)), (-(1 << 63), -9, None), (123, -12, None), (123_000, -12, 123),
-        (-123_000, -12, -123), (5, -128, None), (1, -27, None), (9_223_372_036, 0, 9_223_372_036 * 10**9), (9_223_372_037, 0, None),
+        ((1 << 63) - 1, -9, (1 << 63) - 1), (1 - (1 << 63), -9, 1 - (1 << 63)), (-(1 << 63), -9, None), (123, -12, None),
+        (123_000, -12, 123), (-123_000, -12, -123), (5, -128, None), (1, -27, None), (9_223_372_036, 0, 9_223_372_036 * 10**9),
+        (9_223_372_037, 0, None),
     ],
 )  # fmt: skip
 def test_a_decimal_is_exact_or_refused(mantissa: int, exponent: int, price: int | None) -> None:
@@ -785,6 +787,43 @@ def test_cme_by_hand() -> None:
 
 
 @need_data
+def test_cme_market_by_order() -> None:
+    """Orders beside a book's levels, orders alone, and a snapshot in chunks, as the twin makes them; the real ones from captures."""
+    spec = venue("cme_mdp3_mbo", CME_XML)[0]
+    paths = [path for path in CME if "v1.9" in str(path) and path.stem.startswith("MdIncrementalRefresh")]
+    seen = set()
+    for path in paths:
+        events, feed, table, messages = packets_of("cme_mdp3_mbo", CME_XML, [path])
+        twin = sbe_twin.Twin(spec)
+        assert rows_of(events, table) == [row for message in messages for row in twin.events(message)]
+        assert D.malformed(feed) == twin.malformed == {}
+        seen |= {int(e["kind"]) for e in events}
+    assert seen >= {Kind.REFERENCE, Kind.TRADE}
+    assert seen & {Kind.ADD, Kind.MODIFY, Kind.DELETE}
+    encoder = Encoder(spec.schema, ["SnapshotFullRefreshOrderBook53", "MDIncrementalRefreshBook46"])
+    order = lambda number, kind, price: {"OrderID": number, "MDEntryPx": {"mantissa": price * 10**9}, "MDDisplayQty": 3,  # noqa: E731
+                                         "MDEntryType": kind}  # fmt: skip
+    head = {"LastMsgSeqNumProcessed": 1, "TotNumReports": 1, "SecurityID": 42, "NoChunks": 2, "TransactTime": 1}
+    chunks = [[order(1, "Bid", 10), order(2, "Bid", 10)], [order(3, "Offer", 11)]]
+    level = {"MDEntryPx": {"mantissa": 12 * 10**9}, "MDEntrySize": 1, "SecurityID": 42, "RptSeq": 1, "MDPriceLevel": 1,
+             "MDUpdateAction": "New", "MDEntryType": "Offer"}  # fmt: skip
+    beside = [{"OrderID": 4, "MDDisplayQty": 1, "ReferenceID": 1, "OrderUpdateAction": "New"},
+              {"OrderID": 1, "MDDisplayQty": 2, "ReferenceID": 1, "OrderUpdateAction": "Delete"},
+              {"OrderID": 9, "ReferenceID": 2, "OrderUpdateAction": "New"}]  # fmt: skip
+    messages = [encoder.encode("SnapshotFullRefreshOrderBook53", {**head, "CurrentChunk": i + 1, "NoMDEntries": chunk})
+                for i, chunk in enumerate(chunks)]  # fmt: skip
+    messages.append(encoder.encode("MDIncrementalRefreshBook46", {"TransactTime": 1, "MatchEventIndicator": [], "NoMDEntries": [level],
+                                                                  "NoOrderIDEntries": beside}))  # fmt: skip
+    twin = sbe_twin.Twin(spec)
+    rows = [row for message in messages for row in twin.events(message)]
+    assert [(row[0], row[2], row[4] // 10**9, row[5], row[6]) for row in rows[1:]] == [
+        (Kind.CLEAR, 2, 0, 0, 0), (Kind.ADD, 0, 10, 3, 1), (Kind.ADD, 0, 10, 3, 2), (Kind.ADD, 1, 11, 3, 3),
+        (Kind.ADD, 1, 12, 1, 4), (Kind.DELETE, 2, 0, 0, 1),
+    ]  # fmt: skip
+    assert twin.malformed == {"bad_field": 1}  # an order of an entry that is not there
+
+
+@need_data
 @pytest.mark.parametrize("path", CME_AB, ids=lambda path: path.stem)
 def test_cme_lines_a_and_b(path: Path) -> None:
     events, feed, table, messages = packets_of("cme_mdp3", CME_XML, [path])
@@ -906,7 +945,7 @@ def test_binance_depth() -> None:
 
 @need_data
 def test_shipped_mappings_fit_the_schemas() -> None:
-    for name, xml in (("cme_mdp3", CME_XML), ("b3_umdf", B3_XML), ("binance_fix_sbe", BINANCE_XML),
+    for name, xml in (("cme_mdp3", CME_XML), ("cme_mdp3_mbo", CME_XML), ("b3_umdf", B3_XML), ("binance_fix_sbe", BINANCE_XML),
                       ("binance_spot", SCHEMAS / "binance_spot_3_0.xml"), ("sbe", SCHEMAS / "binance_spot_3_5.xml")):  # fmt: skip
         spec = load_spec(f"{name}:{xml}")
         json.dumps(spec.counters)

@@ -137,7 +137,7 @@ def of_use(recovery: Any, last: Any, done: Any) -> Any:
     """Whether a snapshot that contains the feed up to `last` can bring a book back, where the feed is done up to `done`."""
     w = recovery.words
     w[SNAPSHOTS] += 1
-    reason = np.int64(0)
+    reason: Any = np.int64(0)
     if last < w[GAP_END]:
         reason = TOO_OLD
     elif last > done:

@@ -654,8 +654,8 @@ class _TemplateWriter:
             test = " or ".join(f"{raw} == np.uint64({value})" for value in condition.values) if source.field.text else ""
             test = f"({test or _equals(raw, source.field, condition.values)})"
             kind = source.leaf.type
-            null = kind.null if isinstance(kind, Enum) else source.field.null
-            if present and null is not None and null in condition.values:  # what an older version lacks is null
+            none = kind.null if isinstance(kind, Enum) else source.field.null
+            if present and none is not None and none in condition.values:  # what an older version lacks is null
                 return f"(not {present} or {test})"
             return f"({present} and {test})" if present else test
         null = f"({_equals(raw, source.field, [source.field.null])})" if source.field.null is not None else "False"

@@ -320,7 +320,7 @@ class _MappingReader:
     def _cases(self, where: tuple[str, ...], table: Mapping[str, Any], message: Message) -> tuple[SbeCase, ...]:
         listed = table.get("event", [])
         numbered = isinstance(listed, list)
-        cases = []
+        cases: list[SbeCase] = []
         for number, raw in enumerate(listed if numbered else [listed]):
             at = (*where, "event", str(number)) if numbered else (*where, "event")
             if not isinstance(raw, dict):

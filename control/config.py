@@ -499,9 +499,10 @@ class Source(Table):
     )
     snapshot_endpoint: str | None = key(
         None,
-        "binance: where a book's snapshot is, with {symbol} in it; none: https://api.binance.com/api/v3/depth.",
+        "binance: where a book's snapshot is, with {symbol} in it; none: https://api.binance.com/api/v3/depth. multicast and pcap, CME: "
+        "the group of the snapshot (market recovery) channel, udp://GROUP:PORT, which brings books back after a gap.",
         live=True,
-        only=("websocket",),
+        only=("websocket", "multicast", "pcap"),
     )
     snapshot_interval_ms: float = key(
         500.0, "Least time between two requests for snapshots.", live=True, unit="ms", ge=0, le=600_000, only=("websocket",)
@@ -687,6 +688,8 @@ class Source(Table):
                 "endpoint_b", self.endpoint_b, required=False
             )
             bad += _check_server("rerequest", self.rerequest)
+        if self.type in ("multicast", "pcap"):
+            bad += self._check_snapshots()
         bad += self._check_connected()
         if self.type == "simulator" and not self.symbols:
             bad.append(Refusal("symbols", "is missing", "name the symbols to simulate"))
@@ -702,6 +705,14 @@ class Source(Table):
         _refused(bad)
         return self
 
+    def _check_snapshots(self) -> list[Refusal]:
+        bad = _check_endpoint("snapshot_endpoint", self.snapshot_endpoint, required=False)
+        if self.snapshot_endpoint and self.bypass not in ("auto", "none"):
+            bad.append(Refusal("bypass", "goes with snapshot_endpoint only as none or auto", "snapshots are received by sockets"))
+        if self.snapshot_endpoint and self.rerequest:
+            bad.append(Refusal("rerequest", "goes without snapshot_endpoint", "a venue has the one or the other"))
+        return bad
+
     @property
     def soupbintcp(self) -> bool:
         """Whether it is a SoupBinTCP client."""
@@ -716,7 +727,7 @@ class Source(Table):
         bad: list[Refusal] = []
         if self.type in _SCHEMES:
             bad += _check_address(self.endpoint, self.type)
-        if self.snapshot_endpoint is not None:
+        if self.snapshot_endpoint is not None and self.type == "websocket":
             bad += _check_url("snapshot_endpoint", self.snapshot_endpoint, ("http", "https"))
             if "{symbol}" not in self.snapshot_endpoint:
                 bad.append(

@@ -213,6 +213,7 @@ def make_feed(
     start_sequence: int = 0,
     restart_distance: int = 65536,
     order_slots: int = 1 << 22,
+    recovery_line: int = -1,
 ) -> Feed:
     """State of one source's decoder.
 
@@ -223,6 +224,8 @@ def make_feed(
         hold_packets, hold_bytes: how many packets wait for a missing one, and the longest that can.
         start_sequence: first sequence expected; 0 takes the first that comes.
         restart_distance: see :mod:`tickmesh.node.arbiter`; only for framings without a session id.
+        recovery_line: the line by which snapshots come, for mappings with ``[recovery]``: then a feed that does not begin with sequence 1
+            begins with a gap. -1: there are none.
         order_slots: for protocols that follow orders, a power of two: three quarters of it may rest at once.
     """
     size = spec.code_bytes
@@ -242,7 +245,8 @@ def make_feed(
         gap_wait_ns=gap_wait_ns,
         hold_packets=hold_packets if packets else 0,
         hold_bytes=hold_bytes if packets else 0,
-        start_sequence=start_sequence,
+        start_sequence=max(start_sequence, arbiter.FIRST_SEQUENCE) if recovery_line >= 0 else start_sequence,
+        recovery_line=recovery_line,
         restart_distance=0 if framing is None or framing.session else restart_distance,
         order_slots=order_slots if spec.follow_orders else 1,
         time_told=spec.timestamp_since != "time_message",
@@ -907,11 +911,19 @@ class _DecoderWriter:
         if fr.count_to_end:
             self.out(_MESSAGES_IN.format(prefix=prefix, least=least, offset=fr.message_offset))
         self._accept()
-        self.out(_PACKETS.format(reserve=self.reserve, cleared=self.on_clear()))
+        self.out(_PACKETS.format(reserve=self.reserve, cleared=self.on_clear(), **self.recovering()))
 
     def on_clear(self) -> str:
         """What else is to be forgotten when the venue begins a new session: a statement, or nothing."""
         return "\n            forget_orders(feed)" if self.spec.follow_orders else ""
+
+    def recovering(self) -> dict[str, str]:
+        """What a decoder with a snapshot channel does between packets: statements by their place in the loop, or nothing."""
+        return {"told": "", "gapped": "", "snapshot": ""}
+
+    def keeping(self) -> str:
+        """What is done with a packet's sequence before it is arbitrated: a statement, or nothing."""
+        return ""
 
     def _accept(self) -> None:
         """``_accept``: read one packet's header and act on the arbiter's verdict; returns whether the packet is done with."""
@@ -950,6 +962,8 @@ class _DecoderWriter:
         out(f"seq = np.int64({_load(fr.sequence, 'p')})")
         if later:
             out(f"if beats:\n    seq = np.int64({_load(later, 'p')})")
+        if self.keeping():
+            out(self.keeping())
         if fr.end_count is not None:
             out(f"ended = count == {fr.end_count}\nif ended:\n    count = np.int64(0)")
         if fr.unsequenced is not None:
@@ -1094,7 +1108,7 @@ def packet_events(buf, packets, first, count, feed, out):
     arb = feed.arbiter
     s = arb.state
     i, n, room = np.int64(first), np.int64(0), np.int64(out.size) - {reserve}
-    while n <= room:
+    while n <= room:{told}
         step = next_step(arb)
         if step == A.CONTINUE:
             held, index = s[A.CURRENT] == A.FROM_HELD, s[A.CURRENT_INDEX]
@@ -1110,13 +1124,13 @@ def packet_events(buf, packets, first, count, feed, out):
                     arb.lines[line, A.LINE_PACKETS] += _ONE
                     i += 1
         elif step == A.EMIT_GAP:
-            n = emit_gap(arb, out, n)
+            n = emit_gap(arb, out, n){gapped}
         elif step == A.EMIT_CLEAR:
             n = emit_clear(arb, out, n){cleared}
         elif i >= count:
             break
         else:
-            line = np.int64(packets[np.uint64(i)].line) & 3
+            line = np.int64(packets[np.uint64(i)].line) & 3{snapshot}
             if _accept(buf, packets[np.uint64(i)], feed):
                 arb.lines[line, A.LINE_PACKETS] += _ONE
                 i += 1

@@ -7,6 +7,7 @@ read the same way, so that a replay and a live node report the same numbers.
 
 from __future__ import annotations
 
+import ipaddress
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -120,8 +121,9 @@ class _SpecReader(Reader):
     """What the readers of spec'd protocols share."""
 
     def __init__(
-        self, spec: Spec, framing: Framing, options: Source, table: InstrumentTable, source: int, progress: Progress, alone: bool
-    ) -> None:
+        self, spec: Spec, framing: Framing, options: Source, table: InstrumentTable, source: int, progress: Progress, alone: bool,
+        name: str = "",
+    ) -> None:  # fmt: skip
         self.spec, self.framing, self.format, self.order_ids = spec, framing, spec.name, spec.order_ids
         fields = protocol_fields(options)
         self.decoder: Any = (
@@ -129,8 +131,9 @@ class _SpecReader(Reader):
         )
         table.let_through(source, options.symbols, options.exclude)
         self.feed = make_feed(
-            spec, table, source, framing=framing, midnight_ns=options.midnight_ns(), gap_wait_ns=int(options.gap_wait_ms * 1e6)
-        )
+            spec, table, source, framing=framing, midnight_ns=options.midnight_ns(), gap_wait_ns=int(options.gap_wait_ms * 1e6),
+            recovery_line=recovery_line(name, options, spec, SNAPSHOT_LINE),
+        )  # fmt: skip
         self.problems: list[Problem] = []
 
     @property
@@ -263,6 +266,7 @@ class PacketReader(_SpecReader):
     def __init__(self, files: Sequence[Path], spec: Spec, framing: Framing, options: Source, table: InstrumentTable, *more: Any) -> None:
         super().__init__(spec, framing, options, table, *more)
         lines = capture_lines(options)
+        self._snapshots = _destination(options.snapshot_endpoint) if options.snapshot_endpoint else None
         self._batches = (batch for path in files for batch in self._file(path, lines))
         self.buffer: Any = None
         self.packets: Any = None
@@ -274,6 +278,9 @@ class PacketReader(_SpecReader):
         capture = read_capture(path, problems=self.problems)
         self.bytes += path.stat().st_size
         for packets in capture.batches(lines):
+            if self._snapshots is not None:
+                address, port = self._snapshots
+                packets["line"][(packets["address"] == address) & (packets["port"] == port)] = SNAPSHOT_LINE
             yield capture.buffer, packets
 
     def next_batch(self) -> bool:
@@ -364,6 +371,12 @@ def protocol_fields(options: Source) -> dict[str, str] | list[str]:
     return {wanted.path: event for event, wanted in options.fields.items()}
 
 
+def _destination(endpoint: str) -> tuple[int, int]:
+    """Address and port of ``udp://ADDRESS:PORT`` as a PACKET has them."""
+    address, port = endpoint.removeprefix("udp://").rsplit(":", 1)
+    return int(ipaddress.IPv4Address(address)), int(port)
+
+
 def capture_lines(options: Source) -> dict[tuple[str, int], int] | None:
     """Destination -> line (0 = A, 1 = B) of a packet capture; None takes every datagram as line A."""
     lines = {}
@@ -372,6 +385,24 @@ def capture_lines(options: Source) -> dict[tuple[str, int], int] | None:
             address, port = endpoint.removeprefix("udp://").rsplit(":", 1)
             lines[address, int(port)] = line
     return lines or None
+
+
+SNAPSHOT_LINE = 2
+"""The line of a capture's snapshots; what is on no line of its own is A."""
+
+
+def recovery_line(name: str, options: Source, spec: Spec, line: int) -> int:
+    """`line`, the one of the snapshots, if the source has a snapshot channel; else -1.
+
+    Raises:
+        SourceError: the protocol does not know what a snapshot contains.
+    """
+    if not options.snapshot_endpoint:
+        return -1
+    if not isinstance(spec, SbeSpec) or not spec.processed:
+        reason = f"snapshot_endpoint needs a mapping with [recovery], such as cme_mdp3, and {spec.name!r} has none; remove the key"
+        raise SourceError(name, reason)
+    return line
 
 
 def spec_and_framing(name: str, options: Source) -> tuple[Spec, Framing]:
@@ -453,5 +484,5 @@ def open_reader(
         return FixReader(name, files, options, table, source, progress, alone, folder)
     spec, framing = spec_and_framing(name, options)
     if framing.packets:
-        return PacketReader(files, spec, framing, options, table, source, progress, alone)
+        return PacketReader(files, spec, framing, options, table, source, progress, alone, name)
     return StreamReader(files, spec, framing, options, table, source, progress, alone)

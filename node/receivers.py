@@ -29,7 +29,7 @@ from tickmesh.node.instruments import EXCLUDED, FILTERED, InstrumentTable
 from tickmesh.node.loops import receive_loop
 from tickmesh.node.order_map import take_orders
 from tickmesh.node.protocol import Field, load_framing, load_spec
-from tickmesh.node.reader import Reader, SourceError, open_reader, protocol_fields, spec_and_framing
+from tickmesh.node.reader import Reader, SourceError, open_reader, protocol_fields, recovery_line, spec_and_framing
 from tickmesh.node.rerequest import FOREVER_NS, Rerequest, RerequestCounters, can_rerequest
 from tickmesh.node.router import ROUTE_EVENTS, Router, make_router, route_now
 from tickmesh.node.timers import C_EVENT, NOT_LIVE, go_on
@@ -327,7 +327,10 @@ class MulticastReceiver(Receiver):
         decoder = decoder_parts(self.spec, framing, fields=protocol_fields(options))
         context.table.let_through(context.number, options.symbols, options.exclude)
         midnight_ns, wait_ns = options.midnight_ns(), FOREVER_NS if options.rerequest else gap_wait_ns
-        self.feed = make_feed(self.spec, context.table, context.number, framing=framing, midnight_ns=midnight_ns, gap_wait_ns=wait_ns)
+        self.feed = make_feed(
+            self.spec, context.table, context.number, framing=framing, midnight_ns=midnight_ns, gap_wait_ns=wait_ns,
+            recovery_line=recovery_line(name, options, self.spec, len(_lines(options))),
+        )  # fmt: skip
         self.path, self._module = self._open(decoder)
         self.request: Rerequest | None = None
         try:
@@ -345,14 +348,14 @@ class MulticastReceiver(Receiver):
         """
         options = self.options
         wish = Wish(
-            endpoints=tuple(endpoint for endpoint in (options.endpoint, options.endpoint_b) if endpoint),
+            endpoints=(*_lines(options), *([options.snapshot_endpoint] if options.snapshot_endpoint else [])),
             interface=options.interface,
             owner=self.name,
             buffer_bytes=options.recv_buffer_kb * 1024,
             kernel_stamps=options.receive_stamps == "kernel",
             busy_poll_us=options.busy_poll_us,
         )
-        ways, self.refusals = ways_of(options.bypass), list[Refusal]()
+        ways, self.refusals = ways_of("none" if options.snapshot_endpoint else options.bypass), list[Refusal]()
         for way in ways:
             insisted = len(ways) == 1
             refusal = None if way == SOCKETS else lacking(way, wish.interface_name(), wish.buffer_bytes, insisted=insisted)
@@ -452,6 +455,8 @@ class MulticastReceiver(Receiver):
         if sequence is None:
             return True
         state, descriptors = self.feed.arbiter.state, self.path.face.descriptors()
+        if self.options.snapshot_endpoint:  # whose sequence is another one
+            descriptors = descriptors[: len(_lines(self.options))]
         while self.stop[0] == 0:
             for ready in select.select(descriptors, [], [], _PACE_SLICE_S)[0]:
                 seen = self._peek(descriptors.index(ready), sequence)
@@ -510,6 +515,11 @@ class MulticastReceiver(Receiver):
         self.path.close()
         if self.request is not None:
             self.request.close()
+
+
+def _lines(options: Source) -> list[str]:
+    """The endpoints of the lines that are arbitrated, A first."""
+    return [endpoint for endpoint in (options.endpoint, options.endpoint_b) if endpoint]
 
 
 def bind_codes(feed: Feed, table: InstrumentTable, codes: Mapping[int, int]) -> None:

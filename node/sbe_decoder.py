@@ -18,15 +18,91 @@ from tickmesh.node.decoder import _DecoderWriter, _equals, _load, _Source, _word
 from tickmesh.node.event import NO_SIDE, PRICE_DECIMALS, Kind
 from tickmesh.node.protocol import KINDS, Field, Framing
 from tickmesh.node.sbe_mapping import Condition, FlagTest, SbeCase, SbeSpec, Source, Template, Text, leaf_field
-from tickmesh.node.sbe_schema import Data, Encoding, Group, Leaf, Level, Member
+from tickmesh.node.sbe_schema import Data, Encoding, Enum, Group, Leaf, Level, Member
 
 _IMPORTS = """
-from tickmesh.node.feed import BAD_ENCODING, BAD_GROUP, OTHER_SCHEMA, RESOLVED_BELOW, find_code, resolve_symbol
+from tickmesh.node.feed import BAD_ENCODING, BAD_GROUP, OTHER_SCHEMA, RESOLVED_BELOW, UNKNOWN_INSTRUMENT, find_code, resolve_symbol
 from tickmesh.node.sbe_kernels import (
-    HAS_HELD, IMPLIED, RESUME, clear_ladder, clear_ladders, data_word, define, find_template, hold_last, ladder_level, put_event, rescale,
-    resolve_book, set_depth, take_held, tie,
+    HAS_HELD, IMPLIED, RESUME, clear_ladder, clear_ladders, data_word, define, find_template, hold_last, put_event, put_level,
+    rescale, resolve_book, set_depth, take_held,
 )
 """
+_RECOVERY_IMPORTS = """
+from tickmesh.node import recovery as R
+from tickmesh.node.feed import Feed
+from tickmesh.node.recovery import (
+    begin_book, begin_packet, begin_recovery, end_book, forget_recovery, keep_packet, of_use, stage, take_ladder, tell, wants_packet,
+)
+"""
+_RECOVERY = '''
+
+@outlined
+def _decode_aside(buf, pos, end, seq, ts_recv, feed):
+    """Decode messages up to `end`, staging what belongs to the book that is recovered, with ladders and counters aside."""
+    r, zero = feed.recovery, np.int64(0)
+    aside = Feed(feed.instruments, feed.codes, feed.code_keys, feed.state, r.counts, r.malformed, feed.arbiter, r.ladders, feed.depths,
+                 feed.held, feed.orders, r)
+    while pos < end:
+        before = pos
+        pos, left, last, n = _decode(buf, pos, end, np.int64(1 << 62), seq, ts_recv, aside, r.scratch, zero)
+        if not stage(r, feed.instruments.records, n, IMPLIED):
+            feed.state[RESUME] = feed.state[HAS_HELD] = 0
+            return False
+        if pos == before and n == 0:
+            break
+    return True
+
+
+@outlined
+def _recover_book(buf, pos, end, last, ts_recv, feed):
+    """A snapshot and what the feed has brought since; true if there is something to tell now."""
+    r, done = feed.recovery, feed.arbiter.state[A.EXPECTED] - 1
+    if not of_use(r, last, done):
+        return False
+    begin_book(r)
+    good = _decode_aside(buf, pos, end, done, ts_recv, feed)
+    seq = last + 1
+    while good and seq <= done:
+        slot = seq % np.int64(r.kept.size)
+        at = slot * R.SLOT_BYTES
+        good = _decode_aside(r.bytes, at + {header}, at + r.kept[slot].length, done, ts_recv, feed)
+        seq += 1
+    found = end_book(r, done)
+    if found >= 0:
+        take_ladder(r, feed.ladders, found, {levels})
+        implied = find_code(feed, feed.instruments.records[found].code | IMPLIED)
+        if implied < RESOLVED_BELOW:
+            take_ladder(r, feed.ladders, implied, {levels})
+    return r.words[R.COUNT] > 0
+
+
+@outlined
+def _recover(buf, packet, feed):
+    """Read a packet of the snapshot channel; true if it is done with, false if something is to be told before the rest of it."""
+    w, s = feed.recovery.words, feed.arbiter.state
+    s[A.NOW] = max(s[A.NOW], packet.ts_recv)
+    p, size = np.int64(packet.offset), np.int64(packet.length)
+    if size < {header} or p + size > np.int64(buf.size):
+        feed.malformed[SHORT_PACKET] += _ONE
+        return True
+    if w[R.POSITION] == 0:
+        begin_packet(feed.recovery, np.int64({sequence}))
+        w[R.POSITION] = {header}
+    pos, end = p + w[R.POSITION], p + size
+    while w[R.WANTED] != 0 and pos + {prefix} <= end:
+        total = _total(buf, pos)
+        if total <= {offset} or pos + total > end:
+            feed.malformed[TRUNCATED] += _ONE
+            break
+        last = _processed(buf, pos + {offset}, total - {offset})
+        told = last >= 0 and _recover_book(buf, pos, pos + total, last, packet.ts_recv, feed)
+        pos += total
+        if told:
+            w[R.POSITION] = pos - p
+            return False
+    w[R.POSITION] = 0
+    return True
+'''
 _MADE_HERE = 1
 """`aux` of a CLEAR of all instruments that a message asks for: the packets' sequence goes on (see continuation.py)."""
 _I64_MAX = (1 << 63) - 1
@@ -53,6 +129,8 @@ class SbeDecoderWriter(_DecoderWriter):
 
     def tables(self) -> None:
         self.out(_IMPORTS.strip("\n"))
+        if self._recovers:
+            self.out(_RECOVERY_IMPORTS.strip("\n"))
         ordered = list(enumerate(message.id for message in self.spec.ordered))
         ordered.sort(key=lambda item: item[1])
         self.out(f"_TEMPLATES = np.array({[template for _, template in ordered]}, np.int64)")
@@ -60,7 +138,30 @@ class SbeDecoderWriter(_DecoderWriter):
         super().tables()
 
     def on_clear(self) -> str:
-        return "\n            clear_ladders(feed)" if self.spec.levels else ""
+        ladders = "\n            clear_ladders(feed)" if self.spec.levels else ""
+        return ladders + ("\n            forget_recovery(feed.recovery)" if self._recovers else "")
+
+    @property
+    def _recovers(self) -> bool:
+        """Whether the feed may have a snapshot channel: a packet has one sequence, by which snapshots say what they contain."""
+        return bool(self.spec.processed) and self.framing.packets and self.framing.by_packet
+
+    def recovering(self) -> dict[str, str]:
+        if not self._recovers:
+            return super().recovering()
+        return {
+            "told": "\n        if feed.recovery.words[R.COUNT] > 0:\n            n = tell(feed.recovery, out, n)\n            continue",
+            "gapped": "\n            begin_recovery(feed.recovery, s[A.EXPECTED] - 1)",
+            "snapshot": "\n            if line == feed.recovery.words[R.LINE]:\n"
+            "                if _recover(buf, packets[np.uint64(i)], feed):\n                    arb.lines[line, A.LINE_PACKETS] += _ONE\n"
+            "                    i += 1\n                continue",
+        }
+
+    def keeping(self) -> str:
+        if not self._recovers:
+            return ""
+        kept = "keep_packet(feed.recovery, buf, p, size, seq, packet.ts_recv)"
+        return f"if wants_packet(feed.recovery, seq, s[A.EXPECTED]):\n    {kept}"
 
     # ---- the loop over messages
 
@@ -70,6 +171,26 @@ class SbeDecoderWriter(_DecoderWriter):
             if template.cases:
                 _TemplateWriter(self, template, counter).write()
         self._loop()
+        if self._recovers:
+            self._recovery()
+
+    def _recovery(self) -> None:
+        """``_recover``: a packet of the snapshot channel (:mod:`tickmesh.node.recovery`)."""
+        fr, out, header = self.framing, self.out, self.spec.schema.header
+        assert fr.sequence is not None
+        out("\n@outlined\ndef _processed(buf, m, length):")
+        out.indent()
+        out('"""Up to which packet of the feed a message, a snapshot, goes; -1 if it is none."""')
+        out(f"if length < {header.size}:\n    return np.int64(-1)")
+        out(f"block, template, b0 = {self._header_part('blockLength')}, {self._header_part('templateId')}, m + {header.size}")
+        out(f"if {self._header_part('schemaId')} != {self.spec.schema.id} or block + {header.size} > length:\n    return np.int64(-1)")
+        for template, field in self.spec.processed.items():
+            out(f"if template == {template} and block >= {field.offset + field.size}:\n    return np.int64({_load(field, 'b0')})")
+        out("return np.int64(-1)")
+        out.indent(-1)
+        prefix = fr.length.offset + fr.length.size
+        out(_RECOVERY.format(header=fr.header_bytes, prefix=prefix, offset=fr.message_offset, levels=max(1, self.spec.ladder_levels),
+                             sequence=_load(fr.sequence, "p")))  # fmt: skip
 
     def _instruments(self) -> None:
         """``_by_code`` and ``_by_symbol``: the instrument of a message or entry, with its REFERENCE if it is new."""
@@ -180,8 +301,8 @@ class _TemplateWriter:
         self.chain: list[Level] = [template.message]
         self.used = [(self._path(case, source.depth), source) for case in self.cases for source in _sources(case)]
         self.texts = [(case, case.symbol) for case in self.cases if case.symbol]
-        self.hoisted = self._hoisted()
         self.loaded: dict[str, str] = {}
+        self.hoisted = self._hoisted()
 
     def _path(self, case: SbeCase, depth: int) -> tuple[str, ...]:
         """The level that a case's source of that depth is in."""
@@ -195,7 +316,7 @@ class _TemplateWriter:
         making = [case for case in self.cases if case.kind not in ("nothing", "reference") and not case.whole]
         conditional = any(case.when and not case.path for case in self.cases)  # what says nothing should name no instrument either
         defining = any(case.kind == "reference" for case in self.cases)  # which gives the instrument its name first
-        if not making or conditional or defining or any("book" in case.values for case in making):
+        if not making or conditional or defining or any("book" in case.values or self._lacks_code(case) for case in making):
             return ""
         codes, symbols = [case.code for case in making], [case.symbol for case in making]
         if all(code and code.depth == 0 for code in codes):
@@ -259,7 +380,8 @@ class _TemplateWriter:
         """Bytes that a block must have for what is read of it."""
         ends = [source.field.offset + source.field.size for used, source in self.used
                 if used == path and not source.guarded and source.leaf.constant is None]  # fmt: skip
-        ends += [text.field.offset + text.field.size for case, text in self.texts if text.field and case.path[: text.depth] == path]
+        ends += [text.field.offset + text.field.size for case, text in self.texts
+                 if text.field and not text.guarded and case.path[: text.depth] == path]  # fmt: skip
         return max(ends, default=0)
 
     def _walk(self, level: Level, path: tuple[str, ...], p: str, *, record: bool) -> None:
@@ -349,7 +471,8 @@ class _TemplateWriter:
         joined = next((case.joined for case in cases if case.joined), None)
         if joined:
             group, number = joined
-            out(f"number = np.int64({self._raw(number)})")
+            present = self._present(number)
+            out(f"number = np.int64({self._raw(number)})" + (f" if {present} else np.int64(0)" if present else ""))
             out(f"known = number > 0 and number <= num_{group}")
             out(f"bj, kj = at_{group} + (number - 1) * k_{group} if known else b0, k_{group}")
         simple = len(cases) == 1 and not cases[0].when
@@ -400,6 +523,8 @@ class _TemplateWriter:
         for target, source in case.values.items():
             values[target], found = self._value(target, source)
             refusals += found
+        if (lacks := self._lacks_code(case)) and not case.whole:
+            refusals.insert(0, (lacks, "UNKNOWN_INSTRUMENT"))
         word = "if"
         for test, reason in refusals:
             out(f"{word} {test}:\n    malformed[{reason}] += _ONE")
@@ -454,16 +579,15 @@ class _TemplateWriter:
             out(f"set_depth(feed, instrument, {values['qty']}, {self.spec.levels})")
         else:
             if case.kind == "clear" and self.spec.levels:
-                out(f"clear_ladder(feed, instrument, np.uint8({values.get('side', NO_SIDE)}), {self.spec.levels})")
+                out(f"clear_ladder(feed, instrument, np.uint8({values.get('side', NO_SIDE)}), {self.spec.ladder_levels})")
             if "change" not in values:
                 self._put(case, values, "instrument")
             else:  # which may become several events, or none
-                self._put(case, values, "instrument", first="n", end="end_of_level")
                 position = f"np.int64({values['position']})"
-                known = "feed.depths[instrument]" if self.writer.depths else "np.int64(0)"
-                levels = f"{known}, np.int64({self.spec.levels})"
-                out(f"end_of_level = ladder_level(feed, np.int64({values['change']}), {position}, {levels}, out, end_of_level)")
-                out("n = tie(out, n, end_of_level, first)")
+                levels = f"np.int64({self.spec.levels})"
+                shown = f"feed.depths[instrument] if feed.depths[instrument] > 0 else {levels}" if self.writer.depths else levels
+                change = f"feed, np.int64({values['change']}), {position}, {shown}, np.int64({self.spec.ladder_levels})"
+                self._put(case, values, "instrument", change=change)
         out.indent(-1)
 
     def _book(self, case: SbeCase, values: dict[str, str]) -> None:
@@ -472,14 +596,17 @@ class _TemplateWriter:
         book = f" | (IMPLIED if {values['book']} == 1 else _ZERO)" if "book" in values else ""
         self.out(f"instrument, n = _by_code(feed, {self._number(case.code)}{book}, seq, stamp, ts_recv, out, n)")
 
-    def _put(self, case: SbeCase, values: dict[str, str], instrument: str, *, first: str = "first", end: str = "n") -> None:
+    def _put(self, case: SbeCase, values: dict[str, str], instrument: str, *, change: str = "") -> None:
         kind = int(Kind.GAP) if case.kind == "stale" else int(KINDS[case.kind])
         flags = " | ".join([str(case.flags), *(self._flag(test) for test in case.tests)])
         casts = {"price": "np.int64", "qty": "np.int64", "id": "np.uint64", "aux": "np.int64"}
         body = ", ".join(f"{cast}({values.get(name, '0')})" for name, cast in casts.items())
         side = f"np.uint8({values.get('side', NO_SIDE)})"
-        what = f"{instrument}, np.uint8({kind}), {side}, np.uint16({flags})"
-        self.out(f"{end} = put_event(out, n, {first}, seq, stamp, ts_recv, {what},\n    {body})")
+        place, what = "out, n, first, seq, stamp, ts_recv", f"{side}, np.uint16({flags})"
+        if change:  # which may become several events, or none
+            self.out(f"n = put_level({change}, {place}, {instrument}, {what},\n    {body})")
+        else:
+            self.out(f"n = put_event({place}, {instrument}, np.uint8({kind}), {what},\n    {body})")
 
     # ---- expressions
 
@@ -495,12 +622,18 @@ class _TemplateWriter:
         """Test whether this version of the message has the field; None if it must."""
         if not source.guarded:
             return None
+        if source.leaf.constant is not None:
+            return f"(version >= {source.leaf.since})"
         return f"(version >= {source.leaf.since} and {source.field.offset + source.field.size} <= {self._base(source)[1]})"
 
     def _number(self, code: Source) -> str:
         field = code.field
         raw = self._raw(dataclasses.replace(code, field=dataclasses.replace(field, signed=False)))
         return f"np.uint64({raw})"
+
+    def _lacks_code(self, case: SbeCase) -> str:
+        """Test whether a message does not say its instrument's code, as it is null or older than the field; nothing if it must."""
+        return self._lacks(case.code) if case.code else ""
 
     def _time(self, stamp: Source) -> str:
         unit = f" * {self.spec.timestamp_unit_ns}" if self.spec.timestamp_unit_ns != 1 else ""
@@ -520,6 +653,10 @@ class _TemplateWriter:
         if condition.null is None:
             test = " or ".join(f"{raw} == np.uint64({value})" for value in condition.values) if source.field.text else ""
             test = f"({test or _equals(raw, source.field, condition.values)})"
+            kind = source.leaf.type
+            none = kind.null if isinstance(kind, Enum) else source.field.null
+            if present and none is not None and none in condition.values:  # what an older version lacks is null
+                return f"(not {present} or {test})"
             return f"({present} and {test})" if present else test
         null = f"({_equals(raw, source.field, [source.field.null])})" if source.field.null is not None else "False"
         null = f"(not {present} or {null})" if present else null
@@ -556,7 +693,9 @@ class _TemplateWriter:
         field = source.field
         if field.map is None:
             return "_NO_PRICE" if field.decimals >= 0 else "0"
-        null = source.leaf.type.primitive.null
+        leaf = source.leaf
+        null = leaf.type.null if isinstance(leaf.type, Enum) else leaf.primitive.null if leaf.null is None else int(leaf.null)
+        null = null & 0xFF if null is not None and field.size == 1 else null
         found = field.map.get(null, field.map_default) if null is not None else field.map_default
         return None if found is None else str(found)
 
@@ -572,27 +711,38 @@ class _TemplateWriter:
 
     def _rescaled(self, target: str, source: Source) -> tuple[str, list[tuple[str, str]]]:
         """A decimal whose exponent is on the wire, or that is not a price of at most 9 decimals."""
-        out, field = self.out, source.field
-        raw = self._raw(source)
-        exponent = source.exponent if isinstance(source.exponent, int) else self._raw(source.exponent) if source.exponent else "0"
-        out(f"v_{target}, exact_{target} = rescale(np.int64({raw}), np.int64({exponent}), np.int64({source.digits}))")
-        tests = [self._present(source) or ""] if source.guarded else []
-        if field.null is not None:
-            tests.append(f"not ({_equals(raw, field, [field.null])})")
-        present = " and ".join(tests)
+        out, field, scale = self.out, source.field, source.exponent
+        raw, power = self._raw(source), self._raw(scale) if isinstance(scale, Source) else str(scale or 0)
+        unscaled = self._lacks(scale) if isinstance(scale, Source) else ""
+        tests = [f"not {test}" for test in (self._lacks(source),) if test]
+        mantissa = f"np.int64({raw}) if {self._present(source)} else np.int64(0)" if source.guarded else f"np.int64({raw})"
+        exponent = f"np.int64({power}) if not {unscaled} else np.int64(0)" if unscaled else f"np.int64({power})"
+        out(f"v_{target}, exact_{target} = rescale({mantissa}, {exponent}, np.int64({source.digits}))")
         is_price = target in ("price", "tick_size") or (target == "aux" and source.digits == PRICE_DECIMALS)
         nothing = "_NO_PRICE" if is_price else "np.int64(0)"
         large = f" or {raw} > np.uint64({_I64_MAX})" if field.size == 8 and not field.signed and source.leaf.constant is None else ""
-        refusal = f"(not exact_{target}{large})"
-        if not present:
-            return f"v_{target}", [(refusal, "PRICE_OVERFLOW")]
-        return f"(v_{target} if {present} else {nothing})", [(f"{present} and {refusal}", "PRICE_OVERFLOW")]
+        refusals = [(unscaled, "BAD_FIELD")] if unscaled else []
+        refusals.append((f"(not exact_{target}{large})", "PRICE_OVERFLOW"))
+        if not tests:
+            return f"v_{target}", refusals
+        return f"(v_{target} if {tests[0]} else {nothing})", [(f"{tests[0]} and {test}", reason) for test, reason in refusals]
+
+    def _lacks(self, source: Source) -> str:
+        """Test whether a field is null or not there; nothing if it always has a value."""
+        present, null = self._present(source), source.field.null
+        tests = [f"not {present}"] if present else []
+        if null is not None and source.leaf.constant is None:
+            tests.append(f"({_equals(self._raw(source), source.field, [null])})")
+        return f"({' or '.join(tests)})" if tests else ""
 
     def _symbol_words(self, text: Text, path: tuple[str, ...]) -> None:
         """``w0, w1, w2``: a symbol's words."""
         out = self.out
         if text.field:
-            out(f"w0, w1, w2 = {_words(text.field, f'b{text.depth}')}")
+            words, base = _words(text.field, f"b{text.depth}"), f"k{text.depth}"
+            present = f"version >= {text.since} and {text.field.offset + text.field.size} <= {base}"
+            assigned = f"w0, w1, w2 = {words}"
+            out(f"w0, w1, w2 = _ZERO, _ZERO, _ZERO\nif {present}:\n    {assigned}" if text.guarded else assigned)
             return
         assert text.data is not None
         name = "_".join((*path[: text.depth], text.data.name))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import IntEnum
-from types import ModuleType
+from types import ModuleType, NoneType
 from typing import Any
 
 import numpy as np
@@ -131,6 +131,7 @@ class _Writer:
         self.lines.append(f"\n@outlined\ndef write_{name}(buf, at, end, blocks, counts, texts):")
         self("at, end, block, count, text = np.int64(at), min(np.int64(end), np.int64(buf.size)), np.int64(0), np.int64(0), np.int64(0)")
         header = schema.header
+        self(f"if at < 0:\n    return np.int64({int(Failure.NO_ROOM)})")
         self._room(header.size)
         self(f"put_zeros(buf, at, {header.size})")
         parts = {"blockLength": message.block_length, "templateId": message.id, "schemaId": schema.id, "version": schema.version}
@@ -267,15 +268,17 @@ class _Packed:
                 self._check_constant(field, values, where)
         self.blocks += block
         for group in level.groups:
-            self._group(group, values.get(group.name, ()), f"{where}/{group.name}")
+                self._group(group, values.get(group.name) or (), f"{where}/{group.name}")
         for data in level.data:
-            self._data(data, values.get(data.name, b""), f"{where}/{data.name}")
+            self._data(data, b"" if values.get(data.name) is None else values[data.name], f"{where}/{data.name}")
 
     def _check_constant(self, field: Field, values: Mapping[str, Any], where: str) -> None:
         if values.get(field.name) not in (None, field.constant):
             raise EncodeError(f"{where}/{field.name}", f"is always {field.constant!r}")
 
     def _group(self, group: Group, entries: Sequence[Mapping[str, Any]], where: str) -> None:
+        if not isinstance(entries, Sequence) or not all(isinstance(entry, Mapping) for entry in entries):
+            raise EncodeError(where, "must be a list of tables, one for each entry")
         if len(entries) > group.dimension.count_max:
             raise EncodeError(where, f"has {len(entries)} entries; the schema allows {group.dimension.count_max}")
         self.counts.append(len(entries))
@@ -283,6 +286,8 @@ class _Packed:
             self.level(group, entry, where)
 
     def _data(self, data: Data, value: Any, where: str) -> None:
+        if not isinstance(value, (str, bytes, bytearray)):
+            raise EncodeError(where, f"{value!r} is neither text nor bytes")
         raw = value.encode("utf-8") if isinstance(value, str) else bytes(value)
         if len(raw) > data.length_max:
             raise EncodeError(where, f"has {len(raw)} bytes; the schema allows {data.length_max}")
@@ -309,7 +314,9 @@ class _Packed:
     def _array(self, block: bytearray, at: int, type: Encoding, value: Any, where: str) -> None:
         size = type.primitive.size
         if type.primitive.name == "char" or (type.primitive.size == 1 and isinstance(value, (bytes, str))):
-            raw = value.encode("latin-1") if isinstance(value, str) else bytes(value or b"")
+            if not isinstance(value, (str, bytes, bytearray, NoneType)):
+                raise EncodeError(where, f"{value!r} is neither text nor bytes")
+            raw = _latin(value, where) if isinstance(value, str) else bytes(value or b"")
             if len(raw) > type.length:
                 raise EncodeError(where, f"{value!r} is longer than {type.length} bytes")
             block[at : at + type.length] = raw.ljust(type.length, b"\0")
@@ -341,18 +348,27 @@ def _number(type: Encoding | Enum | Set, value: Any, optional: bool, where: str)
             raise EncodeError(where, "is missing, and it is not optional")
         null = primitive.null if type.null is None else type.null
         return float("nan") if null is None else null
-    if isinstance(value, (str, bytes)):
-        raw = value.encode("latin-1") if isinstance(value, str) else value
+    if isinstance(value, (str, bytes)) and primitive.size == 1:
+        raw = _latin(value, where) if isinstance(value, str) else value
         if len(raw) != 1:
             raise EncodeError(where, f"{value!r} is not one character")
         value = raw[0]
     if primitive.is_float:
+        if not isinstance(value, (int, float)):
+            raise EncodeError(where, f"{value!r} is not a number")
         return float(value)
     whole = (0, 255) if primitive.name == "char" else (primitive.least, primitive.most)
     least, most = (whole[0] if type.least is None else type.least), (whole[1] if type.most is None else type.most)
     if not isinstance(value, int) or least is None or most is None or not least <= value <= most:
         raise EncodeError(where, f"{value!r} is not a whole number within {least} to {most}")
     return value
+
+
+def _latin(text: str, where: str) -> bytes:
+    try:
+        return text.encode("latin-1")
+    except UnicodeEncodeError:
+        raise EncodeError(where, f"{text!r} has characters beyond Latin-1, which no char holds") from None
 
 
 def _enum_number(type: Enum, value: Any, optional: bool, where: str) -> int:

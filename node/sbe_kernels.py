@@ -238,21 +238,11 @@ def _remove_to(feed: Any, base: Any, levels: Any, count: Any, out: Any, n: Any) 
     return n
 
 
-@inlined
-def _with_removal(price: Any, out: Any, n: Any) -> Any:
-    """Write the removal of `price` before the event at ``out[n - 1]``; returns the new n."""
-    copy_record(out, n, out, n - 1)
-    before = out[np.uint64(n - 1)]
-    _removal(before, price)
-    before.flags |= _MORE
-    return n + 1
-
-
 @outlined
 def _rare_change(feed: Any, change: Any, at: Any, levels: Any, depth: Any, out: Any, n: Any) -> Any:
-    """The changes of many levels at once, and what is none; as :func:`ladder_level`."""
+    """The changes of many levels at once, and what is none; as :func:`put_level`, whose event is at ``out[n - 1]``."""
     e = out[np.uint64(n - 1)]
-    if e.side > np.uint8(1) or change > _REMOVE_TO or change < 0 or (change != _REMOVE_ALL and at >= np.uint64(levels)):
+    if e.side > np.uint8(1) or change > _REMOVE_TO or change < 0 or (change != _REMOVE_ALL and np.uint64(at) >= np.uint64(levels)):
         feed.malformed[BAD_FIELD] += _ONE
         return n - 1
     if change == _REMOVE_TO:
@@ -264,43 +254,56 @@ def _rare_change(feed: Any, change: Any, at: Any, levels: Any, depth: Any, out: 
 
 
 @inlined
-def ladder_level(feed: Any, change: Any, position: Any, known: Any, depth: Any, out: Any, n: Any) -> Any:
-    """Apply a change to the ladder of the LEVEL event at ``out[n - 1]`` and make that event what it means for a book by price.
+def _close_up(prices: Any, base: Any, at: Any, last: Any, room: Any) -> None:
+    """The levels behind `at` move up. All are looked at, whichever it is: a count that varies costs a misprediction."""
+    for i in range(room - _ONE):
+        moves = (i >= at) & (i < last)
+        prices[base + i] = prices[base + i + _ONE] if moves else prices[base + i]
+    prices[base + last] = _HOLE
+
+
+@inlined
+def _make_way(prices: Any, base: Any, at: Any, last: Any, room: Any) -> None:
+    """The levels from `at` on move down."""
+    for k in range(room - _ONE):
+        below = room - _ONE - k
+        moves = (below > at) & (below <= last)
+        prices[base + below] = prices[base + below - _ONE] if moves else prices[base + below]
+
+
+@inlined
+def put_level(
+    feed: Any, change: Any, position: Any, levels: Any, depth: Any, out: Any, n: Any, first: Any, seq: Any, ts_event: Any, ts_recv: Any,
+    instrument: Any, side: Any, flags: Any, price: Any, qty: Any, order: Any, aux: Any,
+) -> Any:  # fmt: skip
+    """Apply a change to a ladder and write what it means for a book by price; see :func:`put_event` for the rest.
 
     Args:
         change: :class:`Change`.
         position: of the level, from 1.
-        known: levels that the venue shows of the instrument (``feed.depths``); 0: as many as a ladder has.
+        levels: that the venue shows of the instrument.
         depth: levels that a ladder has room for.
 
     Returns:
-        The new n: the event may have become several (at most `depth`), or none if it says nothing or is not possible.
+        The new n: of one change may come several events (at most `depth`), or none if it says nothing or is not possible.
     """
-    e, prices = out[np.uint64(n - 1)], feed.ladders
-    levels = known if known > 0 else np.int64(depth)
-    at = np.uint64(position) - _ONE
-    if e.side > np.uint8(1) or change > _REMOVE or change < 0 or at >= np.uint64(levels):
-        return _rare_change(feed, change, at, levels, depth, out, n)
-    base = (np.uint64(e.instrument) * np.uint64(2) + np.uint64(e.side)) * np.uint64(depth)
-    here, last = base + at, base + np.uint64(levels) - _ONE
-    price, gone = e.price, prices[here]
+    prices, at = feed.ladders, np.uint64(position) - _ONE
+    if side > np.uint8(1) or change > _REMOVE or change < 0 or at >= np.uint64(levels):
+        end = put_event(out, n, n, seq, ts_event, ts_recv, instrument, _LEVEL, side, flags, price, qty, order, aux)
+        return tie(out, n, _rare_change(feed, change, at, levels, depth, out, end), first)
+    base = (np.uint64(instrument) * np.uint64(2) + np.uint64(side)) * np.uint64(depth)
+    last, room, zero = np.uint64(levels) - _ONE, np.uint64(depth), np.int64(0)
+    gone = prices[base + (last if change == _INSERT else at)]
     if change == _REMOVE:
-        e.price, e.qty, e.aux = gone if gone != _HOLE else price, np.int64(0), np.int64(0)
-        for i in range(np.uint64(depth) - _ONE):  # all levels, whichever it is: a count that varies costs a misprediction
-            moves = (i >= at) & (base + i < last)
-            prices[base + i] = prices[base + i + _ONE] if moves else prices[base + i]
-        prices[last] = _HOLE
-        return n
-    if change == _INSERT:
-        gone = prices[last]
-        for k in range(np.uint64(depth) - _ONE):
-            below = np.uint64(depth) - _ONE - k
-            moves = (below > at) & (base + below <= last)
-            prices[base + below] = prices[base + below - _ONE] if moves else prices[base + below]
-    prices[here] = price
-    if gone != _HOLE and gone != price:
-        return _with_removal(gone, out, n)
-    return n
+        _close_up(prices, base, at, last, room)
+        price, qty, aux = gone if gone != _HOLE else price, zero, zero
+    else:
+        if change == _INSERT:
+            _make_way(prices, base, at, last, room)
+        prices[base + at] = price
+        if gone != _HOLE and gone != price:  # written at once: to copy the event and change the copy would wait for the event's stores
+            n = put_event(out, n, first, seq, ts_event, ts_recv, instrument, _LEVEL, side, flags, gone, zero, order, zero)
+    return put_event(out, n, first, seq, ts_event, ts_recv, instrument, _LEVEL, side, flags, price, qty, order, aux)
 
 
 @outlined

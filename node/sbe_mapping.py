@@ -66,11 +66,17 @@ class Source:
 
 @dataclass(frozen=True)
 class Text:
-    """A symbol: a character field, or variable-length data of a level."""
+    """A symbol: a character field, or variable-length data of a level.
+
+    Attributes:
+        since: the version of the message from which on the level has the field, which is `guarded` then: before it there is no symbol.
+    """
 
     depth: int
     field: Field | None
     data: Data | None
+    since: int = 0
+    guarded: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,12 +128,18 @@ class Template:
 
 @dataclass(frozen=True, kw_only=True)
 class SbeSpec(Spec):
-    """A checked mapping of a schema. `levels`: of a ladder; 0: no mapping goes by position."""
+    """A checked mapping of a schema.
+
+    Attributes:
+        levels: of a ladder; 0: no mapping goes by position.
+        processed: by template id, the root's field that says up to which packet of the feed a snapshot goes; empty: there is no recovery.
+    """
 
     schema: Schema
     templates: tuple[Template, ...]
     levels: int
     framing: str | None
+    processed: Mapping[int, Field]
 
     @property
     def counters(self) -> list[str]:
@@ -145,6 +157,7 @@ class SbeSpec(Spec):
 
     @property
     def ladder_levels(self) -> int:
+        """Levels that a ladder has room for."""
         return self.levels
 
 
@@ -208,7 +221,7 @@ def _read(path: Path, schema: Schema | None) -> SbeSpec:
     return _MappingReader(doc, schema).spec()
 
 
-_TOP = ("protocol", "timestamp", "instrument", "maps", "fields", "messages")
+_TOP = ("protocol", "timestamp", "instrument", "recovery", "maps", "fields", "messages")
 _HEAD = ("name", "title", "schema", "package", "framing", "order_ids", "tick_size", "qty_exponent", "levels")
 _EVENT_KEYS = ("kind", "name", "group", "when", "flags", "flag_if", "instrument", "go_on", "of", *_TARGETS)
 
@@ -223,6 +236,7 @@ class _MappingReader:
         self.head = doc.table(root, ("protocol",), _HEAD, required=True)
         self.time = doc.table(root, ("timestamp",), ("field", "unit", "since"))
         self.instrument = doc.table(root, ("instrument",), ("code", "symbol"))
+        self.recovery = doc.table(root, ("recovery",), ("processed",))
         self.maps = doc.table(root, ("maps",))
         self.extras = doc.table(root, ("fields",))
         for name, table in self.extras.items():
@@ -258,9 +272,22 @@ class _MappingReader:
             templates=tuple(templates),
             levels=self.levels if laddered else 0,
             framing=head.get("framing"),
+            processed=self._processed(templates) if self.recovery else {},
         )
         doc.done()
         return spec
+
+    def _processed(self, templates: Sequence[Template]) -> dict[int, Field]:
+        """Where the snapshots among the messages say what they contain."""
+        name, found = self.doc.text(self.recovery, ("recovery", "processed")), {}
+        for template in templates:
+            leaf = next((one for one in leaves(template.message) if one.path == name), None)
+            field = leaf_field(leaf, self.schema.big) if leaf and template.cases and leaf.constant is None else None
+            if field is not None and not field.text and not field.signed:
+                found[template.message.id] = field
+        if not found:
+            self.doc.fault(("recovery", "processed"), f"no message that is mapped has an unsigned field {name!r} in its root")
+        return found
 
     def _templates(self) -> list[Template]:
         tables = self.doc.table(self.doc.root, ("messages",), required=True)
@@ -293,7 +320,7 @@ class _MappingReader:
     def _cases(self, where: tuple[str, ...], table: Mapping[str, Any], message: Message) -> tuple[SbeCase, ...]:
         listed = table.get("event", [])
         numbered = isinstance(listed, list)
-        cases = []
+        cases: list[SbeCase] = []
         for number, raw in enumerate(listed if numbered else [listed]):
             at = (*where, "event", str(number)) if numbered else (*where, "event")
             if not isinstance(raw, dict):
@@ -301,6 +328,9 @@ class _MappingReader:
                 continue
             case = _CaseReader(self, at, raw, message).case()
             if case:
+                others = [one.joined for one in cases if one.path == case.path and one.joined]
+                if case.joined and others and case.joined != others[0]:
+                    self.doc.fault((*at, "of"), f"{message.name}: events of one group refer to one other group, by one number")
                 cases.append(case)
         return tuple(cases)
 
@@ -404,7 +434,10 @@ class _CaseReader:
         if "decimals" in extra:
             field = dataclasses.replace(field, decimals=self.doc.number(extra, (*self.key, key, "decimals"), 0, PRICE_DECIMALS))
         if "null" in extra:
-            field = dataclasses.replace(field, null=int(extra["null"]))
+            null = self.raw_of(leaf, extra["null"])
+            if null is None:
+                self.fault(key, f"null: {extra['null']!r} is not a value of {leaf.path}")
+            field = dataclasses.replace(field, null=null)
         if "map" in extra:
             mapped, default = self._map(key, extra["map"], leaf)
             field = dataclasses.replace(field, map=mapped, map_default=default)
@@ -452,17 +485,17 @@ class _CaseReader:
                     return Text(depth, None, data)
                 leaf = next((one for one in leaves(level) if one.path == name), None)
                 if leaf:
-                    return self._symbol_field(depth, str(name), leaf)
+                    return self._symbol_field(depth, str(name), leaf, level)
         return None
 
-    def _symbol_field(self, depth: int, name: str, leaf: Leaf) -> Text | None:
+    def _symbol_field(self, depth: int, name: str, leaf: Leaf, level: Level) -> Text | None:
         field = leaf_field(leaf, self.big)
         uses_books = any("book" in one for one in _tables(self.doc.root.get("messages")))
         longest = SYMBOL_BYTES_MAX - (len(IMPLIED_SUFFIX) if uses_books else 0)
         if field is None or leaf.primitive.name not in ("char", "uint8") or field.size > longest or leaf.constant is not None:
             self.doc.fault(("instrument", "symbol"), f"{name!r} of {self.message.name} is not text of 1 to {longest} characters")
             return None
-        return Text(depth, dataclasses.replace(field, type=f"alpha:{field.size}"), None)
+        return Text(depth, dataclasses.replace(field, type=f"alpha:{field.size}"), None, leaf.since, leaf.since > level.since)
 
     # ---- values
 
@@ -530,7 +563,7 @@ class _CaseReader:
             elif name == "*":
                 default = number
             elif (code := self.raw_of(leaf, name)) is not None:
-                result[code] = number
+                result[code & 0xFF if leaf.primitive.size == 1 and leaf.length == 1 else code] = number  # as the byte is looked up
             elif not isinstance(leaf.type, Enum):  # names of other enums may share a map
                 self.fault(key, f"map: {name!r} is not a value of {leaf.path}")
         if not result:
@@ -543,10 +576,13 @@ class _CaseReader:
         if isinstance(leaf.type, Enum) and value in leaf.type.values:
             return leaf.type.values[value]
         if leaf.length != 1 and isinstance(value, str):
-            return int.from_bytes(value.encode(), "little") if 0 < len(value) <= min(leaf.length, 8) and value.isascii() else None
+            longest = leaf.length if leaf.length <= 8 else 7  # of a longer text the first eight characters are compared
+            return int.from_bytes(value.encode(), "little") if 0 < len(value) <= longest and value.isascii() else None
         if value == "null":
             null = leaf.type.null if isinstance(leaf.type, Enum) else leaf.null
             return int(null) if null is not None else None
+        if leaf.primitive.signed and isinstance(value, int) and not isinstance(value, bool):
+            return value if -(1 << (8 * leaf.primitive.size - 1)) <= value < 1 << (8 * leaf.primitive.size - 1) else None
         return raw_value(value, leaf.primitive.size)
 
     def _when(self) -> tuple[Condition, ...]:
@@ -600,6 +636,7 @@ class _CaseReader:
                 self.fault("flag_if", "needs a flag, a field of at most 4 bytes, and either `equals` or `bits` (with `set`)")
                 continue
             value = self._bits(found.leaf, rule["bits"]) if "bits" in rule else self.raw_of(found.leaf, rule["equals"])
+            value = None if value is None else value & ((1 << (8 * found.field.size)) - 1)
             if value is None:
                 self.fault("flag_if", f"{rule.get('bits', rule.get('equals'))!r} is not a value of {found.leaf.path}")
                 continue

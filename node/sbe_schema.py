@@ -440,7 +440,7 @@ class _Reader:
                 return 0
             return encoded[0] if length == 1 else encoded
         try:
-            value: int | float = float(raw) if primitive.is_float else int(raw.strip(), 0)
+            value: int | float = float(raw) if primitive.is_float else _whole_number(raw)
         except ValueError:
             self.fault(element, where, f"{raw!r} is not a value of {primitive.name}")
             return 0
@@ -468,7 +468,7 @@ class _Reader:
             self.fault(root, "messageSchema", "has no message")
         read = [self.message(element) for element in messages]
         self._unique(messages, read)
-        return Schema(
+        schema = Schema(
             package=root.attributes.get("package", ""),
             id=self.number(root, "messageSchema", "id", 0, 65535),
             version=self.number(root, "messageSchema", "version", 0, 65535, 0),
@@ -479,6 +479,8 @@ class _Reader:
             path=self.path,
             semantic_version=root.attributes.get("semanticVersion", ""),
         )
+        self._fit_headers(root, schema, messages)
+        return schema
 
     def _collect(self, parent: _Element, depth: int) -> Iterator[_Element]:
         """Note the types of a file and of those it includes; yields the messages."""
@@ -522,9 +524,24 @@ class _Reader:
             return Composite(name, (), 0)
         for part in ("blockLength", "templateId", "schemaId", "version"):
             member = found.member(part)
-            if member is None or not _is_unsigned(member.type, 8):
-                self.fault(self._elements[name], f"composite {name}", f"needs an unsigned part {part!r}, as the header of every message")
+            if member is None or not _is_unsigned(member.type, 4):  # 64 bits of length would wrap where decoders add to them
+                reason = f"needs an unsigned part {part!r} of at most 32 bits, as the header of every message"
+                self.fault(self._elements[name], f"composite {name}", reason)
         return found
+
+    def _fit_headers(self, root: _Element, schema: Schema, elements: list[_Element]) -> None:
+        """Ids and lengths must be such as their headers can say, else no message could."""
+        self._fits(root, "messageSchema", schema.header, "schemaId", schema.id)
+        self._fits(root, "messageSchema", schema.header, "version", schema.version)
+        for element, message in zip(elements, schema.messages):
+            where = f"message {message.name}"
+            self._fits(element, where, schema.header, "templateId", message.id)
+            self._fits(element, where, schema.header, "blockLength", message.block_length)
+
+    def _fits(self, element: _Element, where: str, header: Composite, part: str, value: int) -> None:
+        member = header.member(part)
+        if member is not None and isinstance(member.type, Encoding) and value >= 1 << (8 * member.type.primitive.size):
+            self.fault(element, where, f"{part} {value} does not fit {member.type.primitive.name}, its type in composite {header.name!r}")
 
     def _unique(self, elements: list[_Element], messages: list[Message]) -> None:
         by_id: dict[int, str] = {}
@@ -786,6 +803,7 @@ class _Reader:
         if count is None or not _is_unsigned(count.type, 4):
             self.fault(element, where, f"numInGroup of {header[0].name!r} must be uint8, uint16 or uint32")
             return None
+        self._fits(element, where, header[0], "blockLength", parts[0])
         dimension = Dimension(header[0].size, header[1], count, _most(count.type))
         return Group(element.attributes.get("name", ""), self.number(element, where, "id", 0, (1 << 32) - 1), *parts, since,
                      self.deprecated(element, where), element.line, dimension)  # fmt: skip
@@ -804,6 +822,11 @@ class _Reader:
         since, deprecated = max(since, self.since(element, where)), self.deprecated(element, where)
         return Data(element.attributes.get("name", ""), self.number(element, where, "id", 0, (1 << 32) - 1), size, header[1],
                     _most(header[1].type), blob.type.text, since, deprecated)  # fmt: skip
+
+
+def _whole_number(text: str) -> int:
+    """A number as schemas write it: decimal, leading zeros allowed, or hexadecimal after 0x."""
+    return int(text, 16 if text.strip().lower().startswith("0x") else 10)
 
 
 def _is_unsigned(type: Type, size_max: int) -> bool:

@@ -12,7 +12,7 @@ from tickmesh.node.event import ALL_INSTRUMENTS, NO_PRICE, NO_SIDE, Flag, Kind
 from tickmesh.node.protocol import KINDS
 from tickmesh.node.sbe_kernels import Change
 from tickmesh.node.sbe_mapping import SbeCase, SbeSpec, Source
-from tickmesh.node.sbe_schema import Composite, Encoding, Level, Schema, leaves
+from tickmesh.node.sbe_schema import Composite, Encoding, Enum, Level, Schema, leaves
 
 _STRUCT = {"char": "B", "int8": "b", "uint8": "B", "int16": "h", "uint16": "H", "int32": "i", "uint32": "I", "int64": "q", "uint64": "Q",
            "float": "f", "double": "d"}  # fmt: skip
@@ -59,7 +59,8 @@ def _level(schema: Schema, raw: bytes, at: int, block: int, level: Level, versio
     tree: dict[str, Any] = {"#block": block}
     for leaf in leaves(level):
         if leaf.constant is not None:
-            tree[leaf.path] = leaf.constant
+            if version >= leaf.since or leaf.since <= level.since:
+                tree[leaf.path] = leaf.constant
             continue
         size = leaf.primitive.size * leaf.length
         if (leaf.since > level.since and version < leaf.since) or leaf.offset + size > block:
@@ -153,7 +154,7 @@ class Twin:
                 where = (case.joined[0],) if source.depth < 0 and case.joined else case.path[: source.depth]
                 if where == path and not source.guarded and source.leaf.constant is None:
                     ends.append(source.field.offset + source.field.size)
-            if case.symbol and case.symbol.field and case.path[: case.symbol.depth] == path:
+            if case.symbol and case.symbol.field and not case.symbol.guarded and case.path[: case.symbol.depth] == path:
                 ends.append(case.symbol.field.offset + case.symbol.field.size)
         return max(ends)
 
@@ -195,17 +196,21 @@ class Twin:
         if isinstance(value, bytes):
             return int.from_bytes(value[:8], "little")
         if source.leaf.constant is not None:
-            return source.leaf.constant
+            return value
         return None if value is None or value == source.field.null else value
 
     def _fits(self, condition: Any, chain: list[dict[str, Any]], joined: Any) -> bool:
         value = self._raw(condition.source, chain, joined)
         if condition.null is not None:
             return (value is None) == condition.null
-        level = joined if condition.source.depth < 0 else chain[condition.source.depth]
+        level, field = joined if condition.source.depth < 0 else chain[condition.source.depth], condition.source.field
         if value is None:
             value = level.get(condition.source.field.name)  # a null may be asked for by its number
-        return value is not None and (value & 0xFF if condition.source.field.size == 1 else value) in condition.values
+            kind = condition.source.leaf.type
+            if value is None and condition.source.guarded:
+                value = kind.null if isinstance(kind, Enum) else condition.source.field.null
+                return value is not None and value in condition.values
+        return value is not None and (value & 0xFF if field.size == 1 and not field.signed else value) in condition.values
 
     def _value(self, target: str, source: Source | int, chain: list[dict[str, Any]], joined: Any) -> int:
         if isinstance(source, int):
@@ -214,7 +219,9 @@ class Twin:
         raw, field = self._raw(source, chain, joined), source.field
         if field.map is not None:
             there = level.get(field.name, source.leaf.constant)
-            there = source.leaf.type.primitive.null if there is None else there
+            if there is None:  # as if it said null
+                kind, leaf_null = source.leaf.type, source.leaf.null
+                there = kind.null if isinstance(kind, Enum) else kind.primitive.null if leaf_null is None else int(leaf_null)
             found = field.map.get(there & 0xFF if field.size == 1 else there, field.map_default)
             if found is None:
                 raise Malformed("bad_field")
@@ -230,6 +237,8 @@ class Twin:
             value = raw * 10 ** (9 - field.decimals)
         else:
             exponent = source.exponent if isinstance(source.exponent, int) else self._raw(source.exponent, chain, joined)
+            if exponent is None:
+                raise Malformed("bad_field")
             shift = exponent + source.digits
             if raw and not -18 <= shift <= 18:
                 raise Malformed("price_overflow")
@@ -242,6 +251,9 @@ class Twin:
 
     def _case(self, case: SbeCase, chain: list[dict[str, Any]], joined: Any) -> None:
         if case.kind == "nothing":
+            return
+        if case.code is not None and not case.whole and self._raw(case.code, chain, joined) is None:
+            self.refuse("unknown_instrument")
             return
         try:
             values = {target: self._value(target, source, chain, joined) for target, source in case.values.items()}
@@ -259,7 +271,7 @@ class Twin:
                 values.setdefault("aux", 1)
             self.rows.append(self._row(KINDS[case.kind], ALL_INSTRUMENTS, flags, values))
             return
-        name = self._instrument(case, chain, values)
+        name = self._instrument(case, chain, values, joined)
         if name is None or case.kind == "reference":
             return
         self._event(case, name, flags, values)
@@ -271,7 +283,7 @@ class Twin:
     def _text(self, case: SbeCase, chain: list[dict[str, Any]]) -> str:
         assert case.symbol is not None
         text = case.symbol.field.name if case.symbol.field else case.symbol.data.name  # type: ignore[union-attr]
-        raw = chain[case.symbol.depth][text]
+        raw = chain[case.symbol.depth].get(text, b"")
         if case.symbol.data and len(raw) > 24:
             return ""
         raw = raw.ljust(24, b"\0")
@@ -282,7 +294,7 @@ class Twin:
                 break
         return b"".join(words).rstrip(b"\0").decode("latin-1")
 
-    def _instrument(self, case: SbeCase, chain: list[dict[str, Any]], values: dict[str, int]) -> str | None:
+    def _instrument(self, case: SbeCase, chain: list[dict[str, Any]], values: dict[str, int], joined: Any) -> str | None:
         tick = values.get("tick_size", self.spec.tick_size)
         tick = tick if tick > 0 else self.spec.tick_size
         if case.code is None:
@@ -291,7 +303,8 @@ class Twin:
                 self.refuse("unknown_instrument")
                 return None
             return self._announce(name, tick if case.kind == "reference" else self.spec.tick_size)
-        number = chain[case.code.depth][case.code.field.name] & ((1 << (8 * case.code.field.size)) - 1)
+        level = joined if case.code.depth < 0 else chain[case.code.depth]
+        number = level[case.code.field.name] & ((1 << (8 * case.code.field.size)) - 1)
         if case.kind == "reference":
             name = self._text(case, chain)
             name = f"#{number}" if not name or name.startswith("\0" * 8) else name

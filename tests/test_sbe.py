@@ -52,15 +52,29 @@ def trial() -> tuple[SbeSpec, Any, Encoder]:
     return _loaded["trial"]
 
 
+def odd() -> tuple[SbeSpec, Any, Encoder]:
+    """The venue that does everything in an unusual way, big-endian: its mapping, decoder of a stream, and encoder."""
+    if "odd" not in _loaded:
+        spec = load_spec(HERE / "sbe_odd.toml")
+        assert isinstance(spec, SbeSpec)
+        decoder = D.load_decoder(spec, load_framing("sofh"))
+        _loaded["odd"] = spec, decoder, Encoder(spec.schema, [message.name for message in spec.schema.messages])
+    return _loaded["odd"]
+
+
+def framed_big(*messages: bytes) -> bytes:
+    return b"".join(struct.pack(">IH", len(message) + 6, 0x5BE0) + message for message in messages)
+
+
 def framed(*messages: bytes) -> bytes:
     return b"".join(struct.pack("<HH", len(message) + 4, 0xEB50) + message for message in messages)
 
 
-def stream(raw: bytes, room: int = 64) -> tuple[list[Any], Any, InstrumentTable]:
-    """Events of a byte stream of the made-up venue, with the decoder's feed and the instruments."""
-    spec, decoder, _ = trial()
+def stream(raw: bytes, room: int = 64, venue: Any = trial) -> tuple[list[Any], Any, InstrumentTable]:
+    """Events of a byte stream of a made-up venue, with the decoder's feed and the instruments."""
+    spec, decoder, _ = venue()
     table = InstrumentTable(256)
-    feed = D.make_feed(spec, table, framing=load_framing("sofh_compact"))
+    feed = D.make_feed(spec, table, framing=load_framing(spec.framing))
     buf, out, events, pos = image(raw), np.zeros(room, EVENT), [], 0
     while True:
         before = pos
@@ -151,6 +165,7 @@ FAULTS = [
     ('name="Ignored" id="9"', 'name="Ignored" id="70000"', "message Ignored", "id=70000 is not within 0 to 65535"),
     ('presence="constant">XTRL</type>', 'presence="constant"></type>', "type venue", "is constant, so it needs a value"),
     ('presence="optional" sinceVersion="2"', 'presence="maybe" sinceVersion="2"', "message Book/field phase", "presence='maybe'"),
+    ('name="Book" id="1" blockLength="24"', 'name="Book" id="1" blockLength="x4"', "message Book", "is not a whole number"),
     ('<data name="comment" id="40"', '<data name="number" id="40"', "message Deals/data number", "of this name already"),
 ]  # fmt: skip
 
@@ -170,6 +185,19 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
     found = faults(tmp_path, ('type="marks" offset="14"', 'type="mark"'), ('name="x" id="1"', 'name="" id="1"'), ('id="40"', 'id="-1"'))
     assert len(found) == 3
     assert sorted(line for line, _, _ in found) == [line for line, _, _ in found]
+
+
+def test_ids_and_lengths_fit_their_headers(tmp_path: Path) -> None:
+    small = ('<type name="templateId" primitiveType="uint16"/>', '<type name="templateId" primitiveType="uint8"/>')
+    found = faults(tmp_path, small, ('name="Ignored" id="9"', 'name="Ignored" id="256"'))
+    assert "templateId 256 does not fit uint8, its type in composite 'head'" in found[0][2]
+    large = ('<type name="blockLength" primitiveType="uint16"/>', '<type name="blockLength" primitiveType="uint64"/>')
+    assert "'blockLength' of at most 32 bits" in faults(tmp_path, large)[0][2]
+    rest = '\n            <type name="numInGroup" primitiveType="uint8" offset="3"/>'
+    wide = f'<type name="blockLength" primitiveType="uint16"/>{rest}'
+    long = ('<group name="orders" id="20"', '<group name="orders" id="20" blockLength="300"')
+    found = faults(tmp_path, (wide, wide.replace("uint16", "uint8")), long)
+    assert found[0][1:] == ("message Book/group orders", "blockLength 300 does not fit uint8, its type in composite 'dim'")
 
 
 def test_order_of_fields_groups_and_data(tmp_path: Path) -> None:
@@ -294,24 +322,6 @@ def test_round_trip(data: st.DataObject) -> None:
     assert sbe_twin.header(spec.schema, raw)["version"] == 3
 
 
-def test_big_endian(tmp_path: Path) -> None:
-    (tmp_path / "big.xml").write_text((HERE / "sbe_trial.xml").read_text().replace("littleEndian", "bigEndian"))
-    mapping = (HERE / "sbe_trial.toml").read_text()
-    (tmp_path / "big.toml").write_text(mapping.replace("sbe_trial.xml", "big.xml").replace("sofh_compact", "sofh"))
-    spec = load_spec(tmp_path / "big.toml")
-    assert isinstance(spec, SbeSpec)
-    raw = Encoder(spec.schema, ["Listing"]).encode("Listing", {"instrument": 258, "symbol": "ABC", "tick": {"mantissa": 5}, "depth": 2})
-    assert raw[:8].hex() == "0017 0003 004d 0003".replace(" ", "")
-    assert raw[12:16].hex() == "00000102"
-    framing = load_framing("sofh")
-    decoder, table = D.load_decoder(spec, framing), InstrumentTable(4)
-    feed, out = D.make_feed(spec, table, framing=framing), np.zeros(32, EVENT)
-    image_of = struct.pack(">IH", len(raw) + 6, 0x5BE0) + raw
-    _, n = decoder.decode_stream(image(image_of), 0, len(image_of), 0, feed, out)
-    assert rows_of(list(out[:n]), table) == [[Kind.REFERENCE, "ABC", 0, 0, 500, 0, 0, 0]]
-    assert int(table.record(0)["code"]) == 258
-
-
 BAD_VALUES: list[tuple[str, dict[str, Any], str]] = [
     ("Ignored", {"x": 255}, "Ignored/x: 255 is not a whole number within 0 to 254"),
     ("Ignored", {}, "Ignored/x: is missing, and it is not optional"),
@@ -323,6 +333,11 @@ BAD_VALUES: list[tuple[str, dict[str, Any], str]] = [
     ("Deals", {"scale": 1, "number": 1, "comment": b"x" * 70000}, "does not fit 65536 bytes"),
     ("Deals", {"scale": 1, "number": 1, "symbols": [{"weight": 1.0, "numbers": [1, 2, 3], "symbol": b"x" * 41}]}, "the schema allows 40"),
     ("Deals", {"scale": 1, "number": 1, "symbols": [{"weight": 1.0, "numbers": [1, 2]}]}, "must be 3 values"),
+    ("Deals", {"scale": 1, "number": 1, "comment": 5}, "5 is neither text nor bytes"),
+    ("Deals", {"scale": 1, "number": 1, "symbols": 5}, "must be a list of tables"),
+    ("Deals", {"scale": 1, "number": 1, "symbols": [{"weight": "x", "numbers": [1, 2, 3]}]}, "'x' is not a number"),
+    ("Listing", {"instrument": 1, "symbol": 5}, "5 is neither text nor bytes"),
+    ("Listing", {"instrument": 1, "symbol": "\u20ac"}, "beyond Latin-1"),
 ]  # fmt: skip
 
 
@@ -350,6 +365,7 @@ def test_a_compiled_writer_stays_in_bounds() -> None:
     assert set(buf[end:]) == {0xAA}
     assert write(buf, 0, 256, blocks, np.array([4, 0]), texts) == Failure.SHORT_INPUT
     assert write(buf, 0, 256, blocks, np.array([3]), texts) == Failure.SHORT_INPUT
+    assert write(buf, -8, 256, blocks, np.array([3, 0]), texts) == Failure.NO_ROOM
     for count in (256, -1):
         assert write(buf, 0, 256, blocks, np.array([count, 0]), texts) == Failure.BAD_COUNT
 
@@ -357,11 +373,12 @@ def test_a_compiled_writer_stays_in_bounds() -> None:
 # ---------------------------------------------------------------- decoders against the twin
 
 
-def compare(raw_messages: list[bytes], room: int = 64) -> None:
+def compare(raw_messages: list[bytes], room: int = 64, venue: Any = trial) -> None:
     """The compiled decoder makes the twin's events, and refuses what it refuses."""
-    twin = sbe_twin.Twin(trial()[0])
+    twin = sbe_twin.Twin(venue()[0])
     wanted = [row for message in raw_messages for row in twin.events(message)]
-    events, feed, table = stream(framed(*raw_messages), room)
+    raw = framed(*raw_messages) if venue is trial else framed_big(*raw_messages)
+    events, feed, table = stream(raw, room, venue)
     assert rows_of(events, table) == wanted
     assert D.malformed(feed) == twin.malformed
 
@@ -383,6 +400,79 @@ def test_decoder_is_its_twin(data: st.DataObject) -> None:
             del raw[data.draw(st.integers(0, len(raw))) :]
         messages.append(bytes(raw) or b"\0")
     compare(messages, data.draw(st.sampled_from([64, 64, 17, 16])))
+
+
+ODD_BLOCKS = {1: [21, 26, 201], 2: [8], 3: [4, 14, 16]}
+"""Bytes of the root blocks of older versions, by template."""
+
+
+def older(raw: bytes, version: int, block: int) -> bytes:
+    """An odd message of an older version: its root has `block` bytes."""
+    whole = int.from_bytes(raw[9:13], "big")
+    return bytes([version]) + raw[1:9] + block.to_bytes(4, "big") + raw[13 : 13 + block] + raw[13 + whole :]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_unusual_schemas_are_as_their_twin(data: st.DataObject) -> None:
+    """Big-endian, other headers, decimals with their exponents on the wire, nulls of every kind, versions that lack fields."""
+    spec, _, encoder = odd()
+    messages = []
+    for _ in range(data.draw(st.integers(1, 4))):
+        message = data.draw(st.sampled_from(spec.schema.messages))
+        values = values_of(data, message)
+        if message.name == "Tick" and data.draw(st.booleans()):
+            values |= {"scale": data.draw(st.sampled_from([None, -9, 0, 9, 127, -127])), "code": data.draw(st.sampled_from([None, 5]))}
+        raw = bytearray(encoder.encode(message.name, values))
+        if data.draw(st.integers(0, 2)) == 0:
+            version = data.draw(st.integers(0, 4))
+            raw = bytearray(older(bytes(raw), version, data.draw(st.sampled_from([3, *ODD_BLOCKS[message.id], message.block_length]))))
+        if data.draw(st.integers(0, 3)) == 0:
+            at = data.draw(st.integers(0, min(len(raw), 80) - 1))
+            raw[at] = data.draw(st.sampled_from([0, 1, 4, 127, 128, 255]))
+        if data.draw(st.integers(0, 5)) == 0:
+            del raw[data.draw(st.integers(0, len(raw))) :]
+        messages.append(bytes(raw) or b"\0")
+    compare(messages, data.draw(st.sampled_from([64, 17])), odd)
+
+
+def test_what_an_older_version_lacks_is_never_read() -> None:
+    """The fields' places lie far beyond the message: before, they were read where the message was not."""
+    _, _, encoder = odd()
+    tick = encoder.encode("Tick", {"raw": 5, "sign": "minus", "code": 3, "size": {"mantissa": 2}, "scale": 1})
+    old = older(tick, 1, 21)
+    events, feed, _ = stream(framed_big(old), 64, odd)
+    assert (events, D.malformed(feed)) == ([], {"bad_field": 1})  # a mantissa without an exponent is no price
+    new, feed, table = stream(framed_big(tick), 64, odd)
+    assert rows_of(new, table)[1] == [Kind.TRADE, "#3", 1, int(Flag.HIDDEN), 50 * 10**9, 200_000, 0, 0]
+    named = older(encoder.encode("Named", {"code": 3, "symbol": "ABC", "tick": {"exponent": -2}}), 1, 4)
+    events, feed, table = stream(framed_big(named), 64, odd)
+    assert (rows_of(events, table), D.malformed(feed)) == ([[Kind.REFERENCE, "#3", 0, 0, 5 * 10**8, 0, 0, 0]], {})
+    null = encoder.encode("Named", {"symbol": "ABC", "tick": {"exponent": -2}})
+    events, feed, _ = stream(framed_big(null), 64, odd)
+    assert (events, D.malformed(feed)) == ([], {"unknown_instrument": 1})
+
+
+@pytest.mark.parametrize(
+    ("mantissa", "exponent", "price"),
+    [
+        (1, 9, 10**18), (9, 9, 9 * 10**18), (10, 9, None), (-9, 9, -9 * 10**18), (-10, 9, None), (1, 10, None), (0, 127, 0),
+        ((1 << 63) - 1, -9, (1 << 63) - 1), (1 - (1 << 63), -9, 1 - (1 << 63)), (-(1 << 63), -9, None), (123, -12, None),
+        (123_000, -12, 123), (-123_000, -12, -123), (5, -128, None), (1, -27, None), (9_223_372_036, 0, 9_223_372_036 * 10**9),
+        (9_223_372_037, 0, None),
+    ],
+)  # fmt: skip
+def test_a_decimal_is_exact_or_refused(mantissa: int, exponent: int, price: int | None) -> None:
+    _, _, encoder = odd()
+    tick = encoder.encode("Tick", {"raw": 0, "sign": "plus", "code": 3, "size": {"mantissa": None}, "scale": 0})
+    tick = bytearray(tick)
+    tick[13:21], tick[13 + 200] = mantissa.to_bytes(8, "big", signed=True), exponent & 0xFF
+    events, feed, _ = stream(framed_big(bytes(tick)), 64, odd)
+    refused = D.malformed(feed)
+    if price is None:
+        assert (len(events), refused) == (0, {"bad_field" if exponent == -128 else "price_overflow": 1})
+    else:
+        assert (refused, int(events[1]["price"])) == ({}, price)
 
 
 def test_the_room_does_not_matter() -> None:
@@ -564,6 +654,14 @@ MAPPING_FAULTS = [
     ('kind = "depth"', 'kind = "dept"', "'dept' is not one of"),
     ('of = { group = "levels", number = "level" }', 'of = { group = "orders", number = "level" }', "is not a group before orders"),
     ('schema = "sbe_trial.xml"', 'schema = "sbe_trail.xml"', "cannot be read"),
+    ('aux = "orders"', 'aux = { field = "orders", null = "none" }', "null: 'none' is not a value of orders"),
+    ('[timestamp]', '[recovery]\nprocessed = "last"\n[timestamp]', "no message that is mapped has an unsigned field 'last'"),
+    ('[messages.Deals]', """[[messages.Book.event]]
+group = "orders"
+of = { group = "levels", number = "id" }
+kind = "delete"
+id = "id"
+[messages.Deals]""", "events of one group refer to one other group"),
     ('name = "trial"', 'name = "trial"\npackage = "mktdata"', "this mapping is for schemas of package 'mktdata'"),
 ]
 
@@ -689,6 +787,43 @@ def test_cme_by_hand() -> None:
 
 
 @need_data
+def test_cme_market_by_order() -> None:
+    """Orders beside a book's levels, orders alone, and a snapshot in chunks, as the twin makes them; the real ones from captures."""
+    spec = venue("cme_mdp3_mbo", CME_XML)[0]
+    paths = [path for path in CME if "v1.9" in str(path) and path.stem.startswith("MdIncrementalRefresh")]
+    seen = set()
+    for path in paths:
+        events, feed, table, messages = packets_of("cme_mdp3_mbo", CME_XML, [path])
+        twin = sbe_twin.Twin(spec)
+        assert rows_of(events, table) == [row for message in messages for row in twin.events(message)]
+        assert D.malformed(feed) == twin.malformed == {}
+        seen |= {int(e["kind"]) for e in events}
+    assert seen >= {Kind.REFERENCE, Kind.TRADE}
+    assert seen & {Kind.ADD, Kind.MODIFY, Kind.DELETE}
+    encoder = Encoder(spec.schema, ["SnapshotFullRefreshOrderBook53", "MDIncrementalRefreshBook46"])
+    order = lambda number, kind, price: {"OrderID": number, "MDEntryPx": {"mantissa": price * 10**9}, "MDDisplayQty": 3,  # noqa: E731
+                                         "MDEntryType": kind}  # fmt: skip
+    head = {"LastMsgSeqNumProcessed": 1, "TotNumReports": 1, "SecurityID": 42, "NoChunks": 2, "TransactTime": 1}
+    chunks = [[order(1, "Bid", 10), order(2, "Bid", 10)], [order(3, "Offer", 11)]]
+    level = {"MDEntryPx": {"mantissa": 12 * 10**9}, "MDEntrySize": 1, "SecurityID": 42, "RptSeq": 1, "MDPriceLevel": 1,
+             "MDUpdateAction": "New", "MDEntryType": "Offer"}  # fmt: skip
+    beside = [{"OrderID": 4, "MDDisplayQty": 1, "ReferenceID": 1, "OrderUpdateAction": "New"},
+              {"OrderID": 1, "MDDisplayQty": 2, "ReferenceID": 1, "OrderUpdateAction": "Delete"},
+              {"OrderID": 9, "ReferenceID": 2, "OrderUpdateAction": "New"}]  # fmt: skip
+    messages = [encoder.encode("SnapshotFullRefreshOrderBook53", {**head, "CurrentChunk": i + 1, "NoMDEntries": chunk})
+                for i, chunk in enumerate(chunks)]  # fmt: skip
+    messages.append(encoder.encode("MDIncrementalRefreshBook46", {"TransactTime": 1, "MatchEventIndicator": [], "NoMDEntries": [level],
+                                                                  "NoOrderIDEntries": beside}))  # fmt: skip
+    twin = sbe_twin.Twin(spec)
+    rows = [row for message in messages for row in twin.events(message)]
+    assert [(row[0], row[2], row[4] // 10**9, row[5], row[6]) for row in rows[1:]] == [
+        (Kind.CLEAR, 2, 0, 0, 0), (Kind.ADD, 0, 10, 3, 1), (Kind.ADD, 0, 10, 3, 2), (Kind.ADD, 1, 11, 3, 3),
+        (Kind.ADD, 1, 12, 1, 4), (Kind.DELETE, 2, 0, 0, 1),
+    ]  # fmt: skip
+    assert twin.malformed == {"bad_field": 1}  # an order of an entry that is not there
+
+
+@need_data
 @pytest.mark.parametrize("path", CME_AB, ids=lambda path: path.stem)
 def test_cme_lines_a_and_b(path: Path) -> None:
     events, feed, table, messages = packets_of("cme_mdp3", CME_XML, [path])
@@ -810,7 +945,7 @@ def test_binance_depth() -> None:
 
 @need_data
 def test_shipped_mappings_fit_the_schemas() -> None:
-    for name, xml in (("cme_mdp3", CME_XML), ("b3_umdf", B3_XML), ("binance_fix_sbe", BINANCE_XML),
+    for name, xml in (("cme_mdp3", CME_XML), ("cme_mdp3_mbo", CME_XML), ("b3_umdf", B3_XML), ("binance_fix_sbe", BINANCE_XML),
                       ("binance_spot", SCHEMAS / "binance_spot_3_0.xml"), ("sbe", SCHEMAS / "binance_spot_3_5.xml")):  # fmt: skip
         spec = load_spec(f"{name}:{xml}")
         json.dumps(spec.counters)

@@ -17,7 +17,8 @@ from tickmesh.node.shard_state import SOURCES
 
 _DEFINES = np.zeros(256, np.bool_)
 _MEANING = 2
-"""In the facts of a snapshot: with `same` 0 a position has all of its sequence. Before, a source's beginning was told by its first sequence."""
+"""In the facts of a snapshot: with `same` 0 a position has all of its sequence. Before, a source's beginning was told by its first
+sequence."""
 _DEFINES[[Kind.REFERENCE, Kind.CODE, Kind.PEER_REFERENCE]] = True
 
 

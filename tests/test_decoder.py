@@ -268,7 +268,9 @@ def twin(raw: bytes, spec: Any) -> list[tuple[int, ...]]:
         message = next((m for m in spec.messages if body and m.code == body[0]), None)
         if message is None or len(body) < message.length or message.cases[0].kind == "reference":
             continue
-        case = message.cases[0]
+        case = next((c for c in message.cases if matches(body, message, c)), None)
+        if case is None:
+            continue
         values = {k: plain(body, message.fields[v], k) if isinstance(v, str) else v for k, v in case.values.items()}
         if None in values.values():
             continue
@@ -279,6 +281,13 @@ def twin(raw: bytes, spec: Any) -> list[tuple[int, ...]]:
         number = int(D.KINDS[case.kind])
         found.append((number, values.get("side", 2), flags, *(values.get(k, 0) for k in ("price", "qty", "id", "aux"))))
     return found
+
+
+def matches(body: bytes, message: Any, case: Any) -> bool:
+    """Whether a case is for this message, by the bytes of the fields that it looks at."""
+    fields = {name: message.fields[name] for name in case.when}
+    given = {name: int.from_bytes(body[f.offset : f.offset + f.size], "big", signed=f.signed) for name, f in fields.items()}
+    return all(given[name] in wanted for name, wanted in case.when.items())
 
 
 def plain(body: bytes, field: Any, target: str) -> int | None:

@@ -447,7 +447,8 @@ class Source(Table):
     data_format: str | None = key(
         None,
         'Protocol: a shipped spec ("itch50"), a spec file (.toml), an SBE schema ("sbe:FILE.xml"), "fix44" or a FIX dictionary '
-        '("fix:FILE.xml"), a venue ("binance", "bybit", "coinbase", "kraken_futures", "okx"), "lobster", "dbn_mbo", "json" or "csv".',
+        '("fix:FILE.xml"), a venue ("binance", "bybit", "coinbase", "kraken", "kraken_futures", "okx"), "lobster", "dbn_mbo", "json" '
+        'or "csv".',
         live=True,
     )
     framing: str | None = key(

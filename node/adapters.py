@@ -34,6 +34,7 @@ from tickmesh.node.reader import SourceError
 from tickmesh.node.receivers import Receiver, ReceiverContext, bind_codes, take_memory
 from tickmesh.node.router import ROUTE_EVENTS
 from tickmesh.node.routing_loop import routing_loop
+from tickmesh.node.telemetry import SourceCounter
 from tickmesh.node.timers import go_on
 from tickmesh.transports.connection import (
     Backoff,
@@ -56,6 +57,7 @@ _INLINE_BYTES = 1 << 16
 _END_S = 1.0
 _SAME_WARNING_S = 60.0
 _MASK = (1 << 64) - 1
+_COUNTERS = frozenset(counter.name.lower() for counter in SourceCounter)
 _log = structlog.get_logger("source")
 
 
@@ -67,7 +69,8 @@ class Sink:
     """Where an adapter puts what it receives. Every method belongs to the adapter's own event loop.
 
     Attributes:
-        counts: the adapter's own counters, by name.
+        counts: the adapter's own counters, by name. Those that are counters of a source (``tickmesh status``) show there under their
+            names, the others together as `counted`.
     """
 
     def __init__(self, receiver: AdapterReceiver) -> None:
@@ -227,6 +230,7 @@ class AdapterReceiver(Receiver):
         self._stale = False
         """The journal has had something of this source, or we have; the books are not known to be right any more."""
         self._had_data = self._is_connected = self._scheduled = self._blocked = False
+        self._connected_s = 0.0
         self._numbers = dict.fromkeys(("connected", "reconnects", "connect_failures", "overflowed"), 0)
         self._more_gaps = self._more_missing = self._waits = 0
         self._broken: BrokenProtocol | None = None
@@ -318,7 +322,9 @@ class AdapterReceiver(Receiver):
     def counters(self) -> dict[str, int]:
         found = {**self.routed(), **self.intake.counters(), **self._numbers}
         found["ring_full"] += self._waits
-        found["overflowed"] += self.sink.counts.get("overflowed", 0)
+        for name, number in list(self.sink.counts.items()):
+            known = name if name in _COUNTERS else "counted"
+            found[known] = found.get(known, 0) + number
         found["gaps"] = found.get("gaps", 0) + self._more_gaps
         found["missing"] = found.get("missing", 0) + self._more_missing
         return found
@@ -372,14 +378,13 @@ class AdapterReceiver(Receiver):
         if self._stale:
             await self.unknown_gap()
         while self.stop[0] == 0:
-            begun_s = time.monotonic()
             try:
                 problem = await self._connection()
             except SourceEnded:
                 await self.flush()
                 self.finished = True
                 return
-            await self._lost(problem, time.monotonic() - begun_s)
+            await self._lost(problem)
             await asyncio.sleep(self._wait_s(problem))
 
     async def _connection(self) -> ConnectionProblem:
@@ -405,17 +410,17 @@ class AdapterReceiver(Receiver):
     def connected(self) -> None:
         """The adapter says, or its data do, that the connection stands."""
         if not self._is_connected:
-            self._is_connected = True
+            self._is_connected, self._connected_s = True, time.monotonic()
             self._numbers["connected"] = 1
             if self._told:
                 _log.info("a source is back", source=self.name, endpoint=self.adapter.endpoint)
                 self._told = False
 
-    async def _lost(self, problem: ConnectionProblem, lasted_s: float) -> None:
+    async def _lost(self, problem: ConnectionProblem) -> None:
         """After a connection: events that are whole go on, books go stale unless nothing can be missing."""
         was_connected, self._is_connected = self._is_connected, False
         if was_connected:
-            self._backoff.lasted(lasted_s)
+            self._backoff.lasted(time.monotonic() - self._connected_s)
         self._warn(problem)
         self._numbers["connected"] = 0
         self._numbers["reconnects" if was_connected else "connect_failures"] += 1

@@ -13,10 +13,10 @@ from typing import Any
 from tickmesh.control.config import Source
 from tickmesh.node.event import ASK, BID, PRICE_DECIMALS
 from tickmesh.node.event_batch import EventBatch
-from tickmesh.node.fields import BadRecord, iso8601_ns
 from tickmesh.node.fixed_point import fixed_point
 from tickmesh.node.instruments import InstrumentTable
-from tickmesh.node.json_feed import LEVELS_MAX, Level, Listing, Malformed, Update, VenueFeed, levels_of, number_of
+from tickmesh.node.json_feed import LEVELS_MAX, Level, Listing, Malformed, Update, VenueFeed, iso_time_of, levels_of, number_of
+from tickmesh.node.json_kernels import BOOK_MESSAGES, COINBASE, TICKERS, TRADES
 
 _SIDES = {"buy": BID, "sell": ASK}
 _EARLY_MAX = 1000
@@ -27,6 +27,8 @@ class CoinbaseFeed(VenueFeed):
     """Messages of ``wss://ws-feed.exchange.coinbase.com``; a ticker becomes a quote where it has sizes."""
 
     venue = "coinbase"
+    compiled = COINBASE
+    compiled_kinds = ((BOOK_MESSAGES, "l2update"), (TRADES, "match"), (TICKERS, "ticker"))
     _IGNORED = frozenset({"last_match", "heartbeat", "status", "received", "open", "done", "change", "activate"})
 
     def __init__(self, options: Source, table: InstrumentTable, source: int = 0, shard: Callable[[str], int | None] | None = None) -> None:
@@ -72,20 +74,20 @@ class CoinbaseFeed(VenueFeed):
     def _whole(self, message: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
         bids, asks = message["bids"], message["asks"]
         listing = self._book_listing(message["product_id"], recv_ns, out, bids, asks)
-        time = _time(message["time"]) if "time" in message else recv_ns
+        time = iso_time_of(message["time"]) if "time" in message else recv_ns
         self._emit_snapshot(listing, Update(0, 0, -1, time, recv_ns, levels_of(bids, asks, listing.qty_exponent)), out)
 
     def _changes(self, message: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
         symbol = message.get("product_id")
         known = self._listings.get(symbol) if isinstance(symbol, str) else None
         self._touched += ([] if known is None else [known]) if isinstance(symbol, str) else self._listings.values()
-        changes, time = message["changes"], _time(message["time"])
+        changes, time = message["changes"], iso_time_of(message["time"])
         if not isinstance(changes, list) or len(changes) > LEVELS_MAX:
             raise Malformed("too_many_levels")
         listing = self._listing(message["product_id"], recv_ns, out, [c[1] for c in changes], [c[2] for c in changes])
         levels = [_level(listing, change) for change in changes]
         if listing.last_id is None:
-            self.counters["updates_dropped"] += 1
+            self._counters["updates_dropped"] += 1
             self.snapshots_wanted.add(listing.symbol)
             return
         self._apply(listing, Update(0, 0, -1, time, recv_ns, levels), out)
@@ -99,14 +101,14 @@ class CoinbaseFeed(VenueFeed):
         if self.options.quantity_exponent_of(symbol) is not None or not self._wanted(symbol) or self._early[symbol] >= _EARLY_MAX:
             return False
         self._early[symbol] += 1
-        self.counters["before_the_book"] += 1
+        self._counters["before_the_book"] += 1
         return True
 
     def _match(self, message: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
         price, qty, maker = message["price"], message["size"], message["side"]
         if maker not in _SIDES:
             raise Malformed("bad_side")
-        time, number = _time(message["time"]), number_of(message["trade_id"])
+        time, number = iso_time_of(message["time"]), number_of(message["trade_id"])
         if self._is_early(message["product_id"]):
             return
         listing = self._listing(message["product_id"], recv_ns, out, [price], [qty])
@@ -116,7 +118,7 @@ class CoinbaseFeed(VenueFeed):
         if "best_bid_size" not in message or "best_ask_size" not in message:
             return
         bid, ask = (message["best_bid"], message["best_bid_size"]), (message["best_ask"], message["best_ask_size"])
-        time, sequence = _time(message["time"]), number_of(message["sequence"])
+        time, sequence = iso_time_of(message["time"]), number_of(message["sequence"])
         if self._is_early(message["product_id"]):
             return
         given = [side for side in (bid, ask) if side[0]]
@@ -131,12 +133,3 @@ def _level(listing: Listing, change: Any) -> Level:
     if price <= 0 or qty < 0:
         raise Malformed("number_negative")
     return Level(_SIDES[change[0]], price, qty, 0)
-
-
-def _time(text: Any) -> int:
-    if not isinstance(text, str):
-        raise Malformed("bad_time")
-    try:
-        return iso8601_ns(text)
-    except BadRecord as error:
-        raise Malformed(error.reason) from None

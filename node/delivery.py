@@ -58,6 +58,7 @@ from tickmesh.node.frames import (
 )
 from tickmesh.node.release import ReleaseGate
 from tickmesh.node.telemetry import record_ages
+from tickmesh.transports.connection import backoff_s
 from tickmesh.transports.counters import BUCKETS, HISTOGRAM_WORDS, Values, percentile
 from tickmesh.transports.nats import (
     WINDOW_MAX,
@@ -67,7 +68,6 @@ from tickmesh.transports.nats import (
     NatsLink,
     OutputPublisher,
     OutputStream,
-    backoff_s,
     connect,
 )
 from tickmesh.transports.ring import Reader, ReaderReleased, Ring, show_alive

@@ -26,7 +26,8 @@ from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.peers import Leg, PeerEvents, UnnamedInstrument, Wanted, home_references
 from tickmesh.node.restore import RestoredShard
 from tickmesh.node.subscription import Subscription
-from tickmesh.transports.nats import Login, backoff_s, connect
+from tickmesh.transports.connection import backoff_s
+from tickmesh.transports.nats import Login, connect
 from tickmesh.transports.ring import Ring
 from tickmesh.transports.toolbox import zeros_aligned
 

@@ -300,6 +300,19 @@ class RecordMapping:
                 return False
         return True
 
+    def symbol_of(self, record: Any) -> str | None:
+        """The symbol of a record's rows, if it is the same for all and can be read."""
+        field = self.fields["symbol"]
+        if field.options.constant is not None:
+            return field.options.constant
+        if EACH in field.steps:
+            return None
+        try:
+            text = _text(_walk(record, field.steps))
+        except BadRecord:
+            return None
+        return field.options.default if text is None else text
+
     def rows(self, record: Any) -> Iterator[dict[str, str]]:
         """Texts by event field, one dict per event.
 

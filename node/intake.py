@@ -10,6 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from tickmesh.node.event_batch import EventBatch
 from tickmesh.node.feed import BAD_LENGTH, NEXT_SEQ, STARTED
 from tickmesh.node.fix_mapping import is_fix
 from tickmesh.node.instruments import InstrumentTable
+from tickmesh.node.json_compiled import RUN_MAX
 from tickmesh.node.json_feed import BinanceFeed, VenueFeed
 from tickmesh.node.protocol import Framing, Spec
 from tickmesh.node.reader import Progress, SourceError, protocol_fields, spec_and_framing
-from tickmesh.node.venues import VENUE_FEEDS, venue_feed
+from tickmesh.node.venues import VENUE_FEEDS, compiled_feed
 from tickmesh.transports.capture import PACKET
 from tickmesh.transports.connection import BrokenProtocol
 from tickmesh.transports.recording import SLACK, split_time
@@ -131,6 +133,13 @@ class Intake(ABC):
 
 _GAP_HERE: tuple[bytes, int, int] = (b"", 0, -1)
 """A message that stands for those left out."""
+_ENOUGH_EVENTS = 4 * OUT_EVENTS
+
+
+def _is_plain(entry: tuple[bytes, int, int | str]) -> bool:
+    """Whether it is a message of the venue as it came."""
+    sequence = entry[2]
+    return type(sequence) is int and sequence >= 0
 
 
 class MessageIntake(Intake):
@@ -142,15 +151,18 @@ class MessageIntake(Intake):
         super().__init__(options.buffer_kb << 10)
         self.venue, self.feed = venue, venue
         self._queue: deque[tuple[bytes, int, int | str]] = deque()
-        """Messages, their times, and their sequences (or of a snapshot by request, its symbol)."""
+        """Messages, their times, and their sequences (or of a snapshot by request, its symbol; -1: some are missing here)."""
         self._batch = EventBatch(max(1 << 13, 2 * venue.events_max))
         self._sequence = 0
 
     def put(self, data: Data, recv_ns: int, sequence: int) -> int:
-        self._queue.append((data if isinstance(data, bytes) else bytes(data), recv_ns, sequence))
-        self.waiting_bytes += len(data) + _MESSAGE_BYTES
+        self._append(data if isinstance(data, bytes) else bytes(data), recv_ns, sequence)
         self.bytes += len(data)
         return len(data)
+
+    def _append(self, data: bytes, recv_ns: int, sequence: int) -> None:
+        self._queue.append((data, recv_ns, sequence))
+        self.waiting_bytes += len(data) + _MESSAGE_BYTES
 
     def put_snapshot(self, symbol: str, data: bytes, recv_ns: int) -> None:
         self._queue.append((bytes(data), recv_ns, symbol))
@@ -161,26 +173,35 @@ class MessageIntake(Intake):
     def next(self) -> EventArray:
         batch, queue = self._batch, self._queue
         batch.clear()
-        while queue and batch.count < OUT_EVENTS:
-            data, recv_ns, sequence = queue.popleft()
-            self.waiting_bytes -= len(data) + _MESSAGE_BYTES
-            self._decode(data, recv_ns, sequence)
+        while queue and batch.count < _ENOUGH_EVENTS:
+            run = list(takewhile(_is_plain, islice(queue, RUN_MAX)))
+            if run:
+                self._decode(run)
+            else:
+                self._special(*self._taken())
         return batch.view()
 
-    def _decode(self, data: bytes, recv_ns: int, sequence: int | str) -> None:
+    def _decode(self, run: list[Any]) -> None:
+        """Messages of the venue, as many of a run as make enough events."""
         assert self.venue is not None
-        if isinstance(sequence, str):
-            assert isinstance(self.venue, BinanceFeed)
-            self.snapshots_waiting -= 1
-            self.venue.snapshot(sequence, data, recv_ns, self._batch)
-        elif sequence < 0:
-            self._gap()
-        else:
-            mark = self._batch.count
-            self.venue.feed(data, recv_ns, self._batch)
+        for _ in range(self.venue.feed_many(run, self._batch, _ENOUGH_EVENTS)):
+            sequence = self._taken()[2]
             if sequence:
-                self._batch.events["seq"][mark : self._batch.count] = sequence
-                self._sequence = sequence + 1
+                self._sequence = int(sequence) + 1
+
+    def _taken(self) -> tuple[bytes, int, int | str]:
+        found = self._queue.popleft()
+        self.waiting_bytes -= len(found[0]) + _MESSAGE_BYTES
+        return found
+
+    def _special(self, data: bytes, recv_ns: int, symbol: int | str) -> None:
+        """A snapshot that was asked for, or a gap."""
+        if isinstance(symbol, int):
+            self._gap()
+            return
+        assert isinstance(self.venue, BinanceFeed)
+        self.snapshots_waiting -= 1
+        self.venue.snapshot(symbol, data, recv_ns, self._batch)
 
     def _gap(self) -> None:
         assert self.venue is not None
@@ -191,8 +212,7 @@ class MessageIntake(Intake):
     def drop_oldest(self, size: int) -> int:
         dropped = 0
         while self._queue and not self.has_room(size):
-            data, _, sequence = self._queue.popleft()
-            self.waiting_bytes -= len(data) + _MESSAGE_BYTES
+            sequence = self._taken()[2]
             dropped += sequence != -1
             self.snapshots_waiting -= isinstance(sequence, str)
         self._queue.appendleft(_GAP_HERE)
@@ -218,13 +238,17 @@ class MessageIntake(Intake):
 
     def counters(self) -> dict[str, int]:
         assert self.venue is not None
+        of_books = self.venue.counters
         return {
-            "messages": sum(self.venue.messages.values()),
+            "messages": self.venue.messages.total(),
             "bytes": self.bytes,
             "malformed": sum(self.venue.malformed.values()),
             "duplicates": self.duplicates,
-            "gaps": self.venue.counters["gaps"],
-            "filtered": self.venue.counters["filtered"],
+            "gaps": of_books["gaps"],
+            "filtered": of_books["filtered"],
+            "books_waiting": len(self.venue.snapshots_wanted),
+            "checksums_failed": of_books["checksums_failed"],
+            "restarts": of_books["restarts"],
         }
 
 
@@ -234,18 +258,18 @@ class LineIntake(MessageIntake):
     def __init__(self, venue: VenueFeed, options: Source, *, timed: bool) -> None:
         super().__init__(venue, options)
         self._line_bytes_max, self._timed = options.message_max_kb << 10, timed
-        self._rest, self._skipping = b"", False
+        self._rest, self._skipping = bytearray(), False
 
     def put(self, data: Data, recv_ns: int, sequence: int) -> int:
         head, *lines = bytes(data).split(b"\n")
-        rest = self._rest + head
+        self._rest += head  # in place: a line that trickles costs what it is long, and not its square
         for line in lines:
-            self._line(rest, recv_ns)
-            rest = line
-        self._rest = rest
-        if len(rest) > self._line_bytes_max:
+            self._line(bytes(self._rest), recv_ns)
+            self._rest = bytearray(line)
+        if len(self._rest) > self._line_bytes_max:
             self._too_long()
-            self._rest, self._skipping = b"", True
+            self._rest, self._skipping = bytearray(), True
+        self.bytes += len(data)
         return len(data)
 
     def _too_long(self) -> None:
@@ -261,7 +285,7 @@ class LineIntake(MessageIntake):
             return
         found = split_time(line) if self._timed else (0, line)
         if found is not None:
-            super().put(found[1], found[0] or recv_ns, 0)
+            self._append(found[1], found[0] or recv_ns, 0)
             return
         assert self.venue is not None
         self.venue.malformed["bad_line"] += 1
@@ -270,7 +294,7 @@ class LineIntake(MessageIntake):
         assert self.venue is not None
         if self._rest:
             self.venue.malformed["truncated"] += 1
-        self._rest, self._skipping = b"", False
+        self._rest, self._skipping = bytearray(), False
 
 
 # ---------------------------------------------------------------- decoded by compiled code
@@ -487,7 +511,7 @@ def make_intake(
     if chosen in ("lobster", "dbn_mbo"):
         raise SourceError(name, f'{chosen} is read from whole files: take type = "file" without follow')
     if chosen in VENUE_FEEDS:
-        feed = venue_feed(options, table, number)
+        feed = compiled_feed(options, table, number, progress)
         return LineIntake(feed, options, timed=timed) if stream else MessageIntake(feed, options)
     if is_fix(chosen):
         from tickmesh.node.fix_intake import FixIntake  # it is made of what is above

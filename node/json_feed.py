@@ -1,4 +1,4 @@
-"""JSON feeds: Binance, OKX and Bybit messages, and any other JSON by a field mapping, to events; books kept in step by the venue's rules.
+"""JSON feeds: Binance and Bybit messages, and any other JSON by a field mapping, to events; books kept in step by the venue's rules.
 
 :func:`tickmesh.node.venues.venue_feed` makes the decoder of a venue; its :meth:`VenueFeed.feed` takes one websocket message or
 HTTP response and appends events to a batch. It never raises on what the venue sends: a malformed message is counted by reason
@@ -10,32 +10,36 @@ sequence or checksum shows that an update is missing, a GAP event marks the book
 
 Prices and quantities go from the venue's decimal text to integers, exactly. Where neither the tick size nor the quantity exponent
 is configured they are inferred from the first message of the symbol (the book refines a tick that proves too coarse).
+
+:meth:`VenueFeed.feed_many` does the same for many messages, and leaves those that are as usual to compiled code
+(:mod:`tickmesh.node.json_kernels`).
 """
 
 from __future__ import annotations
 
 import math
 import uuid
-from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any, NamedTuple
-from zlib import crc32
 
 import msgspec
+import numpy as np
 
 from tickmesh.control.config import Source
 from tickmesh.node.event import ASK, BID, NO_PRICE, NO_SIDE, PRICE_DECIMALS, Flag, Kind
 from tickmesh.node.event_batch import EventBatch
-from tickmesh.node.fields import PRICE_FIELDS, QTY_FIELDS, BadRecord, RecordMapping, compile_mappings, convert
+from tickmesh.node.fields import PRICE_FIELDS, QTY_FIELDS, BadRecord, RecordMapping, compile_mappings, convert, iso8601_ns
 from tickmesh.node.fixed_point import BadNumber, decimals_of, fixed_point
 from tickmesh.node.instruments import InstrumentTable, InstrumentTableFull
+from tickmesh.node.json_compiled import CompiledDecoder, Message
+from tickmesh.node.json_kernels import BINANCE, BOOK, BOOK_MESSAGES, BYBIT, OTHER_TRADES, TICKERS, TRADES
 
 LEVELS_MAX = 20_000
 """Most levels of one message; a message with more is malformed."""
+_OLD_MAX, _OLD_AFTER_SNAPSHOT_MAX = 16, 1024
+"""So many updates in a row that are older than a book mean that the venue counts anew. Behind a snapshot some are usual."""
 HELD_LEVELS_MAX = 40_000
 """Most levels of updates held back until a snapshot comes; the oldest update goes first."""
 TRADES_MAX = 10_000
@@ -85,20 +89,52 @@ class Update(NamedTuple):
     levels: list[Level]
 
 
-@dataclass
 class Listing:
-    """An instrument as one feed knows it."""
+    """An instrument as one feed knows it. What compiled code needs too is in `book`, a :data:`~tickmesh.node.json_kernels.BOOK`.
 
-    symbol: str
-    instrument: int
-    qty_exponent: int
-    last_id: int | None = None
-    """Update id that the book is at; None while it waits for a snapshot."""
-    fresh_snapshot: bool = False
-    """No update has been applied since the snapshot: the next may reach back before it."""
-    held: deque[Update] = field(default_factory=deque)
-    held_levels: int = 0
-    texts: tuple[_Ladder, _Ladder] | None = None
+    Attributes:
+        held: updates that wait for a snapshot; `held_levels`: how many levels they have, and one for each.
+        has_changes, stale: its book has had a change; one could not be used (feeds by a mapping).
+    """
+
+    __slots__ = ("_exponent", "book", "has_changes", "held", "held_levels", "instrument", "stale", "symbol")
+
+    def __init__(self, symbol: str, instrument: int, qty_exponent: int, book: Any) -> None:
+        self.symbol, self.instrument, self.book = symbol, instrument, book
+        self.held: deque[Update] = deque()
+        self.held_levels, self.has_changes, self.stale = 0, False, False
+        self.qty_exponent = qty_exponent
+        self.last_id, self.fresh_snapshot = None, False
+        book["listed"] = 1
+
+    @property
+    def qty_exponent(self) -> int:
+        """Decimals of its quantities."""
+        return self._exponent
+
+    @qty_exponent.setter
+    def qty_exponent(self, exponent: int) -> None:
+        self._exponent = exponent
+        self.book["exponent"] = exponent
+
+    @property
+    def last_id(self) -> int | None:
+        """Update id that the book is at; None while it waits for a snapshot."""
+        return int(self.book["last_id"]) if self.book["has_book"] else None
+
+    @last_id.setter
+    def last_id(self, number: int | None) -> None:
+        self.book["has_book"] = number is not None
+        self.book["last_id"] = number or 0
+
+    @property
+    def fresh_snapshot(self) -> bool:
+        """No update has been applied since the snapshot: the next may reach back before it."""
+        return bool(self.book["fresh"])
+
+    @fresh_snapshot.setter
+    def fresh_snapshot(self, fresh: bool) -> None:
+        self.book["fresh"] = fresh
 
 
 def tick_of(prices: Iterable[int]) -> int:
@@ -142,7 +178,9 @@ class VenueFeed:
         messages: how many of each type came, ignored ones included.
         malformed: refused messages by reason.
         counters: what happened to books: `gaps`, `checksums_checked`, `checksums_failed`, `updates_applied`, `updates_old`,
-            `updates_held`, `updates_dropped`, `snapshots`, `snapshots_old`, `filtered`, `refused_instruments`, …
+            `updates_held`, `updates_dropped`, `snapshots`, `snapshots_old`, `filtered`, `refused_instruments`, `restarts` (the venue has
+            counted anew), …; `compiled`: messages that
+            compiled code has decoded.
         snapshots_wanted: symbols whose book waits for a snapshot (Binance: request one; OKX and Bybit: subscribe again).
         events_max: most events that one :meth:`feed` appends; flush the batch when it has less room.
     """
@@ -151,18 +189,81 @@ class VenueFeed:
     by_order = False
     """Whether books are kept by order, not by level."""
     events_max = 2 * LEVELS_MAX + 2 * HELD_LEVELS_MAX
+    compiled: int | None = None
+    """The venue's number in :mod:`tickmesh.node.json_kernels`."""
+    compiled_kinds: Sequence[tuple[int, str]] = ()
+    """What messages of each kind that is counted there are called."""
 
     def __init__(self, options: Source, table: InstrumentTable, source: int = 0, shard: Callable[[str], int | None] | None = None) -> None:
         self.options, self.table, self.source = options, table, source
-        self.messages: Counter[str] = Counter()
+        self._messages: Counter[str] = Counter()
         self.malformed: Counter[str] = Counter()
-        self.counters: Counter[str] = Counter()
+        self._counters: Counter[str] = Counter()
+        self._books = np.zeros(table.capacity, BOOK)
+        self._books["ladder"] = -1
+        kinds = self.compiled_kinds
+        self._decoder = None if self.compiled is None else CompiledDecoder(self.compiled, kinds, table, source, self._books)
         self.snapshots_wanted: set[str] = set()
         self._listings: dict[str, Listing] = {}
         self._new: list[Listing] = []
         self._unwanted: set[str] = set()
         self._shard = shard
         table.let_through(source, options.symbols, options.exclude)
+
+    @property
+    def messages(self) -> Counter[str]:
+        """How many messages of each kind came; from any thread."""
+        found = self._messages.copy()
+        if self._decoder is not None:
+            self._decoder.add_messages(found)
+        return found
+
+    @property
+    def counters(self) -> Counter[str]:
+        """What happened to books; from any thread."""
+        found = self._counters.copy()
+        if self._decoder is not None:
+            self._decoder.add_counters(found)
+        return found
+
+    def feed_many(self, messages: Sequence[Message], out: EventBatch, enough: int = 1 << 30) -> int:
+        """As :meth:`feed` for one after the other, until `enough` events are in `out` or it has no room for a message of any size.
+
+        Args:
+            messages: text, time of receipt, and sequence for its events (0: the venue's own).
+
+        Returns:
+            How many messages it has taken.
+        """
+        done, enough = 0, min(enough, out.capacity - self.events_max)
+        if self._decoder is not None:
+            self._decoder.load(messages)
+        while done < len(messages) and out.count <= enough:
+            if self._decoder is not None and (taken := self._decoder.run(done, out, enough)):
+                done += taken
+                if self._decoder.has_bad_checksum:
+                    self._bad_checksum(messages[done - 1], out)
+                continue
+            if out.count > enough:
+                break
+            payload, recv_ns, sequence = messages[done]
+            mark = out.count
+            self.feed(payload, recv_ns, out)
+            if sequence:
+                out.events["seq"][mark : out.count] = sequence
+            done += 1
+        return done
+
+    def _bad_checksum(self, message: Message, out: EventBatch) -> None:
+        """Compiled code has found a book to be wrong, after the events of this message."""
+        assert self._decoder is not None
+        instrument, time = self._decoder.wrong_book()
+        listing = next(found for found in self._listings.values() if found.instrument == instrument)
+        self._counters["checksums_failed"] += 1
+        mark = out.count
+        self._emit_gap(listing, Update(0, listing.last_id or 0, -1, time, message[1], []), 0, 0, out)
+        if message[2]:
+            out.events["seq"][mark : out.count] = message[2]
 
     def feed(self, payload: bytes, recv_ns: int, out: EventBatch) -> None:
         """Append the events of one message.
@@ -179,7 +280,7 @@ class VenueFeed:
         for listing in self._listings.values():
             if listing.last_id is not None or listing.held:
                 self.snapshots_wanted.add(listing.symbol)
-            listing.last_id, listing.fresh_snapshot, listing.texts = None, False, None
+            listing.last_id, listing.fresh_snapshot = None, False
             listing.held.clear()
             listing.held_levels = 0
 
@@ -191,7 +292,7 @@ class VenueFeed:
             work()
             return
         except Filtered:
-            self.counters["filtered"] += 1
+            self._counters["filtered"] += 1
         except Malformed as error:
             self.malformed[error.reason] += 1
         except BadNumber as error:
@@ -203,6 +304,7 @@ class VenueFeed:
         out.count = mark
         for listing in self._new:
             del self._listings[listing.symbol]
+            listing.book["listed"] = 0
             self.table.record(listing.instrument)["announced"] = 0
 
     def _parse(self, payload: bytes) -> Any:
@@ -215,8 +317,8 @@ class VenueFeed:
         raise NotImplementedError
 
     def _count_message(self, kind: str) -> None:
-        known = kind in self.messages or len(self.messages) < MESSAGE_TYPES_MAX
-        self.messages[kind if known else "other"] += 1
+        known = kind in self._messages or len(self._messages) < MESSAGE_TYPES_MAX
+        self._messages[kind if known else "other"] += 1
 
     # ---- instruments
 
@@ -242,7 +344,8 @@ class VenueFeed:
         exponent = exponent_of(quantities, self.by_order) if exponent is None else exponent
         for quantity in quantities:
             fixed_point(quantity, exponent)  # refuse the message before the instrument is known
-        listing = Listing(symbol, self._intern(symbol, tick, exponent), exponent)
+        number = self._intern(symbol, tick, exponent)
+        listing = Listing(symbol, number, exponent, self._books[number])
         record = self.table.record(listing.instrument)
         if not record["announced"]:
             record["announced"] = 1
@@ -266,7 +369,7 @@ class VenueFeed:
         try:
             return self.table.intern(symbol, self.source, tick, exponent, placed)
         except InstrumentTableFull:
-            self.counters["refused_instruments"] += 1
+            self._counters["refused_instruments"] += 1
             raise Filtered from None
 
     # ---- books
@@ -279,7 +382,8 @@ class VenueFeed:
         out.append(Kind.CLEAR, listing.instrument, snapshot.ts_event, snapshot.ts_recv, NO_SIDE, 0, 0, 0, 0, flags, snapshot.last)
         self._emit_levels(listing, snapshot, out, _SNAPSHOT)
         listing.last_id, listing.fresh_snapshot = snapshot.last, True
-        self.counters["snapshots"] += 1
+        listing.book["old"] = 0
+        self._counters["snapshots"] += 1
         self.snapshots_wanted.discard(listing.symbol)
 
     def _emit_gap(self, listing: Listing, update: Update, first: int, last: int, out: EventBatch) -> None:
@@ -289,13 +393,24 @@ class VenueFeed:
         missing = last - first + 1 if last else 0
         out.append(Kind.GAP, listing.instrument, update.ts_event, update.ts_recv, NO_SIDE, 0, missing, first, last, 0, update.last)
         listing.last_id = None
-        self.counters["gaps"] += 1
+        self._counters["gaps"] += 1
         self.snapshots_wanted.add(listing.symbol)
 
     def _apply(self, listing: Listing, update: Update, out: EventBatch) -> None:
         self._emit_levels(listing, update, out, 0)
         listing.last_id, listing.fresh_snapshot = update.last, False
-        self.counters["updates_applied"] += 1
+        listing.book["old"] = 0
+        self._counters["updates_applied"] += 1
+
+    def _left_behind(self, listing: Listing, update: Update, out: EventBatch) -> bool:
+        """An update that is older than the book; whether there are so many that the venue counts anew, and the book is stale now."""
+        self._counters["updates_old"] += 1
+        listing.book["old"] += 1
+        if listing.book["old"] <= (_OLD_AFTER_SNAPSHOT_MAX if listing.fresh_snapshot else _OLD_MAX):
+            return False
+        self._counters["restarts"] += 1
+        self._emit_gap(listing, update, 0, 0, out)
+        return True
 
     def _emit_trade(
         self, listing: Listing, ts_event: int, recv_ns: int, buyer_is_aggressor: bool, price: str, qty: str, trade_id: int, out: EventBatch
@@ -336,6 +451,16 @@ def time_of(milliseconds: Any) -> int:
     if type(value) is not int or not 0 <= value < (1 << 63) // _MS:
         raise Malformed("bad_time")
     return value * _MS
+
+
+def iso_time_of(text: Any) -> int:
+    """An ISO 8601 time, in nanoseconds since 1970."""
+    if not isinstance(text, str):
+        raise Malformed("bad_time")
+    try:
+        return iso8601_ns(text)
+    except BadRecord as error:
+        raise Malformed(error.reason) from None
 
 
 def levels_of(bids: Any, asks: Any, exponent: int, orders_at: int | None = None) -> list[Level]:
@@ -379,6 +504,8 @@ class BinanceFeed(VenueFeed):
     """
 
     venue = "binance"
+    compiled = BINANCE
+    compiled_kinds = ((BOOK_MESSAGES, "depthUpdate"), (TRADES, "trade"), (OTHER_TRADES, "aggTrade"), (TICKERS, "bookTicker"))
     _IGNORED = frozenset(
         {"kline", "continuous_kline", "24hrTicker", "24hrMiniTicker", "1hTicker", "4hTicker", "1dTicker", "avgPrice", "markPriceUpdate",
          "forceOrder", "indexPriceUpdate", "compositeIndex", "contractInfo", "outboundAccountPosition", "serverShutdown"}
@@ -467,18 +594,19 @@ class BinanceFeed(VenueFeed):
     def _hold(self, listing: Listing, update: Update) -> None:
         listing.held.append(update)
         listing.held_levels += len(update.levels) + 1
-        self.counters["updates_held"] += 1
+        self._counters["updates_held"] += 1
         self.snapshots_wanted.add(listing.symbol)
         while listing.held_levels > HELD_LEVELS_MAX:
             listing.held_levels -= len(listing.held.popleft().levels) + 1
-            self.counters["updates_dropped"] += 1
+            self._counters["updates_dropped"] += 1
 
     def _follow(self, listing: Listing, update: Update, out: EventBatch) -> None:
         """Apply an update to a book that has its snapshot, if it is the next one."""
         at = listing.last_id
         assert at is not None
         if update.last <= at:
-            self.counters["updates_old"] += 1
+            if self._left_behind(listing, update, out):
+                self._hold(listing, update)
         elif self._is_next(listing, update, at):
             self._apply(listing, update, out)
         else:
@@ -499,9 +627,9 @@ class BinanceFeed(VenueFeed):
         held = [update for update in listing.held if update.last > at]
         behind = listing.last_id is not None and at < listing.last_id
         if behind or (held and held[0].first > at + 1):
-            self.counters["snapshots_old"] += 1  # older than the first update held: another one is needed
+            self._counters["snapshots_old"] += 1  # older than the first update held: another one is needed
             return
-        self.counters["updates_old"] += len(listing.held) - len(held)
+        self._counters["updates_old"] += len(listing.held) - len(held)
         listing.held.clear()
         listing.held_levels = 0
         self._emit_snapshot(listing, snapshot, out)
@@ -512,144 +640,6 @@ class BinanceFeed(VenueFeed):
                 self._follow(listing, update, out)
 
 
-# ---------------------------------------------------------------- OKX
-
-
-class _Ladder:
-    """One side of a book with the venue's own texts, best first: what OKX's checksum is computed over."""
-
-    def __init__(self, side: int) -> None:
-        self._sign = -1 if side == BID else 1
-        self._keys: list[int] = []
-        self._texts: dict[int, tuple[str, str]] = {}
-
-    def set(self, price: int, qty: int, texts: tuple[str, str]) -> None:
-        """Set or (`qty` 0) remove a level."""
-        rank = self._sign * price
-        if rank not in self._texts:
-            if qty:
-                self._keys.insert(bisect_left(self._keys, rank), rank)
-                self._texts[rank] = texts
-        elif qty:
-            self._texts[rank] = texts
-        else:
-            del self._keys[bisect_left(self._keys, rank)]
-            del self._texts[rank]
-
-    def best(self, count: int) -> list[tuple[str, str]]:
-        """Texts of the best levels."""
-        return [self._texts[rank] for rank in islice(self._keys, count)]
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-
-def okx_checksum(bids: list[tuple[str, str]], asks: list[tuple[str, str]]) -> int:
-    """CRC32, signed, of ``bid:size:ask:size:…`` over at most 25 levels a side, best first (OKX API v5, "Checksum")."""
-    parts: list[str] = []
-    for i in range(25):
-        for side in (bids, asks):
-            if i < len(side):
-                parts += side[i]
-    value = crc32(":".join(parts).encode())
-    return value - (1 << 32) if value >= 1 << 31 else value
-
-
-class OkxFeed(VenueFeed):
-    """OKX API v5 public channels: books (snapshot and update, checksum verified), trades, tickers.
-
-    Every book message that carries a checksum is verified over the best 25 levels; a wrong one, or an update whose `prevSeqId` is
-    not the last `seqId`, makes the book stale until the channel is subscribed again.
-    """
-
-    venue = "okx"
-    _BOOKS = frozenset({"books", "books-l2-tbt", "books50-l2-tbt"})
-    _WHOLE_BOOKS = frozenset({"books5", "bbo-tbt"})
-
-    def _message(self, message: Any, recv_ns: int, out: EventBatch) -> None:
-        if not isinstance(message, dict):
-            raise Malformed("not_an_object")
-        if "event" in message:
-            self._count_message(f"event:{str(message['event'])[:32]}")
-            return
-        arg, data = message["arg"], message["data"]
-        channel, symbol = arg["channel"], arg.get("instId")
-        if not isinstance(channel, str) or not isinstance(data, list):
-            raise Malformed("wrong_type")
-        if len(data) > TRADES_MAX:
-            raise Malformed("too_many_entries")
-        self._count_message(channel)
-        for entry in data:
-            if channel in self._BOOKS:
-                self._guarded(out, partial(self._book, symbol, message.get("action"), entry, recv_ns, out))
-            elif channel in self._WHOLE_BOOKS:
-                self._guarded(out, partial(self._book, symbol, "snapshot", entry, recv_ns, out))
-            elif channel in ("trades", "trades-all"):
-                self._guarded(out, partial(self._trade, entry, recv_ns, out))
-            elif channel == "tickers":
-                self._guarded(out, partial(self._ticker, entry, recv_ns, out))
-
-    def _trade(self, entry: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
-        price, qty, side, time = entry["px"], entry["sz"], entry["side"], time_of(entry["ts"])
-        if side not in ("buy", "sell"):
-            raise Malformed("bad_side")
-        number = fixed_point(entry["tradeId"], 0)
-        listing = self._listing(entry["instId"], recv_ns, out, [price], [qty])
-        self._emit_trade(listing, time, recv_ns, side == "buy", price, qty, number, out)
-
-    def _ticker(self, entry: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
-        bid, ask = (entry["bidPx"], entry["bidSz"]), (entry["askPx"], entry["askSz"])
-        time = time_of(entry["ts"])
-        given = [side for side in (bid, ask) if side[0]]
-        listing = self._listing(entry["instId"], recv_ns, out, [s[0] for s in given], [s[1] for s in given])
-        self._emit_quote(listing, time, recv_ns, bid, ask, 0, out)
-
-    def _book(self, symbol: Any, action: Any, entry: dict[str, Any], recv_ns: int, out: EventBatch) -> None:
-        bids, asks, time = entry["bids"], entry["asks"], time_of(entry["ts"])
-        sequence = entry.get("seqId")
-        previous = entry.get("prevSeqId")
-        checksum = entry.get("checksum")
-        if action not in ("snapshot", "update"):
-            raise Malformed("bad_action")
-        listing = self._book_listing(symbol, recv_ns, out, bids, asks)
-        levels = levels_of(bids, asks, listing.qty_exponent, 3)
-        number = number_of(sequence) if sequence is not None else 0
-        update = Update(number, number, previous if type(previous) is int else -1, time, recv_ns, levels)
-        if action == "snapshot":
-            listing.texts = (_Ladder(BID), _Ladder(ASK))
-            self._set_texts(listing, update, bids, asks)
-            self._emit_snapshot(listing, update, out)
-        elif listing.last_id is None or listing.texts is None:
-            self.counters["updates_dropped"] += 1
-            self.snapshots_wanted.add(listing.symbol)
-            return
-        elif update.previous >= 0 and sequence is not None and update.previous != listing.last_id:
-            self._emit_gap(listing, update, listing.last_id + 1, update.previous, out)
-            return
-        else:
-            self._set_texts(listing, update, bids, asks)
-            self._apply(listing, update, out)
-        self._verify(listing, update, checksum, out)
-
-    @staticmethod
-    def _set_texts(listing: Listing, update: Update, bids: list[Any], asks: list[Any]) -> None:
-        assert listing.texts is not None
-        for level, entry in zip(update.levels, (*bids, *asks), strict=True):
-            listing.texts[level.side].set(level.price, level.qty, (entry[0], entry[1]))
-
-    def _verify(self, listing: Listing, update: Update, checksum: Any, out: EventBatch) -> None:
-        if type(checksum) is not int:
-            self.counters["checksums_absent"] += 1
-            return
-        assert listing.texts is not None
-        bids, asks = listing.texts
-        self.counters["checksums_checked"] += 1
-        if okx_checksum(bids.best(25), asks.best(25)) != checksum:
-            self.counters["checksums_failed"] += 1
-            listing.texts = None
-            self._emit_gap(listing, update, 0, 0, out)
-
-
 # ---------------------------------------------------------------- Bybit
 
 
@@ -657,6 +647,8 @@ class BybitFeed(VenueFeed):
     """Bybit API v5 public topics: orderbook (snapshot and delta, update ids without a gap), publicTrade; tickers are counted only."""
 
     venue = "bybit"
+    compiled = BYBIT
+    compiled_kinds = ((BOOK_MESSAGES, "orderbook"), (TRADES, "publicTrade"))
 
     def _message(self, message: Any, recv_ns: int, out: EventBatch) -> None:
         if not isinstance(message, dict):
@@ -699,10 +691,10 @@ class BybitFeed(VenueFeed):
         if kind == "snapshot" or number == 1:  # u = 1: the venue's service has restarted, the message is a whole book
             self._emit_snapshot(listing, update, out)
         elif listing.last_id is None:
-            self.counters["updates_dropped"] += 1
+            self._counters["updates_dropped"] += 1
             self.snapshots_wanted.add(listing.symbol)
         elif number <= listing.last_id:
-            self.counters["updates_old"] += 1
+            self._left_behind(listing, update, out)
         elif number == listing.last_id + 1:
             self._apply(listing, update, out)
         else:
@@ -728,7 +720,8 @@ class MappedFeed(VenueFeed):
     """Records to events by the field mapping of the configuration (:mod:`tickmesh.node.fields`); JSON here, CSV in its own module.
 
     Every entry of `messages` that matches a record makes events of it. Book events of one record are one transaction: all but the
-    last carry MORE.
+    last carry MORE. A record that is refused, and may have been a change of a book, makes that book stale until its next snapshot (a
+    `clear` event, or an entry with `snapshot`); if its symbol cannot be told, every book of the source.
     """
 
     venue = "json"
@@ -745,6 +738,29 @@ class MappedFeed(VenueFeed):
         self.mappings = compile_mappings(options, columns)
         self.by_order = any(mapping.event in _ORDER_EVENTS for mapping in self.mappings)
         self._midnight_ns = options.midnight_ns()
+        self._has_books = any(mapping.event in _BOOK_EVENTS for mapping in self.mappings)
+        self._in_doubt: set[str] | None = None
+        """Symbols of the books that the record at hand may change; None: any."""
+        self._recovered: list[Listing] = []
+        """Stale books that it gives a snapshot of."""
+
+    def feed(self, payload: bytes, recv_ns: int, out: EventBatch) -> None:
+        refused, self._in_doubt = self.malformed.total(), None
+        self._recovered.clear()
+        super().feed(payload, recv_ns, out)
+        if self._has_books and self.malformed.total() != refused:
+            for listing in self._recovered:  # not quite
+                listing.stale = True
+                self.snapshots_wanted.add(listing.symbol)
+            for listing in self._listings.values():
+                if listing.has_changes and not listing.stale and (self._in_doubt is None or listing.symbol in self._in_doubt):
+                    listing.stale = True
+                    self._emit_gap(listing, Update(0, 0, -1, recv_ns, recv_ns, []), 0, 0, out)
+
+    def lost(self) -> None:
+        for listing in self._listings.values():
+            listing.stale = listing.has_changes
+        super().lost()
 
     def _message(self, message: Any, recv_ns: int, out: EventBatch) -> None:
         try:
@@ -753,11 +769,9 @@ class MappedFeed(VenueFeed):
             raise Malformed(error.reason) from None
 
     def _record(self, record: Any, recv_ns: int, out: EventBatch) -> None:
-        last_book_event, matched = -1, False
-        for mapping in self.mappings:
-            if not mapping.matches(record):
-                continue
-            matched = True
+        last_book_event, matching = -1, [mapping for mapping in self.mappings if mapping.matches(record)]
+        self._in_doubt = self._books_of(matching, record) if self._has_books else None
+        for mapping in matching:
             self._count_message(mapping.event)
             for i, row in enumerate(mapping.rows(record)):
                 self._row(mapping, row, mapping.snapshot and i == 0, recv_ns, out)
@@ -765,8 +779,19 @@ class MappedFeed(VenueFeed):
                     if last_book_event >= 0:
                         out.set_flags(last_book_event, int(out.events[last_book_event]["flags"]) | _MORE)
                     last_book_event = out.count - 1
-        if not matched:
+        if not matching:
             self._count_message("unmatched")
+
+    def _books_of(self, matching: list[RecordMapping], record: Any) -> set[str] | None:
+        """Symbols of the books that a record changes by some mappings; None: it cannot be told."""
+        found = set[str]()
+        for mapping in matching:
+            if mapping.event in _BOOK_EVENTS:
+                symbol = mapping.symbol_of(record) if "symbol" in mapping.fields else self.options.symbols[0]
+                if symbol is None:
+                    return None
+                found.add(symbol)
+        return found
 
     def _row(self, mapping: RecordMapping, row: dict[str, str], clear_first: bool, recv_ns: int, out: EventBatch) -> None:
         symbol = row["symbol"] if "symbol" in row else self.options.symbols[0]
@@ -784,10 +809,20 @@ class MappedFeed(VenueFeed):
         recv_ns = recv_ns or event["ts_event"]
         if clear_first:
             out.append(Kind.CLEAR, listing.instrument, event["ts_event"], recv_ns, NO_SIDE, 0, 0, 0, 0, _SNAPSHOT | _MORE, event["seq"])
+        if mapping.event in _BOOK_EVENTS:
+            self._follow_book(listing, clear_first or mapping.kind == Kind.CLEAR)
         out.append(
             mapping.kind, listing.instrument, event["ts_event"], recv_ns, event["side"], event["price"], event["qty"], event["id"],
             event["aux"], flags | self._flags_of(mapping), event["seq"],
         )  # fmt: skip
+
+    def _follow_book(self, listing: Listing, is_clear: bool) -> None:
+        """Note that a book has had an event, and whether it is right again."""
+        listing.has_changes = True
+        if is_clear and listing.stale:
+            listing.stale = False
+            self._recovered.append(listing)
+            self.snapshots_wanted.discard(listing.symbol)
 
     @staticmethod
     def _flags_of(mapping: RecordMapping) -> int:

@@ -11,6 +11,7 @@ import ipaddress
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,11 @@ from tickmesh.node.fix_dictionary import DictionaryError
 from tickmesh.node.fix_feed import fix_counters, fix_malformed, fix_message_counts, fix_parts, load_fix_decoder, open_fix_feed
 from tickmesh.node.fix_mapping import FixMappingError, is_fix
 from tickmesh.node.instruments import FILTERED, InstrumentTable, InstrumentTableFull, SymbolFiltered
+from tickmesh.node.json_compiled import RUN_MAX
 from tickmesh.node.json_feed import VenueFeed
 from tickmesh.node.protocol import Framing, MappingError, Spec, SpecError, is_sbe, load_framing, load_spec
 from tickmesh.node.sbe_mapping import SbeSpec
-from tickmesh.node.venues import VENUE_FEEDS, venue_feed
+from tickmesh.node.venues import VENUE_FEEDS, compiled_feed
 from tickmesh.transports.capture import read_capture
 from tickmesh.transports.recording import SLACK, Problem, read_bytes, read_lines
 
@@ -350,15 +352,17 @@ class BatchReader(Reader):
         return dict(self._malformed + self._feed.malformed) if self._feed is not None else {}
 
 
-def _venue_batches(files: Sequence[Path], feed: VenueFeed, batch: EventBatch) -> Iterator[tuple[VenueFeed, EventArray]]:
-    """Batches end with every recorded line, so that a reader can pace them."""
+def _venue_batches(files: Sequence[Path], feed: VenueFeed, batch: EventBatch, at_once: int) -> Iterator[tuple[VenueFeed, EventArray]]:
+    """Batches end with every `at_once`-th recorded line: with each, a reader can pace them."""
     for path in files:
         problems: list[Problem] = []
-        for recv_ns, payload in read_lines(path, problems=problems):
-            feed.feed(payload, recv_ns, batch)
-            if batch.count:
-                yield feed, batch.view()
-                batch.clear()
+        lines = ((payload, recv_ns, 0) for recv_ns, payload in read_lines(path, problems=problems))
+        while run := list(islice(lines, at_once)):
+            while run:
+                run = run[feed.feed_many(run, batch) :]
+                if batch.count:
+                    yield feed, batch.view()
+                    batch.clear()
         feed.malformed.update(f"recording_{problem.kind}" for problem in problems)
     yield feed, batch.view()
 
@@ -475,7 +479,8 @@ def open_reader(
     batch = EventBatch()
     size = sum(path.stat().st_size for path in files)
     if chosen in VENUE_FEEDS:
-        return BatchReader(chosen, _venue_batches(files, venue_feed(options, table, source), batch), size)
+        feed, at_once = compiled_feed(options, table, source, progress), RUN_MAX if options.pace == "max" else 1
+        return BatchReader(chosen, _venue_batches(files, feed, batch, at_once), size)
     if chosen in CSV_FORMATS:
         events = lobster_events if chosen == "lobster" else csv_events
         pairs: Iterator[tuple[Any, EventArray]] = (pair for path in files for pair in events(path, options, table, batch, source))

@@ -35,7 +35,8 @@ from tickmesh.node.known_instruments import Rows, rows_in, rows_of
 from tickmesh.node.replica import Replica, warm_takeover
 from tickmesh.node.replication import ReplicationServer, link_options
 from tickmesh.node.store_link import open_store
-from tickmesh.transports.nats import LinkError, Login, NatsLink, backoff_s, connect
+from tickmesh.transports.connection import backoff_s
+from tickmesh.transports.nats import LinkError, Login, NatsLink, connect
 from tickmesh.transports.toolbox import IDLE_MODES
 
 if TYPE_CHECKING:

@@ -46,7 +46,8 @@ from tickmesh.node.frames import (
     stream_name,
     stream_subject,
 )
-from tickmesh.transports.nats import LinkError, Login, NatsLink, StreamMissing, backoff_s, connect
+from tickmesh.transports.connection import backoff_s
+from tickmesh.transports.nats import LinkError, Login, NatsLink, StreamMissing, connect
 from tickmesh.transports.nats_reader import StreamReader, find_by_header, stream_bounds
 
 if TYPE_CHECKING:

@@ -94,6 +94,18 @@ class SourceCounter(IntEnum):
     REQUESTS = 24
     RECOVERED = 25
     GIVEN_UP = 26
+    BOOKS_WAITING = 27
+    SNAPSHOTS_ASKED = 28
+    SNAPSHOTS_FAILED = 29
+    CHECKSUMS_FAILED = 30
+    RESTARTS = 31
+    ERRORS = 32
+    UNCHANGED = 33
+    SKIPPED = 34
+    EMPTY_MESSAGES = 35
+    ROTATIONS = 36
+    TRUNCATIONS = 37
+    COUNTED = 38
 
 
 class ShardCounter(IntEnum):
@@ -164,6 +176,18 @@ SOURCE_ABOUT = {
     SourceCounter.REQUESTS: "requests to the re-request server",
     SourceCounter.RECOVERED: "missing source sequences that its answers brought",
     SourceCounter.GIVEN_UP: "missing source sequences that it did not bring: they are in gaps",
+    SourceCounter.BOOKS_WAITING: "books of a venue's JSON that wait for a snapshot now",
+    SourceCounter.SNAPSHOTS_ASKED: "snapshots that were asked for, by request or by subscribing again",
+    SourceCounter.SNAPSHOTS_FAILED: "of those, requests that failed, and books that no subscription names",
+    SourceCounter.CHECKSUMS_FAILED: "books whose checksum was not the venue's",
+    SourceCounter.RESTARTS: "books whose updates the venue counts anew, so that all are older than the book",
+    SourceCounter.ERRORS: "answers of a venue that are errors; looks at a followed file that failed",
+    SourceCounter.UNCHANGED: "HTTP polls answered with nothing new",
+    SourceCounter.SKIPPED: "SoupBinTCP messages left out since they had come before",
+    SourceCounter.EMPTY_MESSAGES: "SoupBinTCP messages that are empty",
+    SourceCounter.ROTATIONS: "times that a followed file was replaced",
+    SourceCounter.TRUNCATIONS: "times that a followed file was shortened",
+    SourceCounter.COUNTED: "what the adapter counts besides (`self.sink.count`; a FIX session), all together",
 }
 SHARD_ABOUT = {
     ShardCounter.EVENTS_IN: "input events taken",
@@ -195,7 +219,7 @@ DELIVERY_ABOUT = {
 }
 _GAUGES: frozenset[IntEnum] = frozenset(
     [*NodeCounter, SourceCounter.CONNECTED, SourceCounter.WAY, SourceCounter.WAY_BECAUSE,
-     ShardCounter.CROSSED, ShardCounter.ORDERS, ShardCounter.INSTRUMENTS,
+     SourceCounter.BOOKS_WAITING, ShardCounter.CROSSED, ShardCounter.ORDERS, ShardCounter.INSTRUMENTS,
      ShardCounter.CONFIG_VERSION, ShardCounter.OUTPUT_LAG, DeliveryCounter.LAG]
 )  # fmt: skip
 _LOCK = struct.Struct("hhqqi4x")

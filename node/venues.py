@@ -13,13 +13,17 @@ from typing import Any
 from tickmesh.control.config import Source
 from tickmesh.node.coinbase_feed import CoinbaseFeed
 from tickmesh.node.instruments import InstrumentTable
-from tickmesh.node.json_feed import BinanceFeed, BybitFeed, MappedFeed, OkxFeed, VenueFeed
-from tickmesh.node.kraken_feed import KrakenFuturesFeed
+from tickmesh.node.json_feed import BinanceFeed, BybitFeed, MappedFeed, VenueFeed
+from tickmesh.node.kraken_feed import KrakenFuturesFeed, KrakenSpotFeed
+from tickmesh.node.okx_feed import OkxFeed
+from tickmesh.transports.codecache import load_compiled
 
 VENUE_FEEDS: dict[str, type[VenueFeed]] = {
-    feed.venue: feed for feed in (BinanceFeed, BybitFeed, CoinbaseFeed, KrakenFuturesFeed, MappedFeed, OkxFeed)
+    feed.venue: feed for feed in (BinanceFeed, BybitFeed, CoinbaseFeed, KrakenFuturesFeed, KrakenSpotFeed, MappedFeed, OkxFeed)
 }
 """Decoders by the name that `data_format` gives them."""
+_KRAKEN_DEPTH = 100
+"""Levels of a side of a Kraken spot book that is subscribed to by the venue's own messages."""
 BINANCE_SNAPSHOT = "https://api.binance.com/api/v3/depth?symbol={symbol}&limit=1000"
 
 
@@ -33,6 +37,20 @@ def venue_feed(
         MappingError: the field mapping of a "json" source cannot work.
     """
     return VENUE_FEEDS[options.data_format or ""](options, table, source, shard)
+
+
+def compiled_feed(
+    options: Source, table: InstrumentTable, source: int = 0, progress: Callable[[str], None] | None = None
+) -> VenueFeed:  # fmt: skip
+    """As :func:`venue_feed`; what is compiled of it is compiled first, in a helper process, if it is not in the cache.
+
+    Raises:
+        KeyError, MappingError: as there.
+    """
+    if VENUE_FEEDS[options.data_format or ""].compiled is not None:
+        load_compiled("tickmesh.node.json_ladder", "books with checksums", progress)
+        load_compiled("tickmesh.node.json_kernels", "JSON decoders", progress)
+    return venue_feed(options, table, source)
 
 
 # ---------------------------------------------------------------- subscribing
@@ -106,11 +124,20 @@ def _kraken_futures(event: str) -> Callable[[Channels, Symbols], list[str]]:
     return lambda channels, symbols: [_text({"event": event, "feed": names[channel], "product_ids": list(symbols)}) for channel in channels]
 
 
+def _kraken(method: str) -> Callable[[Channels, Symbols], list[str]]:
+    books = {"channel": "book", "depth": _KRAKEN_DEPTH}
+    params: dict[str, dict[str, Any]] = {"book": books, "trade": {"channel": "trade", "snapshot": False}, "quote": {"channel": "ticker", "event_trigger": "bbo"}}
+    return lambda channels, symbols: [
+        _text({"method": method, "params": {**params[channel], "symbol": list(symbols)}}) for channel in channels
+    ]
+
+
 TALKS: dict[str, Talk] = {
     "binance": Talk(_binance("SUBSCRIBE"), _binance("UNSUBSCRIBE"), snapshot=BINANCE_SNAPSHOT),
     "okx": Talk(_okx("subscribe"), _okx("unsubscribe"), ping="ping", pong=b"pong"),
     "bybit": Talk(_bybit("subscribe"), _bybit("unsubscribe"), ping='{"op":"ping"}'),
     "coinbase": Talk(_coinbase("subscribe"), _coinbase("unsubscribe")),
+    "kraken": Talk(_kraken("subscribe"), _kraken("unsubscribe"), ping='{"method":"ping"}'),
     "kraken_futures": Talk(_kraken_futures("subscribe"), _kraken_futures("unsubscribe")),
 }
 """Venues that a websocket source can subscribe at by itself."""
@@ -129,7 +156,8 @@ def book_again(messages: Sequence[str], symbol: str) -> list[str]:
             message = json.loads(text)
         except ValueError:
             continue  # the venue's to understand
-        verb = next((key for key in ("op", "type", "event") if isinstance(message, dict) and message.get(key) == "subscribe"), None)
+        verbs = ("op", "type", "event", "method") if isinstance(message, dict) else ()
+        verb = next((key for key in verbs if message.get(key) == "subscribe"), None)
         found = _of_book(message, symbol) if verb is not None else None
         if verb is not None and found is not None:
             leave.append(_text({**found, verb: "unsubscribe"}))
@@ -139,6 +167,10 @@ def book_again(messages: Sequence[str], symbol: str) -> list[str]:
 
 def _of_book(message: dict[str, Any], symbol: str) -> dict[str, Any] | None:
     """A subscription narrowed to a symbol's book; None: it has none."""
+    params = message.get("params")
+    if isinstance(params, dict) and params.get("channel") == "book":  # Kraken, spot
+        symbols = params.get("symbol")
+        return {**message, "params": {**params, "symbol": [symbol]}} if isinstance(symbols, list) and symbol in symbols else None
     if isinstance(args := message.get("args"), list):  # OKX, Bybit
         kept = [arg for arg in args if _is_book(arg, symbol)]
         return {**message, "args": kept} if kept else None

@@ -4,7 +4,10 @@
   time, and decodes nothing.
 * Websocket: a venue's depth updates and trades (made from a seed) to events in a ring; the peer takes the same messages with aiohttp and
   `json`, prices as Decimal, and keeps no book.
-* JSON alone: the parser that is used, against others on the same messages.
+* JSON decoded: the same messages, and changes of books, trades and quotes recorded at venues (below ``$TICKMESH_DATA``, where that is
+  set), to events in memory, on one core. Peers take them with `json` or `orjson`, prices as Decimal or float, and keep no book. What the
+  decoder in Python takes is there too.
+* JSON alone: the parser that Python decoders use, against others on the same messages.
 
 The servers run in threads of their own, whose time is not counted. Ways alternate; medians.
 """
@@ -12,13 +15,17 @@ The servers run in threads of their own, whose time is not counted. Ways alterna
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import random
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -29,10 +36,16 @@ from aiohttp import web
 from tickmesh.control.config import parse_config
 from tickmesh.node.adapters import AdapterReceiver, open_adapter
 from tickmesh.node.event import EVENT
+from tickmesh.node.event_batch import EventBatch
+from tickmesh.node.instruments import InstrumentTable
+from tickmesh.node.json_compiled import RUN_MAX, Message
+from tickmesh.node.json_feed import VenueFeed
 from tickmesh.node.pipeline import make_table
 from tickmesh.node.receivers import ReceiverContext
+from tickmesh.node.venues import compiled_feed
 from tickmesh.ops.simulator import SimulatorConfig, generate
 from tickmesh.ops.soupbintcp_server import ServerOptions, SoupBinTcpServer, fill_log
+from tickmesh.transports.recording import read_lines
 from tickmesh.transports.ring import Ring
 from tickmesh.transports.soupbintcp import login_packet
 from tickmesh.transports.toolbox import IDLE_SLEEP
@@ -59,21 +72,33 @@ def bench_sources(*, messages: int = 1_000_000, json_messages: int = 40_000, rep
             ("soupbintcp_asyncio", lambda: messages / _timed(peer_soup)),
             ("websocket", lambda: len(texts) / _ours(_WEBSOCKET.format(port=socket.port), len(texts))),
             ("websocket_aiohttp", lambda: len(texts) / _timed(peer_socket)),
+            *_decoders(texts, "bybit", "made"),
             *_parsers(texts),
         ]
+        recorded = list(_recordings())
+        for venue, its_texts in recorded:
+            ways += _decoders(its_texts, venue, venue)
         for turn in range(repeats + 1):
             for way, measure in ways:
                 speed = measure()
                 if turn:  # the first warms up
                     found.setdefault(way, []).append(speed)
-    return _report({way: statistics.median(speeds) for way, speeds in found.items()}, texts)
+    return _report({way: statistics.median(speeds) for way, speeds in found.items()}, texts, [venue for venue, _ in recorded])
 
 
-def _report(medians: dict[str, float], texts: Sequence[bytes]) -> dict[str, Any]:
+def _report(medians: dict[str, float], texts: Sequence[bytes], recorded: Sequence[str]) -> dict[str, Any]:
     unit = "messages per CPU second"
+    decoded = [
+        (f"JSON to events: book changes, trades and quotes {name}", f"decode_{of}", f"decode_{of}_{peer}", about)
+        for of, name in [("made", "made from a seed"), *((venue, f"recorded at {venue}") for venue in recorded)]
+        for peer, about in (
+            ("json", "json, Decimal prices, no events"), ("orjson", "orjson, float prices, no events"), ("python", "our decoder in Python"),
+        )
+    ]  # fmt: skip
     rows = [
         ("SoupBinTCP to events in a ring", "soupbintcp", "soupbintcp_asyncio", "asyncio, a packet at a time, not decoded"),
         ("JSON over a websocket to events in a ring", "websocket", "websocket_aiohttp", "aiohttp, json, Decimal prices, no events"),
+        *decoded,
         ("JSON parsed, numbers as text", "parse_msgspec", "parse_json", "json of the standard library"),
         ("JSON parsed, numbers as text", "parse_msgspec", "parse_orjson", "orjson, which makes floats"),
     ]
@@ -83,6 +108,8 @@ def _report(medians: dict[str, float], texts: Sequence[bytes]) -> dict[str, Any]
         if theirs is not None
     ]
     skipped = {} if "parse_orjson" in medians else {"orjson": "the package orjson is not installed: pip install orjson"}
+    if not recorded:
+        skipped["recordings"] = "no recordings: name their folder in TICKMESH_DATA"
     return {"rows": made, "messages_per_core_s": medians, "bytes_per_json_message": sum(map(len, texts)) / len(texts), "skipped": skipped}
 
 
@@ -151,12 +178,8 @@ async def _websocket_peer(port: int, messages: int) -> None:
         await socket.send_str("{}")
         for _ in range(messages):
             message = json.loads(await socket.receive_str())
-            data = message["data"]
-            for entry in data if isinstance(data, list) else ():
-                Decimal(entry["p"]), Decimal(entry["v"])
-            for side in ("b", "a") if isinstance(data, dict) else ():
-                for price, qty in data[side]:
-                    Decimal(price), Decimal(qty)
+            for number in _of_bybit(message):
+                Decimal(number)
 
 
 def _parsers(texts: Sequence[bytes]) -> list[tuple[str, Callable[[], float]]]:
@@ -175,6 +198,112 @@ def _parsers(texts: Sequence[bytes]) -> list[tuple[str, Callable[[], float]]]:
         return len(texts) / (time.thread_time() - begun)
 
     return [(f"parse_{name}", lambda parse=parse: measure(parse)) for name, parse in known.items()]  # type: ignore[misc]
+
+
+# ---------------------------------------------------------------- decoding alone
+
+_RECORDINGS = {
+    "binance": "binance_spot_btcusdt/btcusdt_20240808.gz",
+    "bybit": "bybit_ob500/xrpusdt-ob500.data.zip",
+    "coinbase": "cryptofeed_ws/COINBASE.ws.28.0",
+    "kraken_futures": "cryptofeed_ws/KRAKEN_FUTURES.ws.1.0",
+    "okx": "cryptofeed_ws/OKX.ws.1.0",
+}
+_HOT = {
+    "binance": (b'"depthUpdate"', b'"trade"', b'bookTicker"'), "bybit": (b'"delta"', b"publicTrade"),
+    "coinbase": (b'"l2update"', b'"match"'), "kraken_futures": (b'"feed":"book"',), "okx": (b'"update"', b'"trades"'),
+}  # fmt: skip
+"""What changes of books, trades and quotes have in them; the rest is snapshots, answers and what came before."""
+
+
+def _recordings() -> Iterator[tuple[str, list[bytes]]]:
+    """What was recorded at venues, by name; files that are not there are left out."""
+    folder = os.environ.get("TICKMESH_DATA")
+    for venue, name in _RECORDINGS.items():
+        if folder and (path := Path(folder, name)).is_file():
+            yield venue, [text for _, text in read_lines(path)]
+
+
+def _runs(texts: Sequence[bytes], venue: str) -> list[tuple[bool, list[Message]]]:
+    """Runs of at most 64 messages, and whether they are such as are measured."""
+    marked = [(any(word in text for word in _HOT[venue]), (text, 1, 0)) for text in texts]
+    grouped = [(hot, [message for _, message in group]) for hot, group in groupby(marked, key=lambda one: one[0])]
+    return [(hot, run[k : k + RUN_MAX]) for hot, run in grouped for k in range(0, len(run), RUN_MAX)]
+
+
+def _decoders(texts: Sequence[bytes], venue: str, name: str) -> list[tuple[str, Callable[[], float]]]:
+    """Ways to take a venue's changes of books, trades and quotes, by name; snapshots are taken too, without the clock."""
+    options = parse_config(f'[data_sources.feed]\ntype = "file"\npath = "x"\ndata_format = "{venue}"\n').data_sources["feed"]
+    runs, batch = _runs(texts, venue), EventBatch()
+    hot = [message[0] for is_hot, run in runs if is_hot for message in run]
+
+    def ours(take: Callable[[VenueFeed, list[Message], EventBatch], None]) -> float:
+        feed, spent = compiled_feed(options, InstrumentTable(1024)), 0.0
+        for is_hot, run in runs:
+            batch.clear()
+            begun = time.thread_time()
+            take(feed, run, batch)
+            spent += (time.thread_time() - begun) * is_hot
+        return len(hot) / spent
+
+    def theirs(parse: Callable[[bytes], Any], number: Callable[[Any], Any]) -> float:
+        numbers, begun = _NUMBERS[venue], time.thread_time()
+        for text in hot:
+            for found in numbers(parse(text)):
+                number(found)
+        return len(hot) / (time.thread_time() - begun)
+
+    ways: list[tuple[str, Callable[[], float]]] = [
+        (f"decode_{name}", lambda: ours(_many)), (f"decode_{name}_python", lambda: ours(_one_by_one)),
+        (f"decode_{name}_json", lambda: theirs(json.loads, Decimal)),
+    ]  # fmt: skip
+    with contextlib.suppress(ImportError):
+        import orjson
+
+        ways.append((f"decode_{name}_orjson", lambda: theirs(orjson.loads, float)))
+    return ways
+
+
+def _many(feed: VenueFeed, run: list[Message], batch: EventBatch) -> None:
+    while run:
+        run = run[feed.feed_many(run, batch) :]
+
+
+def _one_by_one(feed: VenueFeed, run: list[Message], batch: EventBatch) -> None:
+    for text, recv_ns, _ in run:
+        feed.feed(text, recv_ns, batch)
+
+
+def _of_levels(*sides: Sequence[Sequence[str]], first: int = 0) -> list[str]:
+    return [number for side in sides for level in side for number in level[first : first + 2]]
+
+
+def _of_binance(message: Any) -> list[str]:
+    data = message.get("data", message)
+    if "B" in data:
+        return [data["b"], data["B"], data["a"], data["A"]]
+    return [data["p"], data["q"]] if "p" in data else _of_levels(data["b"], data["a"])
+
+
+def _of_bybit(message: Any) -> list[str]:
+    data = message["data"]
+    return _of_levels(data["b"], data["a"]) if isinstance(data, dict) else [n for one in data for n in (one["p"], one["v"])]
+
+
+def _of_coinbase(message: Any) -> list[str]:
+    return _of_levels(message["changes"], first=1) if "changes" in message else [message["price"], message["size"]]
+
+
+def _of_okx(message: Any) -> list[str]:
+    found = message.get("data", ())
+    return [n for one in found for n in (_of_levels(one["bids"], one["asks"]) if "bids" in one else (one["px"], one["sz"]))]
+
+
+_NUMBERS: dict[str, Callable[[Any], Sequence[Any]]] = {
+    "binance": _of_binance, "bybit": _of_bybit, "coinbase": _of_coinbase, "okx": _of_okx,
+    "kraken_futures": lambda message: (message["price"], message["qty"]),
+}  # fmt: skip
+"""Prices and quantities of a message that has been parsed, for peers."""
 
 
 # ---------------------------------------------------------------- what is sent

@@ -215,6 +215,8 @@ def _source_table(reading: Mapping[str, Any]) -> Table:
     connected = ("connected", "reconnects", "connect_failures", "overflowed")  # of sources that connect
     if any(numbers[name] for numbers in reading["sources"].values() for name in connected):
         names = (*names, *connected)
+    of_books = ("books_waiting", "snapshots_asked", "checksums_failed", "restarts")
+    names += tuple(name for name in of_books if any(numbers.get(name) for numbers in reading["sources"].values()))
     table = _table("", "source", *(n.replace("_", " ") for n in names))
     for source, numbers in reading["sources"].items():
         table.add_row(source, *(f"{numbers[n]:,}" for n in names))

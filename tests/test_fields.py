@@ -183,7 +183,7 @@ fields = { symbol = "s", side = { constant = "ask" }, price = "data.a[].0", qty 
     assert [bool(f & Flag.SNAPSHOT) for f in events["flags"]] == [True, True, True, False]
     assert events["seq"].tolist()[3] == 3
     record["data"]["a"] = [["1.6", "x"]]  # type: ignore[index]
-    assert send(feed, record).size == 0
+    assert send(feed, record)["kind"].tolist() == [Kind.GAP], "nothing of it, and the book is stale"
     assert feed.messages == {"level": 4, "unmatched": 1}
 
 

@@ -14,12 +14,13 @@ from zlib import crc32
 import numpy as np
 import pytest
 from dict_book import DictBook, books_of, rows_of
+from json_twins import okx_checksum
 
 from tickmesh.control.config import Source, parse_config
 from tickmesh.node.event import ASK, BID, EVENT, QUOTE, REFERENCE, EventArray, Flag, Kind, scaled
 from tickmesh.node.event_batch import BatchFull, EventBatch
 from tickmesh.node.instruments import InstrumentTable
-from tickmesh.node.json_feed import VenueFeed, exponent_of, okx_checksum, tick_of
+from tickmesh.node.json_feed import VenueFeed, exponent_of, tick_of
 from tickmesh.node.venues import VENUE_FEEDS, venue_feed
 from tickmesh.transports.recording import read_lines
 

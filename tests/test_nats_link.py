@@ -13,6 +13,7 @@ from nats_fixtures import cluster, nats_server, own_nats_server  # noqa: F401
 from processes import resume, suspend
 
 from tickmesh.ops.servers import NatsServer, NatsServerOptions
+from tickmesh.transports.connection import backoff_s
 from tickmesh.transports.nats import (
     WINDOW_MAX,
     Fenced,
@@ -25,7 +26,6 @@ from tickmesh.transports.nats import (
     OutputStream,
     PublishRefused,
     SequenceGap,
-    backoff_s,
     connect,
     digest_of,
     redacted,

@@ -1,4 +1,4 @@
-"""Websocket sources: five venues' recordings from a local server, lost connections, snapshots by request, and servers that misbehave."""
+"""Websocket sources: venues' recordings from a local server, lost connections, snapshots by request, and servers that misbehave."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 Reconnecting follows the usual rule (exponential backoff with jitter): the wait doubles from a least to a most, and each is drawn
 between half of it and all of it, so that clients that lost one server together do not come back together. A connection that has lasted
-longer than the wait before it starts the waits anew.
+longer than the wait before it, and for some seconds, starts the waits anew: a server that lets everybody in and throws them out again is
+left alone more and more.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import os
 import random
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 _DOUBLINGS_MAX = 40
+_SETTLED_S = 5.0
+"""A connection that has lasted so long was one."""
 
 
 class ConnectionProblem(Exception):
@@ -90,6 +93,11 @@ class SecretMissing(Exception):
 # ---------------------------------------------------------------- backoff
 
 
+def backoff_s(attempt: int, least_s: float = 0.05, most_s: float = 2.0, draw: Callable[[float, float], float] = random.uniform) -> float:
+    """How long to wait before try `attempt` (from 0): doubles from `least_s` to `most_s`; `draw` gives the jitter."""
+    return min(most_s, least_s * 2.0 ** min(attempt, _DOUBLINGS_MAX)) * draw(0.5, 1.0)
+
+
 @dataclass
 class Backoff:
     """Waits before tries to connect, in seconds.
@@ -108,14 +116,14 @@ class Backoff:
 
     def next_s(self, *, permanent: bool = False) -> float:
         """How long to wait now; `permanent`: the longest wait, since nothing will have changed soon."""
-        longest = self.most_s if permanent else min(self.most_s, self.least_s * 2.0 ** min(self.attempt, _DOUBLINGS_MAX))
+        attempt = _DOUBLINGS_MAX if permanent else self.attempt
+        self._last_s = backoff_s(attempt, self.most_s if permanent else self.least_s, self.most_s, self.random.uniform)
         self.attempt += 1
-        self._last_s = longest * self.random.uniform(0.5, 1.0)
         return self._last_s
 
     def lasted(self, seconds: float) -> None:
         """A connection has ended after so long."""
-        if seconds > self._last_s:
+        if seconds > max(self._last_s, min(_SETTLED_S, self.most_s)):
             self.attempt = 0
 
 

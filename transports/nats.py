@@ -20,7 +20,6 @@ import contextlib
 import hashlib
 import json
 import os
-import random
 import ssl
 import time
 from collections import deque
@@ -35,6 +34,8 @@ import nats.errors
 import nats.js.errors as js_errors
 from nats.aio.client import Client
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfig
+
+from tickmesh.transports.connection import backoff_s
 
 # ---------------------------------------------------------------- errors
 
@@ -277,14 +278,6 @@ def _secret(name: str) -> str | None:
 def redacted(url: str) -> str:
     """An address that may be shown: without user, password and token."""
     return ",".join(f"{one.partition('://')[0]}://{one.rpartition('@')[2].rpartition('://')[2]}" for one in url.split(","))
-
-
-_BACKOFF_FIRST_S, _BACKOFF_LAST_S = 0.05, 2.0
-
-
-def backoff_s(attempt: int) -> float:
-    """How long to wait before try `attempt` (from 0): doubles from 50 ms to 2 s, with jitter."""
-    return min(_BACKOFF_LAST_S, _BACKOFF_FIRST_S * 2.0 ** min(attempt, 10)) * random.uniform(0.5, 1.0)
 
 
 def _next_server(servers: list[Any], _info: dict[str, Any]) -> tuple[Any, float]:

@@ -21,7 +21,8 @@ import nats.errors
 import nats.js.errors as js_errors
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
-from tickmesh.transports.nats import LinkError, NatsLink, StreamMissing, backoff_s
+from tickmesh.transports.connection import backoff_s
+from tickmesh.transports.nats import LinkError, NatsLink, StreamMissing
 
 _EXPIRES_S, _HEARTBEAT_S = 5.0, 0.5
 _SILENCE_S = 3 * _HEARTBEAT_S

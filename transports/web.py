@@ -80,6 +80,8 @@ def _problem(url: str, error: Exception) -> Exception:
         return NotTrusted(url, f"no trusted TLS ({getattr(error, 'certificate_error', None) or error})")
     if isinstance(error, aiohttp.WSServerHandshakeError):
         return status_problem(url, error.status, error.headers or {})
+    if isinstance(error, aiohttp.TooManyRedirects):
+        return Refused(url, "the server redirects without end", "check the endpoint")
     if isinstance(error, aiohttp.ClientPayloadError | aiohttp.http_exceptions.HttpProcessingError | aiohttp.ClientResponseError):
         return BrokenProtocol(url, f"the answer is no proper HTTP ({error})")
     if isinstance(error, TimeoutError):
@@ -249,7 +251,7 @@ class EventStream:
     limit_bytes: int
     last_id: str = ""
     retry_s: float | None = None
-    _rest: bytes = b""
+    _rest: bytearray = field(default_factory=bytearray)
     _data: list[bytes] = field(default_factory=list)
     _data_bytes: int = 0
     _begun: bool = False
@@ -260,7 +262,11 @@ class EventStream:
         Raises:
             ValueError: one is longer than the limit.
         """
-        text = self._rest + piece
+        if self._begun and b"\n" not in piece and b"\r" not in piece and not self._rest.endswith(b"\r"):
+            self._rest += piece  # in place: an event that trickles costs what it is long, and not its square
+            self._check_size()
+            return []
+        text = bytes(self._rest) + piece
         if not self._begun and len(text) >= 3:
             text, self._begun = text.removeprefix(b"\xef\xbb\xbf"), True
         if text.endswith(b"\r"):  # it may be half of a line's end
@@ -268,7 +274,7 @@ class EventStream:
         else:
             held = b""
         *lines, rest = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-        self._rest = rest + held
+        self._rest = bytearray(rest + held)
         found = []
         for line in lines:
             if not line:
@@ -277,13 +283,16 @@ class EventStream:
                 self._data, self._data_bytes = [], 0
             else:
                 self._line(line)
+        self._check_size()
+        return found
+
+    def _check_size(self) -> None:
         if len(self._rest) + self._data_bytes > self.limit_bytes:
             raise ValueError(f"an event of more than {self.limit_bytes} bytes")
-        return found
 
     def begin(self) -> None:
         """A new connection: what was half there is gone."""
-        self._rest, self._data, self._data_bytes, self._begun = b"", [], 0, False
+        self._rest, self._data, self._data_bytes, self._begun = bytearray(), [], 0, False
 
     def _line(self, line: bytes) -> None:
         name, _, value = line.partition(b":")

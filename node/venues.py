@@ -126,7 +126,11 @@ def _kraken_futures(event: str) -> Callable[[Channels, Symbols], list[str]]:
 
 def _kraken(method: str) -> Callable[[Channels, Symbols], list[str]]:
     books = {"channel": "book", "depth": _KRAKEN_DEPTH}
-    params: dict[str, dict[str, Any]] = {"book": books, "trade": {"channel": "trade", "snapshot": False}, "quote": {"channel": "ticker", "event_trigger": "bbo"}}
+    params: dict[str, dict[str, Any]] = {
+        "book": books,
+        "trade": {"channel": "trade", "snapshot": False},
+        "quote": {"channel": "ticker", "event_trigger": "bbo"},
+    }
     return lambda channels, symbols: [
         _text({"method": method, "params": {**params[channel], "symbol": list(symbols)}}) for channel in channels
     ]

@@ -360,10 +360,10 @@ def damaged(rng: random.Random, raw: bytes) -> bytes:
     if rng.random() < 0.5:
         at = rng.randrange(len(found))
         del found[at : at + rng.randrange(1, 300)]
-    if rng.random() < 0.3:
+    if rng.random() < 0.3 and found:
         at, size = rng.randrange(len(found)), rng.randrange(1, 5000)
         found[at:at] = found[at : at + size]
-    return bytes(found[: rng.randrange(len(found))] if rng.random() < 0.3 else found)
+    return bytes(found[: rng.randrange(len(found) + 1)] if rng.random() < 0.3 else found)
 
 
 def check_state(summary: dict[str, Any]) -> None:

@@ -79,6 +79,8 @@ STILL = {
         "connected", "reconnects", "connect_failures", "overflowed",
         "packets", "malformed", "gaps", "missing", "duplicates", "filtered", "ring_full", "dropped_by_kernel", "way", "way_because",
         "rx_dropped", "rx_ring_full", "truncated", "fragments", "tagged", "bad_checksum", "not_wanted", "requests", "recovered", "given_up",
+        "books_waiting", "snapshots_asked", "snapshots_failed", "checksums_failed", "restarts", "errors", "unchanged", "skipped",
+        "empty_messages", "rotations", "truncations", "counted",
     },
     "shard": {"refused", "blocked", "alerts", "crossed", "config_version", "output_lag", "journal_dropped", "from_shards", "not_waited"},
     "delivery": {"retries", "reconnects", "skipped", "lag"},

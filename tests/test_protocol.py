@@ -69,7 +69,7 @@ def load(tmp_path: Path, text: str) -> list[tuple[int, str, str]]:
 def test_shipped_specs_are_valid() -> None:
     assert {"cboe_pitch", "dbn_mbo", "iex_deep", "iex_deep_plus", "iex_tops", "itch50", "memx_memoir_depth"} <= set(shipped_names())
     assert {"binaryfile", "cboe_unit", "dbn", "iex_tp", "memx_udp", "moldudp64"} <= set(shipped_names("framing_"))
-    assert mapped_names() == ["b3_umdf", "binance_fix_sbe", "binance_spot", "cme_mdp3"]
+    assert mapped_names() == ["b3_umdf", "binance_fix_sbe", "binance_spot", "cme_mdp3", "cme_mdp3_mbo"]
     for name in set(shipped_names()) - set(mapped_names()):
         spec = load_spec(name)
         assert spec.name == name

@@ -40,8 +40,8 @@ UNPACKED_PACKAGES = ("python3-pyverbs", "librdmacm1", "libibverbs-dev")
 """Unpacked beside the host's own: installed, they would bring a newer udev with them."""
 WHEEL = "ibverbs==2026.10.22"
 MODULES = (
-    "virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "crc32_generic", "crc32_pclmul", "veth", "sch_netem", "ib_uverbs",
-    "rdma_cm", "rdma_ucm", "rdma_rxe",
+    "virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "crc32_generic", "crc32_pclmul", "veth", "dummy", "sch_netem",
+    "ib_uverbs", "rdma_cm", "rdma_ucm", "rdma_rxe",
 )  # fmt: skip
 MEMORY_MIB, LIMIT_S = 1500, 1500
 """Each test has a limit of its own; this one is for a machine that stands still."""
@@ -320,9 +320,13 @@ def kernel_image(packed: bytes) -> bytes:
     return lzma.LZMADecompressor().decompress(payload)
 
 
-def initramfs(modules: Path) -> bytes:
-    """An archive (cpio, newc) with busybox and the modules that are needed in their order; without /init."""
-    order, files = module_order(modules)
+def initramfs(modules: Path, wanted: Iterable[str] = MODULES) -> bytes:
+    """An archive (cpio, newc) with busybox and the modules that are wanted in their order; without /init.
+
+    Raises:
+        Impossible: a module is not there.
+    """
+    order, files = module_order(modules, wanted)
     archive = _Archive()
     for folder in ("bin", "dev", "proc", "sys", "modules", "lower", "upper", "newroot", "job"):
         archive.add(folder, stat.S_IFDIR | 0o755)
@@ -337,7 +341,11 @@ def initramfs(modules: Path) -> bytes:
 
 
 def module_order(modules: Path, wanted: Iterable[str] = MODULES) -> tuple[list[str], dict[str, str]]:
-    """Names of the modules, those that others need first, and the file of each, by ``modules.dep``."""
+    """Names of the modules, those that others need first, and the file of each, by ``modules.dep``.
+
+    Raises:
+        Impossible: a module is not there.
+    """
 
     def plain(path: str) -> str:
         return Path(path).name.split(".ko")[0].replace("-", "_")
@@ -348,6 +356,8 @@ def module_order(modules: Path, wanted: Iterable[str] = MODULES) -> tuple[list[s
         needs[plain(path)], files[plain(path)] = [plain(other) for other in rest.split()], path
 
     def add(name: str) -> None:
+        if name not in needs:
+            raise Impossible(f"the kernel has no module {name}")
         if name not in order:
             for other in needs[name]:
                 add(other)

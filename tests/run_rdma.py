@@ -27,7 +27,7 @@ _LIMIT_S = 10.0
 
 def main(arguments: list[str]) -> int:
     """Run them, or with ``BENCH=1`` ``tickmesh bench rdma``; the exit code, or 0 with a reason."""
-    command = [sys.executable, "-m", *tests(arguments)]
+    command = [sys.executable, "-m", *pytest_of(arguments)]
     if os.environ.get("BENCH"):
         command = [sys.executable, "-m", "tickmesh.ops.cli", "bench", "rdma"]
     if found := devices():
@@ -46,8 +46,8 @@ def main(arguments: list[str]) -> int:
     return guest.run(command)
 
 
-def tests(arguments: list[str]) -> list[str]:
-    """Of pytest. Where no files are named only those that have such tests are read, which takes an emulated processor long enough."""
+def pytest_of(arguments: list[str]) -> list[str]:
+    """Its command. Where no files are named only those that have such tests are read, which takes an emulated processor long enough."""
     options = ["pytest", "-m", "rdma", "-n0", "-p", "no:cacheprovider", *arguments]
     if any(Path(argument.partition("::")[0]).exists() for argument in arguments):
         return options

@@ -21,7 +21,7 @@ from guest import LIBRARIES, Guest, Impossible, bindings, cleaned_up, execute, i
 from tickmesh.transports.verbs import devices
 
 HERE = Path(__file__).resolve().parent
-INTERFACE, DEVICE, ADDRESS = "tickmesh-rdma", "rxe_tickmesh", "10.77.1.1"
+INTERFACE, PEER, DEVICE, ADDRESS = "tickmesh-rdma", "tickmesh-peer", "rxe_tickmesh", "10.77.1.1"
 _LIMIT_S = 10.0
 
 
@@ -67,7 +67,7 @@ def natively(command: list[str], where: str) -> int:
 
 @contextmanager
 def soft_roce() -> Iterator[None]:
-    """A device of Soft-RoCE over a network interface of its own, which leads nowhere; both are gone afterwards.
+    """A device of Soft-RoCE over a network interface of its own, which leads nowhere; all is gone afterwards.
 
     Raises:
         Impossible: this is not root, or the kernel has none.
@@ -80,9 +80,10 @@ def soft_roce() -> Iterator[None]:
     with cleaned_up(f"ip link delete {INTERFACE} 2>/dev/null; {'' if loaded else 'modprobe -r rdma_rxe'}"):
         if shutil.which("apt-get"):
             install(LIBRARIES)
-        execute(["ip", "link", "add", INTERFACE, "type", "dummy"])
+        execute(["ip", "link", "add", INTERFACE, "type", "veth", "peer", "name", PEER])
         execute(["ip", "address", "add", f"{ADDRESS}/24", "dev", INTERFACE])
-        execute(["ip", "link", "set", INTERFACE, "up"])
+        for name in (INTERFACE, PEER):
+            execute(["ip", "link", "set", name, "up"])
         execute(["rdma", "link", "add", DEVICE, "type", "rxe", "netdev", INTERFACE])
         _wait_for_address()
         if DEVICE not in devices():
@@ -112,4 +113,7 @@ def warm(guest: Guest, command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -218,11 +218,13 @@ class Copies:
     def cut(self) -> None:
         """The connection breaks off."""
 
+        before = self.acceptor.links[KEY]
+
         async def abort() -> None:
-            self.acceptor.links[KEY].abort()
+            before.abort()
 
         within(self._loop, abort())
-        until(lambda: KEY not in self.acceptor.links, "the end of the connection")
+        until(lambda: self.acceptor.links.get(KEY) is not before, "the end of the connection")
 
     def counter(self, name: str) -> int:
         return self.acceptor.session(*KEY).counters[name]

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import nats
 import numpy as np
 import pytest
-from nodes import free_endpoints, until
+from nats.js.errors import NotFoundError
+from nats_fixtures import nats_server  # noqa: F401
+from nodes import assert_true, cluster, free_endpoints, multicast_source, node_config, running, until  # noqa: F401
 from veth import Received, receiving, simulated
 
 from tickmesh.node.adapters import session_number
 from tickmesh.node.continuation import Place
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, EventArray, Kind
+from tickmesh.node.frames import stream_name
 from tickmesh.node.instruments import InstrumentTable
+from tickmesh.node.journal import JournalReader, truncate
 from tickmesh.node.receivers import MulticastReceiver
 from tickmesh.node.router import MARK_EVERY, S_MARKS, make_router, route_now
 from tickmesh.ops.rerequest_server import RerequestServer
+from tickmesh.ops.servers import NatsServer
 from tickmesh.transports.multicast import parse_endpoint
 from tickmesh.transports.ring import Ring
 from tickmesh.transports.toolbox import IDLE_MODES, now_ns
@@ -44,6 +53,20 @@ def server() -> Iterator[RerequestServer]:
 
 
 @contextmanager
+def line_to(endpoint: str) -> Iterator[Callable[[list[bytes]], None]]:
+    """A way to send datagrams on a line."""
+    to = parse_endpoint(endpoint)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
+        line.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
+
+        def send(payloads: list[bytes]) -> None:
+            for payload in payloads:
+                line.sendto(payload, (to.address, to.port))
+
+        yield send
+
+
+@contextmanager
 def restarted(last: int, place: Place | None, **keys: object) -> Iterator[tuple[Received, Callable[[list[bytes]], None]]]:
     """A receiver after a restart in which the journals stand at `last`, and a way to send it datagrams on line A."""
 
@@ -53,17 +76,9 @@ def restarted(last: int, place: Place | None, **keys: object) -> Iterator[tuple[
             assert receiver.go_on_at(place)
 
     endpoints = free_endpoints()
-    to = parse_endpoint(endpoints[0])
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
-        line.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
-        ends = {"endpoint": endpoints[0], "endpoint_b": endpoints[1], "interface": "lo"}
-        with receiving("none", before=know, **{**ends, **keys}) as received:
-
-            def send(payloads: list[bytes]) -> None:
-                for payload in payloads:
-                    line.sendto(payload, (to.address, to.port))
-
-            yield received, send
+    ends = {"endpoint": endpoints[0], "endpoint_b": endpoints[1], "interface": "lo"}
+    with line_to(endpoints[0]) as send, receiving("none", before=know, **{**ends, **keys}) as received:
+        yield received, send
 
 
 def header(sequence: int, count: int = 0, session: bytes = b"TICKMESH  ") -> bytes:
@@ -196,3 +211,55 @@ def test_a_shard_that_gets_nothing_is_told_how_far_the_source_has_come() -> None
     assert (np.diff(told["seq"].astype(np.int64)) == MARK_EVERY).all()
     assert len(told) == 3
     assert not (taken["kind"] == Kind.CODE).any()
+
+
+# ---------------------------------------------------------------- a whole node
+
+
+async def _forget(url: str, name: str) -> None:
+    """The streams hold nothing: what was made of the events that a crash took had not been delivered."""
+    client = await nats.connect(url)
+    try:
+        for shard in range(2):
+            with contextlib.suppress(NotFoundError):
+                await client.jetstream().delete_stream(stream_name(name, shard))
+    finally:
+        await client.close()
+
+
+def test_a_crash_that_cut_two_journals_at_different_places_loses_nothing_that_the_server_has(
+    nats_server: NatsServer,  # noqa: F811
+    cluster: str,  # noqa: F811
+    tmp_path: Path,
+    feed: list[tuple[int, bytes]],
+    server: RerequestServer,
+) -> None:
+    """And gives no shard twice what its journal has; the quieter shard's journal lacks most."""
+    lines = simulated(MESSAGES, mtu_bytes=400)
+    for _ in lines.batches():
+        pass
+    endpoints = free_endpoints()
+    source = multicast_source(endpoints) + f'rerequest = "{server.endpoint}"\n'
+    config = node_config(cluster, tmp_path, source, cluster_extra="shards = 2")
+    half = next(first for first, _ in feed if first >= MESSAGES // 2)
+    with line_to(endpoints[0]) as send:
+        with running(config, nats_server.url) as node:
+            send([payload for first, payload in feed if first < half])
+            until(lambda: node.receivers[0].expected == half and node.drained(), "half of it")
+            folders = [journal.folder for journal in node.journals]
+            ends = [journal.next_sequence for journal in node.journals]
+        asyncio.run(_forget(nats_server.url, cluster))
+        for folder, end, cut in zip(folders, ends, (3, 15)):
+            truncate(folder, end - cut)
+        with running(config, nats_server.url) as node:
+            send([payload for first, payload in feed if first >= half + 40])
+            until(lambda: node.receivers[0].expected > MESSAGES and node.drained(), "the end of the session")
+            assert_true(node, dict(lines.simulator.truth(10_000)))
+            counters = node.receivers[0].counters()
+    assert (counters["gaps"], counters["given_up"]) == (0, 0)
+    assert counters["recovered"] > 40
+    whole = [np.concatenate(list(JournalReader(folder).batches())) for folder in folders]
+    for events in whole:
+        messages = events[(events["seq"] > 0) & ~np.isin(events["kind"], (Kind.CODE, Kind.REFERENCE))]
+        assert (np.diff(messages["seq"].astype(np.int64)) >= 0).all()
+        assert len(np.unique(messages[["seq", "kind", "instrument", "id"]])) == len(messages)

@@ -270,7 +270,7 @@ class AdapterReceiver(Receiver):
             self._expected = last_sequence + 1
         known = self.context.table.arrays.records[: len(self.context.table)]
         journalled = bool(np.any((known["source"] == self.context.number) & (known["announced"] != 0)))
-        self._stale = journalled and self._forgets
+        self._stale = journalled and (self._forgets or self._follows_orders)
         if last_sequence:
             go_on(self.router.clock)
 
@@ -285,6 +285,11 @@ class AdapterReceiver(Receiver):
         books in step by the venue's rules, and has to begin with their snapshots."""
         venue = self.intake.venue
         return not self.adapter.resumes or (venue is not None and not isinstance(venue, MappedFeed))
+
+    @property
+    def _follows_orders(self) -> bool:
+        """Whether the decoder has to know the orders that rest; it does not in the middle of a session, nor after a restart."""
+        return self.intake.spec is not None and self.intake.spec.follow_orders
 
     @property
     def expected(self) -> int:
@@ -594,6 +599,7 @@ class AdapterReceiver(Receiver):
             anew, unnamed = expected != 0 and (another or sequence < expected), self._session == 0 != number
             expected, self._begins_anew = 1 if anew else expected, False
             self.begun_at = self.begun_at or expected or sequence
+        fresh, expected = expected == 0, expected or int(self._follows_orders)
         if anew:
             await self._emit(whole_source(Kind.CLEAR, now_ns, id=number))
         self._session = number
@@ -601,7 +607,7 @@ class AdapterReceiver(Receiver):
             self._more_gaps += 1
             self._more_missing += sequence - expected
             await self._emit(whole_source(Kind.GAP, now_ns, first=expected, last=sequence - 1))
-        if not anew and (expected == 0 or unnamed):  # so that every journal knows where it begins
+        if not anew and (fresh or unnamed):  # so that every journal knows where it begins
             named = whole_source(Kind.CODE, now_ns, id=number)
             named["seq"] = sequence
             await self._emit(named)

@@ -57,7 +57,8 @@ IDLE, CONTINUE, EMIT_GAP, EMIT_CLEAR = range(4)
 """Answers of :func:`next_step`."""
 
 FIRST_SEQUENCE = 1
-_JUMP_MAX = 1 << 40
+JUMP_MAX = 1 << 40
+"""A packet further ahead than this (also the first, of where sequences begin) is damaged: it would make all that comes after it old."""
 _FAR = (1 << 63) - 1
 _ONE = np.uint64(1)
 _GAP, _CLEAR, _NO_SIDE = np.uint8(Kind.GAP), np.uint8(Kind.CLEAR), np.uint8(NO_SIDE)
@@ -150,11 +151,11 @@ def offer(arb: Any, seq: Any, count: Any, session: Any, line: Any) -> Any:
     s = arb.state
     if session != s[SESSION] or s[HAS_SESSION] == 0:
         return _other_session(arb, session, line)
+    if seq < 0 or seq - s[EXPECTED] > JUMP_MAX:
+        return BAD
     if s[EXPECTED] == 0:
         s[EXPECTED] = seq
     expected = s[EXPECTED]
-    if seq < 0 or seq - expected > _JUMP_MAX:
-        return BAD
     if count == 0:
         return _heartbeat(arb, seq)
     if seq + count <= expected:

@@ -20,18 +20,28 @@ import numpy as np
 import structlog
 
 from tickmesh.control.config import CONNECTED, Config, Source
-from tickmesh.node.arbiter import CLEAR_DUE, EXPECTED, FIRST_SEQUENCE, SESSION, START_SEQUENCE
+from tickmesh.node.arbiter import (
+    CLEAR_DUE,
+    EXPECTED,
+    FIRST_SEQUENCE,
+    FORCE_TO,
+    HAS_SESSION,
+    JUMP_MAX,
+    PREVIOUS_SESSION,
+    SESSION,
+    START_SEQUENCE,
+)  # fmt: skip
 from tickmesh.node.continuation import Place
 from tickmesh.node.decoder import arbitration, decoder_parts, filtered, load_decoder, make_feed, malformed, message_counts
 from tickmesh.node.event import EVENT, EventArray
-from tickmesh.node.feed import MIDNIGHT_NS, RESOLVED_BELOW, SHORT_PACKET, TIME_BASE_NS, UNBOUND, Feed, bind_unannounced
+from tickmesh.node.feed import BAD_SEQUENCE, MIDNIGHT_NS, RESOLVED_BELOW, SHORT_PACKET, TIME_BASE_NS, UNBOUND, Feed, bind_unannounced
 from tickmesh.node.instruments import EXCLUDED, FILTERED, InstrumentTable
 from tickmesh.node.loops import receive_loop
 from tickmesh.node.order_map import take_orders
 from tickmesh.node.protocol import Field, load_framing, load_spec
 from tickmesh.node.reader import Reader, SourceError, open_reader, protocol_fields, recovery_line, spec_and_framing
 from tickmesh.node.rerequest import FOREVER_NS, Rerequest, RerequestCounters, can_rerequest
-from tickmesh.node.router import ROUTE_EVENTS, Router, make_router, route_now
+from tickmesh.node.router import ROUTE_EVENTS, S_MARKS, Router, make_router, route_now
 from tickmesh.node.timers import C_EVENT, NOT_LIVE, go_on
 from tickmesh.transports.pacing import Pace
 from tickmesh.transports.privileges import PrivilegeError, drop_capabilities
@@ -53,6 +63,7 @@ from tickmesh.transports.toolbox import zeros_aligned
 
 Progress = Callable[[str], None] | None
 _log = structlog.get_logger("receiver")
+_MASK = (1 << 64) - 1
 _PACE_SLICE_S = 0.05
 """A paced receiver looks at its stop flag at least this often."""
 
@@ -320,7 +331,9 @@ class MulticastReceiver(Receiver):
         super().__init__(name, options, context, restamp=False, hold_ns=hold_ns)
         self.spec, self._framing = spec_and_framing(name, options)
         framing = self._framing
+        self.router.settings[S_MARKS] = framing.sequence is not None and not options.snapshot_endpoint
         self._expected = 0
+        self._place: Place | None = None
         self.order_ids = self.spec.order_ids
         if options.rerequest and not can_rerequest(framing):
             raise SourceError(name, f"rerequest asks for MoldUDP64 packets, and the framing is {framing.name!r}; remove the key rerequest")
@@ -386,10 +399,18 @@ class MulticastReceiver(Receiver):
     def resume(self, codes: Mapping[int, int], last_sequence: int) -> None:
         bind_codes(self.feed, self.context.table, codes)
         self._expected = last_sequence + 1 if last_sequence else 0
-        if last_sequence and self.spec.follow_orders:  # it does not know the orders that rest: the books are told so by a gap
-            self._expected = last_sequence
         if last_sequence:
             go_on(self.router.clock)
+
+    def go_on_at(self, place: Place) -> bool:
+        """Begin where the shard with least ended: it gets what it lacks from the re-request server, or is told of it by a gap.
+
+        Orders that are followed are not known any more, so that no book can go on and each shard is told so in full.
+        """
+        if self.spec.follow_orders or self._framing.sequence is None:
+            return False
+        self._place = place
+        return True
 
     @property
     def expected(self) -> int:
@@ -454,34 +475,71 @@ class MulticastReceiver(Receiver):
         sequence = self._framing.sequence
         if sequence is None:
             return True
-        state, descriptors = self.feed.arbiter.state, self.path.face.descriptors()
+        descriptors = self.path.face.descriptors()
         if self.options.snapshot_endpoint:  # whose sequence is another one
             descriptors = descriptors[: len(_lines(self.options))]
         while self.stop[0] == 0:
             for ready in select.select(descriptors, [], [], _PACE_SLICE_S)[0]:
                 seen = self._peek(descriptors.index(ready), sequence)
-                if seen is None:
-                    continue
-                if self._expected == 0 or seen >= self._expected or seen == self._framing.unsequenced:
-                    state[START_SEQUENCE] = max(self._expected, int(state[START_SEQUENCE]))
-                else:
-                    state[START_SEQUENCE], state[CLEAR_DUE] = FIRST_SEQUENCE, 1
-                self.begun_at = self._expected or (0 if seen == self._framing.unsequenced else seen)
-                return True
+                if seen is not None:
+                    self._begin(*seen)
+                    return True
         return False
 
-    def _peek(self, place: int, sequence: Field) -> int | None:
-        """Sequence of the packet that is next, which stays; a packet without one is dropped."""
+    def _peek(self, place: int, sequence: Field) -> tuple[int, int] | None:
+        """Sequence and session of the packet that is next, which stays; a packet without them is dropped."""
         face = self.path.face
         head = face.peek(place, drop=False)
         if head is None:  # what came there is nothing for us
             return None
         if len(head) >= self._framing.header_bytes:
-            number = head[sequence.offset : sequence.offset + sequence.size]
-            return int.from_bytes(number, "big" if sequence.big else "little")
+            session, seen = 0, _number(head, sequence)
+            for number, field in enumerate(self._framing.session):  # as the decoder has it
+                session ^= _number(head, field) << 17 * number
+            if seen - self._expected <= JUMP_MAX:
+                return seen, session & _MASK
         face.peek(place, drop=True)
-        self.feed.malformed[SHORT_PACKET] += np.uint64(1)
+        self.feed.malformed[BAD_SEQUENCE if len(head) >= self._framing.header_bytes else SHORT_PACKET] += np.uint64(1)
         return None
+
+    def _begin(self, seen: int, session: int) -> None:
+        """Set the arbiter's place, now that the first packet is seen."""
+        state, place = self.feed.arbiter.state, self._place
+        unsequenced = seen == self._framing.unsequenced
+        if not unsequenced and not self._goes_on(seen, session):
+            self._enter(session, FIRST_SEQUENCE, place.session if place is not None else 0)
+            state[CLEAR_DUE] = 1
+        elif self.spec.follow_orders and not state[START_SEQUENCE]:
+            self._begin_without_orders(0 if unsequenced else seen, session)
+        else:
+            first = place.sequence if place is not None else self._expected
+            state[START_SEQUENCE] = max(first, int(state[START_SEQUENCE]))
+        self.begun_at = self._expected or (0 if unsequenced else seen)
+
+    def _goes_on(self, seen: int, session: int) -> bool:
+        """Whether the first packet is of the session that the journals stand in; without a session's name its sequence tells."""
+        place = self._place
+        if place is not None and not place.is_one:
+            return False
+        if place is not None and place.session and session:
+            return place.session == session
+        return seen >= self._expected
+
+    def _begin_without_orders(self, seen: int, session: int) -> None:
+        """In the middle of a session, the orders that rest are not known: a gap says so to the books, at once, if the place is known."""
+        state, first = self.feed.arbiter.state, max(FIRST_SEQUENCE, self._expected - 1)
+        if seen == 0:
+            state[START_SEQUENCE] = first
+            return
+        self._enter(session, first)
+        state[FORCE_TO] = self._expected or seen
+
+    def _enter(self, session: int, sequence: int, before: int = 0) -> None:
+        """Stand in a session, as after its first packet; packets of the one before are old."""
+        state = self.feed.arbiter.state
+        state[HAS_SESSION], state[EXPECTED] = 1, sequence
+        state[SESSION] = np.uint64(session).view(np.int64)
+        state[PREVIOUS_SESSION] = np.uint64(before or session).view(np.int64)
 
     def counters(self) -> dict[str, int]:
         lines, frames, lost = arbitration(self.feed), self.path.face.counters(), self.path.face.statistics()
@@ -520,6 +578,10 @@ class MulticastReceiver(Receiver):
 def _lines(options: Source) -> list[str]:
     """The endpoints of the lines that are arbitrated, A first."""
     return [endpoint for endpoint in (options.endpoint, options.endpoint_b) if endpoint]
+
+
+def _number(head: bytes, field: Field) -> int:
+    return int.from_bytes(head[field.offset : field.offset + field.size], "big" if field.big else "little")
 
 
 def bind_codes(feed: Feed, table: InstrumentTable, codes: Mapping[int, int]) -> None:

@@ -4,6 +4,9 @@ Each receiver is the one writer of one ring per shard. Events that concern a who
 and are stamped with the source's number, and so is an instrument's definition, so that a shard knows whom they concern. After a
 definition goes the instrument's numeric code, so that a journal is enough to restart from in the middle of a session.
 
+A shard that gets nothing of a source for :data:`MARK_EVERY` sequences is told how far the source has come, by a CODE of the whole source,
+so that its journal says that it lacks nothing before: after a restart that need not be asked for again.
+
 Timers are made here: every event of every source passes, in the order in which its shards see it, on its way to their journals.
 """
 
@@ -20,6 +23,9 @@ from tickmesh.transports.toolbox import copy_record, inlined, loop, monotonic_ns
 
 ROUTE_EVENTS = 256
 """Most events routed at once."""
+MARK_EVERY = 4096
+S_MARKS = 3
+"""In ``Router.settings``."""
 _STAGED = 3 * ROUTE_EVENTS
 """Room per shard: each event may have a timer before it, and be an instrument's definition, which is followed by its code."""
 _REFERENCE, _CODE = np.uint8(Kind.REFERENCE), np.uint8(Kind.CODE)
@@ -36,7 +42,9 @@ class Router(NamedTuple):
         staged: EVENT[shards * 3 * ROUTE_EVENTS], events on their way to a ring.
         counts: i64[shards + 2]: staged events per shard, then events routed, then times a ring was full.
         stop: i64[1], ends a wait for a full ring.
-        settings: i64[3]: number of the source, idle mode, whether `ts_recv` becomes the time of routing (recordings played live).
+        settings: i64[4]: number of the source, idle mode, whether `ts_recv` becomes the time of routing (recordings played live), whether
+            shards are told how far the source has come (its sequences rise from event to event).
+        told: i64[shards], the source's sequence up to which each shard knows of it.
         clock: the source's (:mod:`tickmesh.node.timers`).
         timer: EVENT[1], the timer being routed.
     """
@@ -47,6 +55,7 @@ class Router(NamedTuple):
     counts: Any
     stop: Any
     settings: Any
+    told: Any
     clock: Any
     timer: Any
 
@@ -68,9 +77,9 @@ def make_router(
         timer_ns, hold_ns: see :func:`tickmesh.node.timers.make_clock`.
     """
     shards = len(rings)
-    settings = np.array([source, idle_mode, restamp], np.int64)
+    settings, told = np.array([source, idle_mode, restamp, 0], np.int64), np.zeros(shards, np.int64)
     staged, counts = zeros_aligned(shards * _STAGED, EVENT), np.zeros(shards + 2, np.int64)
-    return Router(rings, records, staged, counts, stop, settings, make_clock(timer_ns, hold_ns), np.zeros(1, EVENT))
+    return Router(rings, records, staged, counts, stop, settings, told, make_clock(timer_ns, hold_ns), np.zeros(1, EVENT))
 
 
 @inlined
@@ -96,6 +105,21 @@ def _stage_timer(router: Any, ts_recv: Any, told: Any) -> None:
     fill_timer(router.clock, router.settings[0], ts_recv, told, router.timer[0])
     for shard in range(len(router.rings)):
         _stage(router, shard, router.timer, 0)
+
+
+@outlined
+def _tell_idle(router: Any, batch: Any, last: Any) -> None:
+    """Shards that have had nothing for long: what they get next has at least the sequence of ``batch[last]``, which more may follow of."""
+    sequence = np.int64(batch[last].seq)
+    for shard in range(len(router.rings)):
+        if router.counts[shard] > 0 or sequence < router.told[shard]:
+            router.told[shard] = sequence
+        elif sequence - router.told[shard] >= MARK_EVERY:
+            router.told[shard] = sequence
+            _stage(router, shard, batch, last)
+            event = router.staged[shard * _STAGED + router.counts[shard] - 1]
+            event.instrument, event.kind, event.side, event.flags = _ALL, _CODE, np.uint8(NO_SIDE), np.uint16(0)
+            event.price, event.qty, event.id, event.aux = router.settings[0], np.int64(0), np.uint64(0), np.int64(0)
 
 
 @outlined
@@ -139,6 +163,8 @@ def route(router: Any, batch: Any, first: Any, count: Any) -> Any:
         else:
             _stage(router, owner, batch, i)
     router.counts[shards] += np.int64(count) - np.int64(first)
+    if count > first and router.settings[S_MARKS] != 0:
+        _tell_idle(router, batch, count - 1)
     if count > first and router.clock[C_HOLD] >= 0:
         timer_seen(router.clock, batch[count - 1], monotonic_ns())
     return _flush_all(router)

@@ -87,8 +87,8 @@ def make(bypass: str, ring: Ring, name: str = "lines", **keys: object) -> Multic
 
 
 @contextmanager
-def receiving(bypass: str, **keys: object) -> Iterator[Received]:
-    """A receiver on the calling thread's interface, started; ended and closed on leaving."""
+def receiving(bypass: str, *, before: Callable[[MulticastReceiver], object] | None = None, **keys: object) -> Iterator[Received]:
+    """A receiver on the calling thread's interface, started (after `before` has had it); ended and closed on leaving."""
     ring = Ring.create(None, 1 << 17, EVENT)
     with ExitStack() as closing:
         closing.callback(ring.close)
@@ -96,6 +96,8 @@ def receiving(bypass: str, **keys: object) -> Iterator[Received]:
         closing.callback(receiver.close)
         closing.callback(lambda: receiver.join(10) or pytest.fail("the receiver does not end"))
         closing.callback(receiver.ask_stop)
+        if before is not None:
+            before(receiver)
         receiver.start()
         until(lambda: getattr(receiver.path.face, "begun", True), "the beginning")
         yield Received(receiver, ring)

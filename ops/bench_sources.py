@@ -211,7 +211,7 @@ _RECORDINGS = {
 }
 _HOT = {
     "binance": (b'"depthUpdate"', b'"trade"', b'bookTicker"'), "bybit": (b'"delta"', b"publicTrade"),
-    "coinbase": (b'"l2update"', b'"match"'), "kraken_futures": (b'"feed":"book"',), "okx": (b'"update"', b'"trades"'),
+    "coinbase": (b'"l2update"', b'"match"'), "kraken_futures": (b'{"feed":"book",',), "okx": (b'"update"', b'"trades"'),
 }  # fmt: skip
 """What changes of books, trades and quotes have in them; the rest is snapshots, answers and what came before."""
 

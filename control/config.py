@@ -996,6 +996,13 @@ class Leadership(Table):
     enabled: bool = key(False, "Share the shards among the nodes of the store; without it, every node runs all of them by itself.")
     heartbeat_ms: float = key(20.0, "A node says so often that it is alive.", unit="ms", ge=1, le=10_000)
     suspect_ms: float = key(100.0, "Silence after which a node is taken for dead.", unit="ms", ge=3, le=60_000)
+    suspect_ms_max: float = key(
+        1000.0,
+        "The same on a host so busy that heartbeats come late: twice the longest silence lately, up to this.",
+        unit="ms",
+        ge=3,
+        le=60_000,
+    )
     lease_ttl_s: float = key(
         10.0, "A leader that nobody watches loses its lease after this; Consul takes 10 s and more.", unit="s", ge=1, le=3600
     )

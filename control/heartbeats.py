@@ -5,6 +5,10 @@ account is given), within milliseconds. A node that hangs, or that a partition c
 reason to look: leadership moves by the store's lease, and a suspect that was alive all the time is fenced off by its epoch.
 
 A node that does not hear itself either suspects nobody: it is the one that is cut off, or it has just stood still.
+
+On a host that has too much to do, heartbeats come late. Taking each late one for a death would move leadership, which costs more than was
+wanting: a storm. So silences that ended well make the next one be waited for longer (:class:`Patience`; after Chen, Toueg and Aguilera,
+"On the quality of service of failure detectors", 2002, with the worst of a window instead of an estimate of the mean).
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from tickmesh.control.store import end_task
 Role = Literal["leader", "standby"]
 _NODES_MAX = 1024
 _BEAT_BYTES_MAX = 64 << 10
+_REMEMBERED_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,37 @@ class _Heard:
     told_dead_s: float = -1e9
 
 
+class Patience:
+    """How long one node may be silent: twice its longest silence of the last while that was no death, between two bounds.
+
+    Silences longer than the upper bound teach nothing: such a node was stopped, or cut off.
+
+    Args:
+        least_s, most_s: the bounds.
+    """
+
+    def __init__(self, least_s: float, most_s: float) -> None:
+        self._least_s, self._most_s = least_s, max(least_s, most_s)
+        self._longest_s, self._longest_before_s, self._since_s = 0.0, 0.0, float("-inf")
+
+    def heard_after(self, silence_s: float, now_s: float) -> None:
+        """It was silent for so long, and is there."""
+        self._go_on(now_s)
+        if self._longest_s < silence_s <= self._most_s:
+            self._longest_s = silence_s
+
+    def limit_s(self, now_s: float) -> float:
+        """Silence after which to suspect it."""
+        self._go_on(now_s)
+        return min(self._most_s, max(self._least_s, 2 * max(self._longest_s, self._longest_before_s)))
+
+    def _go_on(self, now_s: float) -> None:
+        """What is remembered is of this and the last window."""
+        if (passed_s := now_s - self._since_s) >= _REMEMBERED_S:
+            self._longest_before_s = self._longest_s if passed_s < 2 * _REMEMBERED_S else 0.0
+            self._longest_s, self._since_s = 0.0, now_s
+
+
 @dataclass
 class HeartbeatCounters:
     """What the detectors have seen."""
@@ -117,6 +153,8 @@ class HeartbeatCounters:
     malformed: int = 0
     suspicions: int = 0
     """Times that a node fell silent or its process was reported dead."""
+    false_alarms: int = 0
+    """Of these, how often it was silent and then there again, in less than `suspect_ms_max`."""
     own_pauses: int = 0
     """Times that this process stood still for so long that it could suspect nobody."""
 
@@ -130,6 +168,7 @@ class Heartbeats:
         state: gives the heartbeat to send; called every `every_ms`.
         every_ms: time between two.
         suspect_ms: silence after which a node is suspected; at least three times `every_ms`.
+        suspect_ms_max: the same while heartbeats come late again and again (:class:`Patience`).
         system: a client of the servers' system account, for deaths to be told at once.
         changed: told whenever a node is new, is suspected, is back, or says something else of its shards' roles.
 
@@ -147,6 +186,7 @@ class Heartbeats:
         *,
         every_ms: float = 20.0,
         suspect_ms: float = 100.0,
+        suspect_ms_max: float = 1000.0,
         system: Client | None = None,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
@@ -155,8 +195,9 @@ class Heartbeats:
         self.cluster, self.node, self.incarnation = cluster, node, incarnation
         self.counters = HeartbeatCounters()
         self._client, self._system, self._state, self._changed = client, system, state, changed
-        self._every_s, self._suspect_s = every_ms / 1000, suspect_ms / 1000
+        self._every_s, self._suspect_s, self._suspect_s_max = every_ms / 1000, suspect_ms / 1000, suspect_ms_max / 1000
         self._heard: dict[str, _Heard] = {}
+        self._patience: dict[str, Patience] = {}
         self._own_s = self._ticked_s = self._excused_s = 0.0
         self._subscriptions: list[Any] = []
         self._task: asyncio.Task[None] | None = None
@@ -243,9 +284,10 @@ class Heartbeats:
         self._ticked_s = now
         if self.cut_off:
             return
-        for heard in self._heard.values():
-            if heard.beat.node != self.node and now - heard.at_s > self._suspect_s:
-                self._suspect(heard, f"it has been silent for {self._suspect_s * 1000:.0f} ms")
+        for node, heard in self._heard.items():
+            silence_s = now - heard.at_s
+            if silence_s > self._suspect_s and node != self.node and silence_s > (limit_s := self._patience[node].limit_s(now)):
+                self._suspect(heard, f"it has been silent for {limit_s * 1000:.0f} ms")
 
     def _suspect(self, heard: _Heard, reason: str) -> None:
         if not heard.suspected:
@@ -273,8 +315,18 @@ class Heartbeats:
         if before is None and len(self._heard) >= _NODES_MAX:
             return
         self._heard[beat.node] = _Heard(beat, now)
+        self._learn(before, beat, now)
         if before is None or before.suspected or _roles(before.beat) != _roles(beat):
             self._changed()
+
+    def _learn(self, before: _Heard | None, beat: Beat, now: float) -> None:
+        """What the silence before this heartbeat says of the next one."""
+        patience = self._patience.setdefault(beat.node, Patience(self._suspect_s, self._suspect_s_max))
+        if before is None or before.beat.incarnation != beat.incarnation or before.told_dead_s > before.at_s or self.cut_off:
+            return  # it was away, or we were
+        silence_s = now - before.at_s
+        patience.heard_after(silence_s, now)
+        self.counters.false_alarms += bool(before.suspected) and silence_s <= self._suspect_s_max
 
     async def _on_death(self, message: Msg) -> None:
         try:

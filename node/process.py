@@ -71,7 +71,8 @@ from tickmesh.transports.ring import Ring, ring_path
 from tickmesh.transports.toolbox import IDLE_MODES
 
 Progress = Callable[[str], None] | None
-_MIRROR_S = 0.1
+_LOOK_S = 0.1
+_MIRROR_S = 0.5
 _TRIM_S = 1.0
 _STOP_S = 5.0
 _EVERYTHING = 1 << 62
@@ -440,10 +441,12 @@ class Node:
         Raises:
             NodeError: a source or a shard has failed.
         """
-        trim_due = time.monotonic()
-        while not stop.wait(_MIRROR_S):
-            self.mirror()
+        mirror_due = trim_due = time.monotonic()
+        while not stop.wait(_LOOK_S):
             self.check()
+            if time.monotonic() >= mirror_due:
+                self.mirror()
+                mirror_due = time.monotonic() + _MIRROR_S
             if time.monotonic() >= trim_due:
                 self.trim_journals()
                 trim_due = time.monotonic() + _TRIM_S

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 SYSTEM_USER, SYSTEM_PASSWORD = "TICKMESH_NATS_SYSTEM_USER", "TICKMESH_NATS_SYSTEM_PASSWORD"
 """Environment variables of a login to the servers' system account: deaths of nodes are told at once."""
-_TRIM_S = 0.005
+_TRIM_S = 0.02
 _STOP_S = 20.0
 _ASK_S = 0.5
 _Made = TypeVar("_Made")
@@ -230,6 +230,7 @@ class Roles:
             self._beat,
             every_ms=config.leadership.heartbeat_ms,
             suspect_ms=config.leadership.suspect_ms,
+            suspect_ms_max=config.leadership.suspect_ms_max,
             system=system.client if system else None,
             changed=self._heard,
         )

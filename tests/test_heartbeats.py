@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nats_fixtures import ConfiguredServer
 from store_servers import contract
 
-from tickmesh.control.heartbeats import Beat, Heartbeats, ShardBeat, beat_subject, client_name, decode_beat, encode_beat
+from tickmesh.control.heartbeats import Beat, Heartbeats, Patience, ShardBeat, beat_subject, client_name, decode_beat, encode_beat
 from tickmesh.ops.servers import NatsServer, NatsServerOptions
 from tickmesh.transports.nats import Login, NatsLink, connect
 
@@ -118,6 +118,40 @@ async def test_a_process_that_stood_still_listens_before_it_suspects(tmp_path: o
             await until(lambda: a.beats.counters.own_pauses > 0)
             await until(lambda: not a.beats.cut_off)
             assert a.beats.counters.suspicions == 0
+
+
+@contract
+async def test_late_heartbeats_are_waited_for_longer(tmp_path: object) -> None:
+    """A silence that was no death is forgiven the next time; nothing moves for it again and again."""
+    with NatsServer(NatsServerOptions(tmp_path / "nats")) as server:  # type: ignore[operator]
+        async with node(server.url, "a") as a:
+            beat = encode_beat(Beat("slow", "1", "", {0: ShardBeat("leader", 1, 1)}))
+
+            async def says() -> None:
+                await a.link.client.publish(beat_subject("c", "slow"), beat)
+
+            await until(lambda: not a.beats.cut_off)
+            await says()
+            await until(lambda: a.beats.suspected("slow").startswith("it has been silent for 300 ms"))
+            await says()
+            await until(lambda: not a.beats.suspected("slow"))
+            assert a.beats.counters.false_alarms == 1
+            await until(lambda: a.beats.suspected("slow"))
+            told_ms = int(a.beats.suspected("slow").removeprefix("it has been silent for ").removesuffix(" ms"))
+            assert 600 <= told_ms <= 1000
+
+
+@given(st.lists(st.tuples(st.floats(0, 3), st.floats(0, 40)), max_size=60))
+def test_patience_is_twice_the_longest_silence_lately(steps: list[tuple[float, float]]) -> None:
+    patience, now_s, heard = Patience(0.1, 1.0), 100.0, []
+    for silence_s, passes_s in steps:
+        now_s += passes_s
+        patience.heard_after(silence_s, now_s)
+        heard.append((now_s, silence_s))
+        limit_s = patience.limit_s(now_s)
+        surely = [one for at_s, one in heard if now_s - at_s < 30 and one <= 1.0]
+        perhaps = [one for at_s, one in heard if now_s - at_s <= 90 and one <= 1.0]
+        assert min(1.0, max(0.1, 2 * max(surely, default=0))) <= limit_s <= min(1.0, max(0.1, 2 * max(perhaps, default=0)))
 
 
 @contract

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,14 +20,61 @@ from tickmesh.node.event import ALL_INSTRUMENTS, DERIVED, EVENT, PEERS, REFERENC
 from tickmesh.node.frames import InstrumentName, InstrumentNames
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.shard import ShardPlan
-from tickmesh.transports.toolbox import zeros_aligned
+from tickmesh.transports.codecache import load_compiled
+from tickmesh.transports.toolbox import copy_record, inlined, quick, zeros_aligned
 
 Leg = tuple[str, str]
 """``bbo`` or ``trade``, and the symbol."""
 _NONE = np.int64(-1)
 _BBO, _TRADE, _TIMER = np.uint8(Kind.BBO), np.uint8(Kind.TRADE), np.uint8(Kind.TIMER)
+_PEER_BBO, _PEER_TRADE, _PEER_TIMER = np.uint8(Kind.PEER_BBO), np.uint8(Kind.PEER_TRADE), np.uint8(Kind.PEER_TIMER)
 _interning = threading.Lock()
 """Instruments of another shard are entered by whichever thread meets them first."""
+
+
+@quick
+def _choose(events: Any, bbo: Any, trade: Any, named: Any, feeds: Any, source: Any) -> Any:
+    """In place: of another shard's outputs those that are wanted, with the node's ids and PEER kinds, at the front; returns how many.
+
+    A timer says whose it is, and what has told it. -1: some are of an instrument whose name is not known (`events` is spoilt then).
+    """
+    n = 0
+    for i in range(events.size):
+        kind, instrument, node = events[i].kind, np.int64(events[i].instrument), np.int64(ALL_INSTRUMENTS)
+        if kind == _TIMER:
+            wanted = _is_among(feeds, events[i].price)
+        elif kind in (_BBO, _TRADE):
+            if instrument >= named.size or not named[instrument]:
+                return -1
+            places = bbo if kind == _BBO else trade
+            node = places[instrument] if instrument < places.size else _NONE
+            wanted = node != _NONE
+        else:
+            wanted = False
+        if not wanted:
+            continue
+        copy_record(events, n, events, i)
+        event = events[n]
+        event.instrument = np.uint32(node)
+        event.kind = _PEER_BBO if kind == _BBO else _PEER_TRADE if kind == _TRADE else _PEER_TIMER
+        if kind == _TIMER:
+            event.price, event.aux, event.flags = source, event.price, np.uint16(event.aux)
+        n += 1
+    return n
+
+
+def warm() -> None:
+    """Compile what Python calls here (:func:`tickmesh.transports.codecache.load_compiled`)."""
+    places = np.zeros(1, np.int64)
+    _choose(zeros_aligned(0, EVENT), places, places, np.zeros(1, np.bool_), places, np.int64(0))
+
+
+@inlined
+def _is_among(values: Any, value: Any) -> Any:
+    for one in values:
+        if one == value:
+            return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -82,8 +130,8 @@ class PeerEvents:
         for kind, symbol in legs:
             self._kinds.setdefault(symbol, set()).add(kind)
         self._names = InstrumentNames()
-        self._ids = {Kind.BBO: np.full(16, _NONE), Kind.TRADE: np.full(16, _NONE)}
-        self._feeds: set[int] = set()
+        self._bbo, self._trade = np.full(16, _NONE), np.full(16, _NONE)
+        self._feeds = np.zeros(0, np.int64)
         self._named = np.zeros(16, np.bool_)
 
     def know(self, names: InstrumentNames) -> EventArray:
@@ -97,43 +145,25 @@ class PeerEvents:
         Raises:
             UnnamedInstrument: some are of an instrument that is not known; nothing has been taken.
         """
-        met = [self._meet(int(event["instrument"]), self._names[int(event["instrument"])]) for event in self._names.learn(outputs)]
-        self._check_named(outputs)
-        kinds, instruments = outputs["kind"], outputs["instrument"]
-        timers = kinds == _TIMER
-        if timers.any():
-            timers &= np.isin(outputs["price"], list(self._feeds))
-        wanted, ids = timers.copy(), np.full(len(outputs), ALL_INSTRUMENTS, np.int64)
-        for kind, places in self._ids.items():
-            mine = (kinds == kind) & (instruments < len(places))
-            found = places[np.where(mine, instruments, 0)]
-            mine &= found != _NONE
-            ids[mine], wanted = found[mine], wanted | mine
-        chosen = zeros_aligned(int(np.count_nonzero(wanted)), EVENT)
-        chosen[:] = outputs[wanted]
-        self._translate(chosen, ids[wanted])
-        definitions = [event for event in met if event is not None]
-        return np.concatenate([*definitions, chosen]) if definitions else chosen
+        definitions = [self._meet(int(event["instrument"]), self._names[int(event["instrument"])]) for event in self._names.learn(outputs)]
+        chosen = zeros_aligned(len(outputs), EVENT)
+        chosen[:] = outputs
+        count = int(_choose(chosen, self._bbo, self._trade, self._named, self._feeds, np.int64(self._source)))
+        if count < 0:
+            raise UnnamedInstrument(self._origin, self._unnamed(outputs))
+        chosen = chosen[:count]
+        wanted = [event for event in definitions if event is not None]
+        return np.concatenate([*wanted, chosen]) if wanted else chosen
 
     def do_without_names(self, instruments: Iterable[int]) -> None:
         """These instruments have no names, and are not wanted."""
         for number in instruments:
             self._named = _with(self._named, number, True)
 
-    def _check_named(self, outputs: EventArray) -> None:
+    def _unnamed(self, outputs: EventArray) -> list[int]:
         kinds = outputs["kind"]
-        met = outputs["instrument"][(kinds == _BBO) | (kinds == _TRADE)]
-        unnamed = met[(met >= len(self._named)) | ~self._named[np.minimum(met, len(self._named) - 1)]]
-        if len(unnamed):
-            raise UnnamedInstrument(self._origin, sorted({int(number) for number in unnamed}))
-
-    def _translate(self, events: EventArray, ids: np.ndarray) -> None:
-        """In place: kinds of the other shard's, the node's ids; a timer says whose it is, and what has told it."""
-        kinds, timers = events["kind"].copy(), events["kind"] == Kind.TIMER
-        events["kind"] = np.where(kinds == Kind.BBO, Kind.PEER_BBO, np.where(timers, Kind.PEER_TIMER, Kind.PEER_TRADE))
-        events["instrument"] = ids
-        feeds, told = events["price"][timers], events["aux"][timers]
-        events["price"][timers], events["aux"][timers], events["flags"][timers] = self._source, feeds, told
+        met = {int(number) for number in outputs["instrument"][(kinds == _BBO) | (kinds == _TRADE)]}
+        return sorted(number for number in met if number >= len(self._named) or not self._named[number])
 
     def _meet(self, number: int, name: InstrumentName) -> EventArray | None:
         """An instrument of the other shard has been announced there."""
@@ -145,10 +175,11 @@ class PeerEvents:
         exponent = int(np.int8(np.uint8(name.exponent)))
         with _interning:
             node = self._table.intern(name.symbol, self._source, name.tick_size, exponent, self._origin)
-        for kind, place in (("bbo", Kind.BBO), ("trade", Kind.TRADE)):
-            if kind in wanted:
-                self._ids[place] = _with(self._ids[place], number, node)
-        self._feeds.add(name.source)
+        if "bbo" in wanted:
+            self._bbo = _with(self._bbo, number, node)
+        if "trade" in wanted:
+            self._trade = _with(self._trade, number, node)
+        self._feeds = np.union1d(self._feeds, np.array([name.source]))
         event = reference(Kind.PEER_REFERENCE, node, self._source, name.symbol, name.tick_size, exponent)
         event["seq"] = name.source
         return event
@@ -194,6 +225,8 @@ class LocalExchange:
         self.first: dict[int, EventArray] = {}
         """What a shard begins with."""
         self._takers: dict[int, list[tuple[int, PeerEvents]]] = {}
+        if config.cluster.shards > 1:
+            load_compiled("tickmesh.node.peers", "exchange between shards")
         for shard in range(config.cluster.shards):
             wanted = Wanted.of(plan, config, shard)
             if wanted.homes:

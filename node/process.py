@@ -163,6 +163,8 @@ class Node:
         config, cluster = self.config, self.config.cluster
         idle = IDLE_MODES[cluster.idle]
         set_log_level(config.logging.level)
+        if cluster.shards > 1:
+            load_compiled("tickmesh.node.peers", "exchange between shards", self.progress)
         self.publishers = {name: open_publisher(config, name, self.progress) for name in rdma_deliveries(config)}
         self.table = make_table(config, self.document.sources)
         with self.table.filters_held_back() as self._filters:

@@ -157,6 +157,11 @@ class ReleaseGate:
             limit = self._limit()
             return self._taken(EVERYTHING if limit is None else np.uint64(max(0, limit - self._journal.first_sequence)))
 
+    @property
+    def tells(self) -> bool:
+        """Whether outputs wait for standbys, so that the listeners are told of each that may leave: nobody has to look in between."""
+        return self.acks != 0 and not self._alone
+
     def _taken(self, limit: np.uint64) -> int:
         return int(take_marks(self.marks, limit, self._waits))
 

@@ -41,6 +41,8 @@ from tickmesh.transports.ring import Reader, Ring
 Progress = Callable[[str], None] | None
 _FEED_EVENTS = 4096
 _WAIT_S = 0.05
+_MANY_EVENTS, _GATHER_S = 256, 0.01
+"""Fewer events than that are handed over together with those of the next moment: a standby is in no hurry until it takes over."""
 _TURN_S = 0.0002
 _LAST_TURN_S = 0.5
 _CONFIG = np.uint8(Kind.CONFIG)
@@ -207,6 +209,7 @@ class Standby:
         self._stepping: _Stepping | None = None
         self._stored = 0
         self._stop = np.zeros(1, np.int64)
+        self._hurry = threading.Event()
         self._feeder: threading.Thread | None = None
         self._fed_from: Journal | None = None
         self._lock = threading.Lock()
@@ -220,6 +223,8 @@ class Standby:
 
     def follow(self, address: str | None, epoch: int = 0) -> None:
         """Follow the leader at ``HOST:PORT``; see :meth:`JournalFollower.follow`."""
+        if address is not None:
+            self._hurry.clear()
         self.follower.follow(address, epoch)
 
     @property
@@ -273,6 +278,7 @@ class Standby:
             StandbyError: there is no journal yet, or the loop does not come to the journal's end within the limit, since nobody takes
                 what it puts out; it goes on being a standby, without a leader.
         """
+        self._hurry.set()
         self.follower.follow(None)
         if self.follower.journal is None and not self.follower.connected:
             raise StandbyError(f"standby of shard {self.number}: it has no journal yet, so it cannot lead")
@@ -336,6 +342,7 @@ class Standby:
             self.error = StandbyError(f"its state is as of sequence {self.fed}, but the journal begins at {oldest}: a snapshot is needed")
             return
         self._stop[0], self._fed_from = 0, journal
+        self._hurry.clear()
         self._feeder = threading.Thread(target=self._feed, args=(journal,), name=f"feeder-{self.number}", daemon=True)
         self._feeder.start()
 
@@ -379,6 +386,7 @@ class Standby:
 
     def _end_feeder(self) -> None:
         self._stop[0] = 1
+        self._hurry.set()
         if self._feeder is not None and self._fed_from is not None:
             self._fed_from.wake_readers()
             self._feeder.join()
@@ -398,6 +406,8 @@ class Standby:
                 else:
                     tail.wait(self._stop, self._idle, _WAIT_S)
                 self._let_go()
+                if 0 < len(events) < _MANY_EVENTS and not self._stop[0]:
+                    self._hurry.wait(_GATHER_S)
                 if stepping.thread.error is not None:
                     raise stepping.thread.error
         except Exception as error:  # of the disk, of a user's code: whatever it is, it may pass

@@ -155,7 +155,9 @@ def test_spreads_are_of_the_mids_in_the_order_of_time(tmp_path: Path) -> None:
         mids[legs[int(event["instrument"])]] = (int(event["price"]) + int(event["aux"])) / 2e9 if known else float("nan")
         if mids[0] == mids[0] and mids[1] == mids[1]:
             wanted.append((int(event["ts_event"]), mids[0] - mids[1]))
-    rows = [row for row in signals_of({0: outputs})["pair"] if row[1] == min(r[1] for r in signals_of({0: outputs})["pair"])]
+    found = signals_of({0: outputs})["pair"]
+    first = min(row[1] for row in found)
+    rows = [row for row in found if row[1] == first]
     found = [(row[0], float(np.int64(row[4]).view(np.float64))) for row in rows]
     assert len(found) > len(wanted) - 20, "only the last few wait for what comes after the end"
     assert found == wanted[: len(found)]

@@ -997,8 +997,8 @@ class Leadership(Table):
     heartbeat_ms: float = key(20.0, "A node says so often that it is alive.", unit="ms", ge=1, le=10_000)
     suspect_ms: float = key(100.0, "Silence after which a node is taken for dead.", unit="ms", ge=3, le=60_000)
     suspect_ms_max: float = key(
-        1000.0,
-        "The same on a host so busy that heartbeats come late: twice the longest silence lately, up to this.",
+        500.0,
+        "The same on a host so busy that heartbeats come late: half as long again as the longest silence lately, up to this.",
         unit="ms",
         ge=3,
         le=60_000,

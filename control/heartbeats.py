@@ -114,7 +114,7 @@ class _Heard:
 
 
 class Patience:
-    """How long one node may be silent: twice its longest silence of the last while that was no death, between two bounds.
+    """How long one node may be silent: half as long again as its longest silence of the last while that was no death, between two bounds.
 
     Silences longer than the upper bound teach nothing: such a node was stopped, or cut off.
 
@@ -135,7 +135,7 @@ class Patience:
     def limit_s(self, now_s: float) -> float:
         """Silence after which to suspect it."""
         self._go_on(now_s)
-        return min(self._most_s, max(self._least_s, 2 * max(self._longest_s, self._longest_before_s)))
+        return min(self._most_s, max(self._least_s, 1.5 * max(self._longest_s, self._longest_before_s)))
 
     def _go_on(self, now_s: float) -> None:
         """What is remembered is of this and the last window."""
@@ -186,7 +186,7 @@ class Heartbeats:
         *,
         every_ms: float = 20.0,
         suspect_ms: float = 100.0,
-        suspect_ms_max: float = 1000.0,
+        suspect_ms_max: float = 500.0,
         system: Client | None = None,
         changed: Callable[[], None] = lambda: None,
     ) -> None:

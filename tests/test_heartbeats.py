@@ -47,7 +47,7 @@ async def node(url: str, name: str, incarnation: str = "1", *, system: bool = Fa
         shards = {0: ShardBeat("standby", 3, 17)}
         beats = Heartbeats(
             link.client, "c", name, incarnation, lambda: Beat(name, incarnation, "127.0.0.1:1", shards),
-            suspect_ms=SUSPECT_S * 1000, system=told.client if told else None,
+            suspect_ms=SUSPECT_S * 1000, suspect_ms_max=10 * SUSPECT_S * 1000, system=told.client if told else None,
         )  # fmt: skip
         await beats.start()
         stack.push_async_callback(beats.close)
@@ -138,11 +138,11 @@ async def test_late_heartbeats_are_waited_for_longer(tmp_path: object) -> None:
             assert a.beats.counters.false_alarms == 1
             await until(lambda: a.beats.suspected("slow"))
             told_ms = int(a.beats.suspected("slow").removeprefix("it has been silent for ").removesuffix(" ms"))
-            assert 600 <= told_ms <= 1000
+            assert 450 <= told_ms <= 3000
 
 
 @given(st.lists(st.tuples(st.floats(0, 3), st.floats(0, 40)), max_size=60))
-def test_patience_is_twice_the_longest_silence_lately(steps: list[tuple[float, float]]) -> None:
+def test_patience_is_half_as_long_again_as_the_longest_silence_lately(steps: list[tuple[float, float]]) -> None:
     patience, now_s, heard = Patience(0.1, 1.0), 100.0, []
     for silence_s, passes_s in steps:
         now_s += passes_s
@@ -151,7 +151,7 @@ def test_patience_is_twice_the_longest_silence_lately(steps: list[tuple[float, f
         limit_s = patience.limit_s(now_s)
         surely = [one for at_s, one in heard if now_s - at_s < 30 and one <= 1.0]
         perhaps = [one for at_s, one in heard if now_s - at_s <= 90 and one <= 1.0]
-        assert min(1.0, max(0.1, 2 * max(surely, default=0))) <= limit_s <= min(1.0, max(0.1, 2 * max(perhaps, default=0)))
+        assert min(1.0, max(0.1, 1.5 * max(surely, default=0))) <= limit_s <= min(1.0, max(0.1, 1.5 * max(perhaps, default=0)))
 
 
 @contract

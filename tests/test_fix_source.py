@@ -280,7 +280,8 @@ def test_drop_copies_through_a_node(nats_server: NatsServer, cluster: str, tmp_p
             assert trades["id"].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
             assert trades["price"].tolist() == [10**9 + n * 10**7 for n in range(1, 10)]
             assert trades["qty"].tolist() == [n * 10 for n in range(1, 10)]
-            assert venue.counter("resent") == 7  # the last one before the restart too: a journal may have a part of it
+            # 6, 7, 8, and the one before, of which a journal may have a part only; 4, 5 and -2 unless the source was back at once
+            assert 4 <= venue.counter("resent") <= 7
         finally:
             within(loop, venue.acceptor.stop())
 

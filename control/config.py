@@ -396,7 +396,7 @@ class FixOptions(Table):
     )
     sender: str = key(..., "Our CompID (SenderCompID).", live=True, pattern=r"^[!-~]{1,64}$")
     target: str = key(..., "The venue's CompID (TargetCompID).", live=True, pattern=r"^[!-~]{1,64}$")
-    heartbeat_s: int = key(30, "HeartBtInt.", live=True, unit="s", ge=1, le=3600)
+    heartbeat_s: int = key(30, "HeartBtInt (108): longest silence of either side.", live=True, unit="s", ge=1, le=3600)
     reset: Literal["logon", "never"] = key(
         "logon", "Whether sequences begin at 1 with each logon; never: what was missed is sent again, as drop copies want it.", live=True
     )
@@ -407,7 +407,7 @@ class FixOptions(Table):
         False, "Whether Logons carry NextExpectedMsgSeqNum (789): what was missed comes unasked, where the venue does so.", live=True
     )
     subscribe: bool = key(True, "Whether to ask for market data of `symbols` after the logon.", live=True)
-    depth: int = key(0, "Levels of a book to ask for; 0: all of them.", live=True, ge=0, le=10_000)
+    depth: int = key(0, "Levels of a book to ask for; 0: all of them.", live=True, unit="levels", ge=0, le=10_000)
 
 
 class Source(Table):

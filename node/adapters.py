@@ -150,12 +150,14 @@ class Adapter(ABC):
         carries: ``messages``: each call of the sink has a whole message; ``stream``: pieces of any size.
         timed: lines of a stream may begin with their time of receipt (recordings that grow).
         resumes: a lost connection loses nothing: the adapter goes on with ``sink.next_sequence``.
+        counted: messages carry their sequences, and the decoder follows them by itself.
+        renews: books come anew with each connection, so that they are stale until then, although no message is lost.
         endpoint: what the source is called in messages.
     """
 
     carries: Literal["messages", "stream"] = "messages"
     timed = False
-    resumes = False
+    resumes = counted = renews = False
 
     def __init__(self, name: str, options: Source, sink: Sink, resolve: Callable[[str], Path] = Path) -> None:
         """Nothing is connected yet. A subclass may raise SourceError here: the configuration is then refused.
@@ -250,7 +252,7 @@ class AdapterReceiver(Receiver):
         """What only the adapter and the protocol together can say."""
         if (self.adapter.carries == "stream" or not intake.drops) and self.options.overflow != "block":
             raise SourceError(self.name, "a stream of bytes cannot lose some of its middle: leave overflow at block")
-        if self.adapter.resumes and not intake.follows:
+        if self.adapter.resumes and not (intake.follows or self.adapter.counted):
             reason = "datagrams have sequences of their own, and so has FIX: take them from a subject, not from a stream"
             raise SourceError(self.name, reason)
 
@@ -281,10 +283,10 @@ class AdapterReceiver(Receiver):
 
     @property
     def _forgets(self) -> bool:
-        """Whether books are not known to be right after a lost connection or a restart: messages may be missing, or the decoder keeps
-        books in step by the venue's rules, and has to begin with their snapshots."""
+        """Whether books are not known to be right after a lost connection or a restart: messages may be missing, or books begin with
+        their snapshots, since the venue has stopped telling them, or since the decoder keeps them in step by its rules."""
         venue = self.intake.venue
-        return not self.adapter.resumes or (venue is not None and not isinstance(venue, MappedFeed))
+        return not self.adapter.resumes or self.adapter.renews or (venue is not None and not isinstance(venue, MappedFeed))
 
     @property
     def _follows_orders(self) -> bool:

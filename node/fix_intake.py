@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tickmesh.control.config import Source
 from tickmesh.node.event import EVENT, EventArray
+from tickmesh.node.fix_decoder import EXPECTED, SENDER_KEY
 from tickmesh.node.fix_dictionary import DictionaryError
 from tickmesh.node.fix_feed import BUFFER_BYTES, FixFeed
 from tickmesh.node.fix_mapping import FixMappingError
@@ -32,6 +33,7 @@ class FixIntake(Intake):
         except (DictionaryError, FixMappingError, OSError) as error:
             raise SourceError(name, f"data_format = {options.data_format!r}: {error}") from error
         self.feed = self._feed.arrays
+        self._peer = options.fix.target if options.fix is not None else ""
         self._out = zeros_aligned(OUT_EVENTS, EVENT)
         self._recv_ns = 0
 
@@ -42,6 +44,15 @@ class FixIntake(Intake):
         self.bytes += taken
         self.waiting_bytes = BUFFER_BYTES - self._feed.room
         return taken
+
+    @property
+    def next_sequence(self) -> int:
+        return int(self.feed.state[EXPECTED])
+
+    def expect(self, sequence: int) -> None:
+        self.feed.state[EXPECTED] = sequence
+        if self._peer:
+            self.feed.state[SENDER_KEY] = sender_key(self._peer)
 
     def next(self) -> EventArray:
         count = self._feed.read(self._out, self._recv_ns)
@@ -55,3 +66,12 @@ class FixIntake(Intake):
     def counters(self) -> dict[str, int]:
         found = self._feed.counters()
         return {name: found[name] for name in _COUNTERS}
+
+
+def sender_key(name: str) -> int:
+    """What the decoder's state calls a SenderCompID: its first and last eight bytes as an i64 that is not 0."""
+    raw, mask = name.encode("latin-1"), (1 << 64) - 1
+    key = int.from_bytes(raw[:8], "little")
+    if len(raw) > 8:
+        key ^= int.from_bytes(raw[-8:], "little") * 0x9E3779B97F4A7C15 & mask
+    return (key | 1 << 63) - (1 << 64)

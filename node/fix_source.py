@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import structlog
 
 from tickmesh.control.config import FixOptions, Source
-from tickmesh.node.adapters import Adapter, Sink
+from tickmesh.node.adapters import Adapter, Sink, session_number
 from tickmesh.node.connected_sources import connect
 from tickmesh.node.fix_session import Event, Fields, LoggedOn, Received, SequenceReset, Session, SessionOptions, warm
 from tickmesh.node.fix_store import FileStore, MemoryStore, Store, StoreError
@@ -25,9 +25,12 @@ _log = structlog.get_logger("source")
 
 
 class FixSource(Adapter):
-    """An initiator. Sequences begin anew with each logon, unless there is a store in which they are kept."""
+    """An initiator. Sequences begin anew with each logon, or are never reset: then the venue is asked for everything from the place on that
+    our decoder has come to, after a restart that the journals have come to. The store's own place is ahead of that: it knows what was
+    handed on, not what became of it."""
 
     carries = "messages"
+    counted = True
 
     def __init__(self, name: str, options: Source, sink: Sink, resolve: Callable[[str], Path] = Path) -> None:
         super().__init__(name, options, sink, resolve)
@@ -39,7 +42,10 @@ class FixSource(Adapter):
             raise SourceError(name, f"symbols must be names, to subscribe to them ({wrong}); or set fix.subscribe = false")
         if self._address.scheme == "tls":
             self.tls()  # what is missing is said now
+        self.resumes = self._fix.reset == "never" and "seq" not in options.fields  # places are MsgSeqNums
+        self.renews = self._fix.subscribe
         self._memory = MemoryStore()
+        self._begins_at, self._begun = 1, False
         self._requests = 0
         try:
             self._session_options = self._made_options()
@@ -59,6 +65,8 @@ class FixSource(Adapter):
     async def run(self) -> None:
         store = self._store()
         try:
+            if self.resumes:
+                self._go_on(store)
             session = Session(self._session_options, store)
             reader, writer = await connect(self, self._address.hostname or "", self._address.port or 0, tls=self._address.scheme == "tls")
             link = Link(session, reader, writer, self._handle)
@@ -82,12 +90,32 @@ class FixSource(Adapter):
         except StoreError as error:
             raise Refused(self.endpoint, str(error)) from error
 
+    def _go_on(self, store: Store) -> None:
+        """Have the session begin where we have come to in its sequences; at their beginning, if ours are of an earlier run of them."""
+        place, run = self.sink.next_sequence, self.sink.session
+        if place and run not in (0, session_number(_run_name(store))):
+            place = 1
+        elif place and not run:
+            place = min(place, store.next_in)  # nobody knows whether it is of this run
+        elif self._begun:
+            place = max(place, store.next_in)  # what the session has rejected is not asked for again, and is a gap
+        store.set_next_in(place or store.next_in)
+        self._begins_at = store.next_in
+
+    async def _begin(self, event: LoggedOn) -> None:
+        """Say where the sequences stand; a run of them that is new to us empties the books."""
+        await self.sink.begin(1 if event.reset else self._begins_at, _run_name(self._session.store))
+        self._begun = True
+
     async def _handle(self, event: Event) -> None:
         if isinstance(event, Received):
             self._look_at(event.data)
             await self.sink(event.data)
         elif isinstance(event, LoggedOn):
-            self.sink.connected()
+            if self.resumes:
+                await self._begin(event)
+            else:
+                self.sink.connected()
             if self._fix.subscribe:
                 self._session.send("V", self._subscription())
         elif isinstance(event, SequenceReset):
@@ -110,3 +138,8 @@ class FixSource(Adapter):
             (262, name), (263, b"1"), (264, b"%d" % self._fix.depth), (265, b"1"), (267, b"3"), (269, b"0"), (269, b"1"), (269, b"2"),
             (146, b"%d" % len(symbols)), *symbols,
         ]  # fmt: skip
+
+
+def _run_name(store: Store) -> str:
+    """What a run of sequences is called, by when it began."""
+    return f"{store.begun_ms & ((1 << 40) - 1):010x}"

@@ -12,6 +12,7 @@ import fcntl
 import os
 import re
 import struct
+import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,9 @@ _HEAD = struct.Struct("<IIQ")
 _SENT, _SKIPPED, _NEXT_IN, _STATE, _RESET = range(1, 6)
 _KIND_SHIFT = 28
 _SIZE_MASK = (1 << _KIND_SHIFT) - 1
-_STATE_PAIR = struct.Struct("<QQ")
+_STATE_WORDS = struct.Struct("<QQQ")
+_OLD_STATE_WORDS = struct.Struct("<QQ")
+"""Without `begun_ms`, as logs were first written."""
 _NAME = re.compile(r"^(\d{12})\.log$")
 
 
@@ -47,10 +50,12 @@ class Store(Protocol):
     Attributes:
         next_out: sequence of the next message sent.
         next_in: sequence of the next message expected.
+        begun_ms: when sequences began at 1, ms since 1970: tells one run of them from the next; 0: not known.
     """
 
     next_out: int
     next_in: int
+    begun_ms: int
 
     @property
     def oldest(self) -> int:
@@ -83,6 +88,7 @@ class MemoryStore:
 
     def __init__(self, bytes_max: int = 64 << 20) -> None:
         self.next_out = self.next_in = 1
+        self.begun_ms = _later(0)
         self._messages: dict[int, bytes] = {}
         self._bytes, self._bytes_max = 0, bytes_max
 
@@ -109,6 +115,7 @@ class MemoryStore:
 
     def reset(self) -> None:
         self.next_out = self.next_in = 1
+        self.begun_ms = _later(self.begun_ms)
         self._messages.clear()
         self._bytes = 0
 
@@ -146,7 +153,7 @@ class FileStore:
 
     def __init__(self, folder: Path, bytes_max: int = 64 << 20, *, force: bool = True) -> None:
         self.next_out = self.next_in = 1
-        self.dropped_bytes = 0
+        self.begun_ms = self.dropped_bytes = 0
         self._folder, self._force = folder, force
         self._segment_bytes = max(bytes_max // self.SEGMENTS, 4096)
         self._places: dict[int, _Place] = {}
@@ -203,8 +210,9 @@ class FileStore:
 
     def reset(self) -> None:
         self.next_out = self.next_in = 1
+        self.begun_ms = _later(self.begun_ms)
         self._places.clear()
-        self._write(_RESET, 0, b"")
+        self._write(_RESET, self.begun_ms, b"")
 
     def sync(self) -> None:
         if self._dirty and self._force:
@@ -226,7 +234,7 @@ class FileStore:
 
     def _write(self, kind: int, number: int, payload: bytes) -> int:
         """Append a record; returns where its payload begins."""
-        if self._end + len(payload) > self._segment_bytes and self._end > _HEAD.size + _STATE_PAIR.size:
+        if self._end + len(payload) > self._segment_bytes and self._end > _HEAD.size + _STATE_WORDS.size:
             self._next_segment()
         record = _record(kind, number, payload)
         try:
@@ -253,7 +261,7 @@ class FileStore:
     def _create(self, segment: int) -> None:
         file = os.open(self._path(segment), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         self._files[segment], self._segment, self._end = file, segment, 0
-        record = _record(_STATE, 0, _STATE_PAIR.pack(self.next_out, self.next_in))
+        record = _record(_STATE, 0, _STATE_WORDS.pack(self.next_out, self.next_in, self.begun_ms))
         os.pwrite(file, record, 0)
         self._end, self._dirty = len(record), True
         if self._force:
@@ -279,10 +287,9 @@ class FileStore:
                 raise StoreError(self._path(segment), f"is damaged at byte {self._end}: {advice}")
             self.dropped_bytes = size - self._end
             os.ftruncate(self._files[segment], self._end)
-        if not found:
-            self._create(1)
-        elif self._end == 0:  # the newest was being made
-            self._create(self._segment)
+        if self._end == 0:  # there is none, or the newest was being made
+            self.begun_ms = self.begun_ms if len(found) > 1 else _later(0)
+            self._create(self._segment if found else 1)
 
     def _read(self, segment: int) -> None:
         """Take the records of a segment up to the first that is not whole."""
@@ -307,10 +314,18 @@ class FileStore:
         elif kind == _NEXT_IN:
             self.next_in = number
         elif kind == _STATE:
-            self.next_out, self.next_in = _STATE_PAIR.unpack(payload)
+            words = _STATE_WORDS if len(payload) == _STATE_WORDS.size else _OLD_STATE_WORDS
+            self.next_out, self.next_in, *begun = words.unpack(payload)
+            self.begun_ms = begun[0] if begun else 0
         elif kind == _RESET:
             self.next_out = self.next_in = 1
+            self.begun_ms = number
             self._places.clear()
+
+
+def _later(before_ms: int) -> int:
+    """Now, ms since 1970, or just after `before_ms`."""
+    return max(before_ms + 1, time.time_ns() // 1_000_000)
 
 
 def _record(kind: int, number: int, payload: bytes) -> bytes:

@@ -376,6 +376,9 @@ _PASS_ON = {"ignore_unknown_options": True, "allow_extra_args": True, "help_opti
 @app.command(context_settings=_PASS_ON)
 def simulate(ctx: typer.Context) -> None:
     """Simulate a market: file, pcap or multicast."""
+    from tickmesh.node.logs import set_log_level
+
+    set_log_level("info")  # to standard error: a summary as JSON must stay one
     _finish(int(simulate_command().main(list(ctx.args), prog_name="tickmesh simulate", standalone_mode=False) or 0))
 
 

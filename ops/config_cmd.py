@@ -23,47 +23,38 @@ from pydantic_core import PydanticUndefined
 from rich.table import Table as RichTable
 
 from tickmesh.control.changes import changed_keys
-from tickmesh.control.config import (
-    NOT_BUILT_YET,
-    Alert,
-    Bars,
-    Calculation,
-    Cluster,
-    Config,
-    Delivery,
-    FieldOptions,
-    InstrumentOptions,
-    Journal,
-    Logging,
-    MessageOptions,
-    PreciseNumber,
-    Processing,
-    Replication,
-    Risk,
-    Source,
-    StoreSettings,
-    dotted,
-    key_extra,
-)
+from tickmesh.control.config import NOT_BUILT_YET, Config, FieldOptions, InstrumentOptions, PreciseNumber, dotted, key_extra
 
-SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
-    ("[cluster]", Cluster),
-    ("[data_sources.NAME]", Source),
-    ("[data_sources.NAME.instruments.SYMBOL]", InstrumentOptions),
-    ("[[data_sources.NAME.messages]]", MessageOptions),
-    ("fields.FIELD = { … }", FieldOptions),
-    ("[processing]", Processing),
-    ("[processing.calculations.NAME]", Calculation),
-    ("[processing.alerts.NAME]", Alert),
-    ("[processing.bars.NAME]", Bars),
-    ("[risk]", Risk),
-    ("[journal]", Journal),
-    ("[replication]", Replication),
-    ("[delivery.NAME]", Delivery),
-    ("[logging]", Logging),
-    ("[store]", StoreSettings),
-)
-"""Tables of the document, in the order in which they are shown."""
+_HEADS = {InstrumentOptions: "[data_sources.NAME.instruments.SYMBOL]", FieldOptions: "fields.FIELD = { … }"}
+"""Tables whose place is said otherwise than by their path."""
+
+
+def _sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """The tables that a model holds, each before those in it."""
+    for name, field in model.model_fields.items():
+        inner = _table_of(field.annotation)
+        if inner is None:
+            continue
+        origins = _origins(field.annotation)
+        here = f"{path}{name}" + (".NAME" if dict in origins else "")
+        yield _HEADS.get(inner, f"[[{here}]]" if list in origins else f"[{here}]"), inner
+        yield from _sections(inner, f"{here}.")
+
+
+def _table_of(annotation: Any) -> type[BaseModel] | None:
+    """The table that a key holds: one, one if it is given, a list, or one per name."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for item in typing.get_args(annotation) if (found := _table_of(item)) is not None), None)
+
+
+def _origins(annotation: Any) -> set[Any]:
+    """What an annotation is made of: list, dict, …"""
+    return {typing.get_origin(annotation)}.union(*(_origins(item) for item in typing.get_args(annotation)))
+
+
+SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = tuple({model: (head, model) for head, model in _sections(Config)}.values())
+"""Tables of the document, each once, in the order in which they are shown."""
 
 
 # ---------------------------------------------------------------- schema
@@ -90,7 +81,7 @@ def schema_rows() -> list[KeyRow]:
     rows = []
     for section, model in SECTIONS:
         for name, field in model.model_fields.items():
-            if name == "fields" or not _is_section(field.annotation):
+            if name == "fields" or _table_of(field.annotation) is None:
                 rows.append(_key_row(section, name, field, model))
     return rows
 
@@ -109,13 +100,6 @@ def _key_row(section: str, name: str, field: FieldInfo, model: type[BaseModel]) 
         extra["per_node"],
         field.description or "",
     )
-
-
-def _is_section(annotation: Any) -> bool:
-    """Whether a key holds tables that have a section of their own."""
-    shown = {model for _, model in SECTIONS}
-    inner = [annotation, *typing.get_args(annotation)]
-    return any(item in shown for item in inner if isinstance(item, type))
 
 
 def type_text(annotation: Any) -> str:

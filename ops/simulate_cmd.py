@@ -1,4 +1,4 @@
-"""``tickmesh simulate``: a simulated market into a file, a pcap, onto multicast, or served over SoupBinTCP.
+"""``tickmesh simulate``: a simulated market into a file, a pcap, onto multicast, or served over SoupBinTCP or FIX.
 
 :func:`simulate` is the typer command; :func:`run_simulation` is what it does, for other programs. Every output of one call is made from the
 same configuration by a fresh simulator, so a file, a pcap and a multicast run of one seed carry the same messages.
@@ -6,6 +6,7 @@ same configuration by a fresh simulator, so a file, a pcap and a multicast run o
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -20,6 +21,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tickmesh.node.fix_store import StoreError
+from tickmesh.ops.fix_server import FixServerOptions, factor_of, serve
 from tickmesh.ops.rerequest_server import RerequestServer
 from tickmesh.ops.simulated_lines import FaultConfig, LineConfig, SimulatedLines, send_lines, write_lines
 from tickmesh.ops.simulator import OPEN_NS, Simulator, SimulatorConfig, SimulatorConfigError, write_itch
@@ -29,7 +32,7 @@ from tickmesh.transports.pacing import PaceError
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 PASSWORD = "TICKMESH_SIMULATE_PASSWORD"
-"""Environment variable with the password that SoupBinTCP clients must give."""
+"""Environment variable with the password that clients of SoupBinTCP and FIX must give."""
 _SERVE_LOOK_S = 0.2
 _SERVED_ON_S = 2.0
 """Requests are answered for so long after the end."""
@@ -51,6 +54,7 @@ class Outputs:
     """Where requests for lost messages are answered while multicast is sent."""
     lines: LineConfig = field(default_factory=LineConfig)
     soupbintcp: ServerOptions | None = None
+    fix: FixServerOptions | None = None
 
 
 def run_simulation(
@@ -61,7 +65,7 @@ def run_simulation(
     progress: Callable[[int], None] | None = None,
     listening: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Make every output; returns the summary that ``--json`` prints. A SoupBinTCP server comes last, and serves until it is stopped.
+    """Make every output; returns the summary that ``--json`` prints. A server comes last, and serves until it is stopped.
 
     Args:
         stop: ends multicast and the server early.
@@ -70,10 +74,14 @@ def run_simulation(
 
     Raises:
         SimulatorConfigError: nothing to write to, or a setting is wrong.
-        MulticastError, PaceError, OSError: an output cannot be used.
+        MulticastError, PaceError, StoreError, OSError: an output cannot be used.
     """
-    if not (outputs.file or outputs.pcap or outputs.multicast or outputs.soupbintcp):
-        raise SimulatorConfigError("output", None, "at least one of --file, --pcap, --multicast and --soupbintcp")
+    if not (outputs.file or outputs.pcap or outputs.multicast or outputs.soupbintcp or outputs.fix):
+        raise SimulatorConfigError("output", None, "at least one of --file, --pcap, --multicast, --soupbintcp and --fix")
+    if outputs.soupbintcp and outputs.fix:
+        raise SimulatorConfigError("fix", outputs.fix.port, "one server at a time: --soupbintcp or --fix")
+    if outputs.fix:
+        factor_of(outputs.speed)
     summary: dict[str, Any] = {"seed": config.seed, "rate": config.rate}
     if outputs.file:
         written = write_itch(outputs.file, config, progress)
@@ -98,7 +106,22 @@ def run_simulation(
         summary["multicast"] = {"endpoints": list(outputs.multicast), "datagrams": lines.datagrams_sent} | _lines(lines)
     if outputs.soupbintcp is not None:
         summary |= _serve(config, outputs.soupbintcp, outputs.speed, stop or threading.Event(), progress, listening)
+    if outputs.fix is not None:
+        summary |= _serve_fix(config, outputs.fix, outputs.speed, stop or threading.Event(), progress, listening)
     return summary
+
+
+def _serve_fix(
+    config: SimulatorConfig,
+    options: FixServerOptions,
+    speed: str,
+    stop: threading.Event,
+    progress: Callable[[int], None] | None,
+    listening: Callable[[str], None] | None,
+) -> dict[str, Any]:
+    """Serve the day over FIX while somebody is subscribed, until `stop` or Ctrl-C."""
+    served = asyncio.run(serve(config, options, speed, stop, progress, listening))
+    return _summary(served.market.simulator, served.market.sha256) | {"fix": served.counts}
 
 
 def _serve(
@@ -156,8 +179,17 @@ def simulate(
     interface: Annotated[str, typer.Option(help="Interface that multicast leaves by.")] = "lo",
     ttl: Annotated[int, typer.Option(help="Multicast hops allowed.")] = 1,
     soupbintcp: Annotated[int | None, typer.Option(help="Serve it over SoupBinTCP at this port; 0: any free one.")] = None,
+    fix: Annotated[
+        int | None, typer.Option(help="Serve books and trades over FIX 4.4 at this port, as CompID --session; 0: any free one.")
+    ] = None,
+    fix_client: Annotated[list[str] | None, typer.Option(help="CompID of a client that may log on; CLIENT by default. Repeatable.")] = None,
+    fix_store: Annotated[
+        Path | None, typer.Option(help="Folder for the sequences and messages of FIX sessions; none: they begin anew with the program.")
+    ] = None,
     listen: Annotated[str, typer.Option(help="Address that the server listens at.")] = "127.0.0.1",
-    user: Annotated[str | None, typer.Option(help=f"User that a login must name, with the password in {PASSWORD}; none: any.")] = None,
+    user: Annotated[
+        str | None, typer.Option(help=f"User that a login or logon must name, with the password in {PASSWORD}; none: any.")
+    ] = None,
     disconnects: Annotated[int, typer.Option(help="Break each connection off after so many messages in the mean; 0: never.")] = 0,
     loss_a: Annotated[float, typer.Option(help="Share of datagrams lost on line A, 0 to 0.9.")] = 0.0,
     loss_b: Annotated[float, typer.Option(help="Share of datagrams lost on line B.")] = 0.0,
@@ -168,10 +200,10 @@ def simulate(
     ] = None,
     session: Annotated[str, typer.Option(help="Session name, up to 10 characters.")] = "TICKMESH",
     mtu: Annotated[int, typer.Option(help="Largest IP packet in bytes.")] = 1500,
-    speed: Annotated[str, typer.Option(help="realtime, a factor of it, or max (multicast only).")] = "realtime",
+    speed: Annotated[str, typer.Option(help="realtime, a factor of it, or max (not with FIX).")] = "realtime",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Simulate a market: seeded order flow against a price-time matching engine, as ITCH 5.0 in a file, a pcap, on multicast or SoupBinTCP.
+    """Simulate a market: seeded order flow against a matching engine, as ITCH 5.0 in a file, a pcap, on multicast or SoupBinTCP, or as FIX.
 
     Exit codes: 0 done (also after Ctrl-C), 1 an output cannot be used, 2 an option is wrong.
     """
@@ -186,9 +218,10 @@ def simulate(
         faults = tuple(FaultConfig(loss=loss, duplicate=duplicate, reorder=reorder) for loss in (loss_a, loss_b)[: 1 + two_lines])
         lines = LineConfig(session=session, mtu_bytes=mtu, faults=faults)
         served = _server_options(soupbintcp, listen, session, user, disconnects, seed)
+        fix_served = _fix_options(fix, listen, session, fix_client, user, fix_store)
         outputs = Outputs(
             file=file, pcap=pcap, multicast=endpoints, interface=interface, ttl=ttl, speed=speed, rerequest=rerequest, lines=lines,
-            soupbintcp=served,
+            soupbintcp=served, fix=fix_served,
         )  # fmt: skip
         with _shown(config, quiet=as_json) as progress:
             summary = run_simulation(config, outputs, progress=progress, listening=lambda at: typer.echo(f"serving at {at}", err=True))
@@ -196,11 +229,12 @@ def simulate(
         _fail(str(error), EXIT_USAGE)
     except ValueError as error:
         _fail(f"simulate: {error}", EXIT_USAGE)
-    except MulticastError as error:
+    except (MulticastError, StoreError) as error:
         _fail(f"simulate: {error}", EXIT_FAILED)
     except OSError as error:
         if error.filename is None:
-            _fail(f"simulate: cannot listen at {listen}:{soupbintcp} ({error.strerror}); choose another port or address", EXIT_FAILED)
+            port = soupbintcp if fix is None else fix
+            _fail(f"simulate: cannot listen at {listen}:{port} ({error.strerror}); choose another port or address", EXIT_FAILED)
         _fail(f"simulate: cannot write {error.filename}: {error.strerror}; choose another path or make it writable", EXIT_FAILED)
     else:
         typer.echo(json.dumps(summary, indent=2) if as_json else summary_text(summary))
@@ -209,14 +243,35 @@ def simulate(
 def _server_options(port: int | None, host: str, session: str, user: str | None, disconnects: int, seed: int) -> ServerOptions | None:
     if port is None:
         return None
-    if not 0 <= port <= 65_535:
-        raise SimulatorConfigError("soupbintcp", port, "a port from 0 to 65535")
+    _check_port("soupbintcp", port)
     if disconnects < 0:
         raise SimulatorConfigError("disconnects", disconnects, "0 or more messages")
+    password = _password(user)
+    return ServerOptions(host=host, port=port, session=session, user=user, password=password, disconnect_every=disconnects, seed=seed)
+
+
+def _fix_options(
+    port: int | None, host: str, session: str, clients: list[str] | None, user: str | None, store: Path | None
+) -> FixServerOptions | None:
+    if port is None:
+        if clients or store:
+            raise SimulatorConfigError("fix", None, "a port for FIX sessions (--fix)")
+        return None
+    _check_port("fix", port)
+    own = {"clients": tuple(clients)} if clients else {}
+    return FixServerOptions(host=host, port=port, sender=session, user=user, password=_password(user), store=store, **own)
+
+
+def _check_port(name: str, port: int) -> None:
+    if not 0 <= port <= 65_535:
+        raise SimulatorConfigError(name, port, "a port from 0 to 65535")
+
+
+def _password(user: str | None) -> str | None:
     password = os.environ.get(PASSWORD)
     if user is not None and not password:
         raise SimulatorConfigError("user", user, f"its password too, in the environment variable {PASSWORD}")
-    return ServerOptions(host=host, port=port, session=session, user=user, password=password, disconnect_every=disconnects, seed=seed)
+    return password
 
 
 def _fail(message: str, code: int) -> None:
@@ -245,7 +300,7 @@ def summary_text(summary: dict[str, Any]) -> str:
         f"by type  {types}",
         f"sha256   {summary['sha256']}",
     ]
-    for name in ("file", "pcap", "multicast", "rerequest", "soupbintcp"):
+    for name in ("file", "pcap", "multicast", "rerequest", "soupbintcp", "fix"):
         if name in summary:
             rows.append(f"{name:<8} " + ", ".join(f"{k} {v}" for k, v in summary[name].items() if k != "lines"))
             rows += [f"  line {'ABCDEFGH'[k]}: " + ", ".join(f"{word} {n:,}" for word, n in line.items())

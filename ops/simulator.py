@@ -255,6 +255,7 @@ class Simulator:
     def __init__(self, config: SimulatorConfig) -> None:
         self.config = config
         self.symbols = config.names or symbol_names(config.symbols)
+        self._numbers = {name: number for number, name in enumerate(self.symbols)}
         self._market = _make_market(config)
         self._clock = self._market.clock
 
@@ -304,6 +305,15 @@ class Simulator:
         """Messages so far by type."""
         return {chr(k): int(n) for k, n in enumerate(self._market.counts) if n}
 
+    def book(self, symbol: str, depth: int | None = None) -> dict[str, Any]:
+        """The exchange's own book of one symbol: ``bids`` and ``asks`` as in :meth:`truth`; without `depth` all levels."""
+        i = self._numbers[symbol]
+        base = int(self._market.flows[i]["base"])
+        return {
+            word: [[(base + tick) * 100, qty, orders] for tick, qty, orders in book_levels(self.engine, i, side, depth)]
+            for word, side in (("bids", BID), ("asks", ASK))
+        }
+
     def truth(self, depth: int = 10) -> dict[str, dict[str, Any]]:
         """The exchange's own view of every symbol.
 
@@ -318,11 +328,7 @@ class Simulator:
         found = {}
         for i, name in enumerate(self.symbols):
             flow = self._market.flows[i]
-            sides = {
-                word: [[(int(flow["base"]) + tick) * 100, qty, orders] for tick, qty, orders in book_levels(self.engine, i, side, depth)]
-                for word, side in (("bids", BID), ("asks", ASK))
-            }
-            found[name] = sides | {
+            found[name] = self.book(name, depth) | {
                 "orders": int(self.engine.touches["live"][i]),
                 "trades": int(flow["trades"]),
                 "volume": int(flow["volume"]),

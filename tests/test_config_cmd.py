@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from tickmesh.control.config import default_config, load_config, parse_config
 from tickmesh.ops.config_cmd import (
+    SECTIONS,
     changes,
     effective,
     json_schema,
@@ -48,6 +50,20 @@ def printed(table: object) -> str:
 def test_the_reference_page_is_up_to_date() -> None:
     written = (ROOT / "docs/reference/configuration.md").read_text()
     assert written == schema_markdown(), "run: python -m tickmesh.ops.config_cmd"
+
+
+def test_every_key_of_every_table_is_shown() -> None:
+    """Held against pydantic's own schema, whatever tables are in it and however deep."""
+    tables = json_schema()["$defs"]
+    places = {model.__name__: section for section, model in SECTIONS}
+    assert set(places) == set(tables)
+    shown = {(row.section, row.key) for row in schema_rows()}
+    for name, table in tables.items():
+        for key, about in table["properties"].items():
+            inner = set(re.findall(r'"#/\$defs/(\w+)"', json.dumps(about)))
+            assert (places[name], key) in shown or inner, f"{places[name]} does not say what {key} is"
+    assert ("[data_sources.NAME.fix]", "heartbeat_s") in shown
+    assert ("[leadership]", "lease_ttl_s") in shown
 
 
 def test_every_key_says_what_it_is() -> None:

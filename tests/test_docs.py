@@ -6,7 +6,7 @@ A block of a page is run if the comment above it says so::
     <!-- test: may find something -->   bash: exit code 3 is fine too
     <!-- test: file NAME -->            written to a file; ``append NAME`` adds to it
     <!-- test: background until "X" --> bash: started, and left running once it has said X
-    <!-- test: stop -->                 bash: what runs in the background gets Ctrl-C first and must end well
+    <!-- test: stop -->                 bash: what runs in the background gets Ctrl-C first, the newest first, and must end well
 
 All blocks of a page share one empty folder and one empty home. TOML blocks are parsed unless ``<!-- fragment -->`` stands above them.
 """
@@ -167,19 +167,22 @@ def test_configurations_are_valid(page: Path) -> None:
 # ---------------------------------------------------------------- examples
 
 
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 class Terminal:
-    """A page's folder, home and background program."""
+    """A page's folder, home and background programs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.home = folder / "page", folder / "home"
         self.folder.mkdir()
         self.home.mkdir()
         self.cluster = f"lab{uuid.uuid4().hex[:8]}"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = str(probe.getsockname()[1])
-        self._program: subprocess.Popen[str] | None = None
-        self._said = folder / "background.log"
+        self._ports = {written: _free_port() for written in ("4222", "9880")}
+        self._programs: list[tuple[subprocess.Popen[str], Path]] = []
         bin_folder = Path(sys.executable).parent
         self._environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "TICKMESH_NATS_"))} | {
             "PATH": f"{bin_folder}:{os.environ.get('PATH', '/usr/bin:/bin')}",
@@ -188,9 +191,11 @@ class Terminal:
         }
 
     def _own(self, text: str) -> str:
-        """The page's words, with a port and a cluster that nobody else uses."""
-        text = re.sub(r"(?<=[\"'. ])lab(?=[\"'. \n])", self.cluster, text.replace("4222", self._port))
-        return text.replace("tickmesh subscribe ", f"tickmesh subscribe --server nats://127.0.0.1:{self._port} ")
+        """The page's words, with ports and a cluster that nobody else uses."""
+        for written, port in self._ports.items():
+            text = text.replace(written, port)
+        text = re.sub(r"(?<=[\"'. ])lab(?=[\"'. \n])", self.cluster, text)
+        return text.replace("tickmesh subscribe ", f"tickmesh subscribe --server nats://127.0.0.1:{self._ports['4222']} ")
 
     def run(self, block: Block) -> None:
         """Do what the comment above a block says."""
@@ -215,32 +220,34 @@ class Terminal:
         assert done.returncode in good, f"exit code {done.returncode} of\n{text}\n{said}"
 
     def _start(self, text: str, until: str) -> None:
-        with self._said.open("w") as log:
-            self._program = subprocess.Popen(
+        said = self.folder.with_name(f"background-{len(self._programs)}.log")
+        with said.open("w") as log:
+            program = subprocess.Popen(
                 ["bash", "-c", f"exec {text.strip()}"],
                 cwd=self.folder, env=self._environment, stdout=log, stderr=log, text=True, start_new_session=True,
             )  # fmt: skip
+        self._programs.append((program, said))
         limit = time.monotonic() + _COMMAND_S
-        while until not in self._log():
-            assert self._program.poll() is None, f"ended with {self._program.returncode}:\n{self._log()}"
+        while until not in said.read_text():
+            assert program.poll() is None, f"ended with {program.returncode}:\n{self._log()}"
             assert time.monotonic() < limit, f"never said {until!r}:\n{self._log()}"
             time.sleep(0.1)
 
     def _log(self) -> str:
-        return self._said.read_text() if self._said.exists() else ""
+        return "\n".join(said.read_text()[-3000:] for _, said in self._programs)
 
     def stop(self) -> None:
         """Ctrl-C for what runs in the background."""
-        if self._program is not None:
-            program, self._program = self._program, None
+        while self._programs:
+            program, said = self._programs.pop()
             program.send_signal(signal.SIGINT)
-            assert program.wait(60) == 0, self._log()
+            assert program.wait(60) == 0, said.read_text()
 
     def close(self) -> None:
         """Leave nothing behind."""
-        if self._program is not None:
-            self._program.kill()
-            self._program.wait(10)
+        for program, _ in self._programs:
+            program.kill()
+            program.wait(10)
         for node in find_nodes():
             if node.cluster == self.cluster:
                 node.path.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -200,13 +200,13 @@ class Copies:
     async def handle(self, link: Link, event: Event) -> None:
         pass
 
-    def say(self, *numbers: int, kind: bytes = b"F") -> None:
+    def say(self, *numbers: int, kind: bytes = b"F", symbol: bytes = b"ALFA") -> None:
         """A fill of each number, or its cancellation."""
 
         async def send() -> None:
             session = self.acceptor.session(*KEY)
             for number in numbers:
-                report = [(37, b"9"), (17, b"%d" % number), (150, kind), (39, b"1"), (55, b"ALFA"), (54, b"1")]
+                report = [(37, b"9"), (17, b"%d" % number), (150, kind), (39, b"1"), (55, symbol), (54, b"1")]
                 report += [(151, b"0"), (14, b"5"), (6, b"1")]
                 fill = [(32, b"%d" % (number * 10)), (31, b"1.%02d" % number)] if kind == b"F" else [(19, b"%d" % (number - 100))]
                 session.send("8", [*report, *fill])
@@ -214,6 +214,14 @@ class Copies:
                 self.acceptor.links[KEY].push()
 
         within(self._loop, send())
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Call it in the other end's loop."""
+
+        async def inside() -> None:
+            function()
+
+        within(self._loop, inside())
 
     def cut(self) -> None:
         """The connection breaks off."""
@@ -272,7 +280,8 @@ def test_drop_copies_through_a_node(nats_server: NatsServer, cluster: str, tmp_p
             assert trades["id"].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
             assert trades["price"].tolist() == [10**9 + n * 10**7 for n in range(1, 10)]
             assert trades["qty"].tolist() == [n * 10 for n in range(1, 10)]
-            assert venue.counter("resent") == 6
+            # 6, 7, 8, and the one before, of which a journal may have a part only; 4, 5 and -2 unless the source was back at once
+            assert 4 <= venue.counter("resent") <= 7
         finally:
             within(loop, venue.acceptor.stop())
 

@@ -215,7 +215,7 @@ def test_our_initiator_keeps_the_venues_book() -> None:
             await asyncio.gather(running, return_exceptions=True)
             await venue.stop()
         assert ended.clean
-        assert client.books == {"ALFA": venue.market.books["ALFA"]}
+        assert client.books == {"ALFA": venue.market.book("ALFA", 10)}
         (refusal,) = [message for message in client.messages if message.type == "Y"]
         assert refusal.get(58) == b"unknown symbol NOPE"
 

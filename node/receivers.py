@@ -41,6 +41,7 @@ from tickmesh.node.feed import (
     RESOLVED_BELOW,
     SHORT_PACKET,
     SINCE,
+    SOURCE,
     TIME_BASE_NS,
     UNBOUND,
     Feed,
@@ -643,7 +644,10 @@ def _number(head: bytes, field: Field) -> int:
 
 
 def bind_codes(feed: Feed, table: InstrumentTable, codes: Mapping[int, int]) -> None:
-    """Tell a feed the numeric codes of instruments (code by instrument) that have been announced already."""
+    """Tell a feed the numeric codes of instruments (code by instrument) that have been announced already, and the depths of their books."""
+    if feed.depths.size > 1:
+        mine = np.flatnonzero(table.arrays.records["source"][: len(table)] == feed.state[SOURCE])
+        feed.depths[mine] = table.arrays.records["depth"][mine]
     known, left_out = [], []
     no_text = feed.state[REBIND] == 0
     for instrument, code in codes.items():

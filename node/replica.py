@@ -692,5 +692,5 @@ def _definition(table: Any, node_id: int, number: int) -> list[EventArray]:
     events["kind"], events["side"] = (Kind.REFERENCE, Kind.CODE), (np.uint8(np.int8(record["qty_exponent"])), NO_SIDE)
     named = events[:1].view(REFERENCE)
     named["tick_size"], named["symbol"] = record["tick_size"], record["symbol"]
-    events["id"][1] = record["code"]
+    events["id"][1], events["aux"][1] = record["code"], record["depth"]
     return [events[:1], events[1:]] if record["code"] else [events[:1]]

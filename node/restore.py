@@ -33,6 +33,7 @@ class RestoredShard:
     Attributes:
         references: the last REFERENCE event of each instrument, by the shard's id; of another shard's: PEER_REFERENCE.
         codes: the venue's numeric code, by the same.
+        depths: how many levels of its book the venue shows, by the same, where a definition has told.
         positions: where the journal stands in each source (:mod:`tickmesh.node.continuation`).
         defined: per source a sequence, the last that defines instruments, and how many events do so.
         unfinished: the instrument that the journal's very last event defines, whose code may have been cut off; -1: none.
@@ -40,6 +41,7 @@ class RestoredShard:
 
     references: dict[int, Any] = field(default_factory=dict)
     codes: dict[int, int] = field(default_factory=dict)
+    depths: dict[int, int] = field(default_factory=dict)
     positions: Any = field(default_factory=lambda: make_positions(SOURCES))
     defined: dict[int, tuple[int, int]] = field(default_factory=dict)
     unfinished: int = -1
@@ -55,13 +57,19 @@ class RestoredShard:
             if event["kind"] != Kind.CODE:
                 self.references[int(event["instrument"])] = event.copy()
             else:
-                self.codes[int(event["instrument"])] = int(event["id"])
+                self._take_code(event)
         if len(definitions):
             self._own(int(definitions["instrument"].max()))
         follow_positions(self.positions, self._owners, batch if batch.flags.writeable else batch.copy())
         sessions = whole & (batch["kind"] == Kind.CLEAR) & (batch["aux"] != MADE_HERE)
         for event in batch[sessions | (_DEFINES[batch["kind"]] & ~whole)] if len(definitions) or sessions.any() else ():
             self._count(event)
+
+    def _take_code(self, event: Any) -> None:
+        if event["id"]:
+            self.codes[int(event["instrument"])] = int(event["id"])
+        if event["aux"]:
+            self.depths[int(event["instrument"])] = int(event["aux"])
 
     def _count(self, event: Any) -> None:
         """Take note of a definition, or of a session that begins."""
@@ -103,14 +111,15 @@ class RestoredShard:
         used = np.flatnonzero(self.positions != np.zeros(1, POSITION))
         positions = {str(source): self.positions[source].tobytes().hex() for source in used}
         defined = {str(source): found for source, found in self.defined.items()}
-        codes = {str(k): v for k, v in self.codes.items()}
-        return {"references": references, "codes": codes, "positions": positions, "positions_mean": _MEANING, "defined": defined}
+        codes, depths = ({str(k): v for k, v in found.items()} for found in (self.codes, self.depths))
+        facts = {"references": references, "codes": codes, "positions": positions, "positions_mean": _MEANING, "defined": defined}
+        return facts | ({"depths": depths} if depths else {})
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> RestoredShard:
         """From :meth:`as_json`."""
         references = {int(number): np.frombuffer(bytes.fromhex(text), EVENT)[0] for number, text in facts["references"].items()}
-        made = cls(references, {int(k): int(v) for k, v in facts["codes"].items()})
+        made = cls(references, *({int(k): int(v) for k, v in facts.get(name, {}).items()} for name in ("codes", "depths")))
         for source, text in facts["positions"].items():
             made.positions[int(source)] = np.frombuffer(bytes.fromhex(text), POSITION)[0]
         if facts.get("positions_mean", 1) < _MEANING:  # nothing of the last sequence might also say that it came next
@@ -148,6 +157,7 @@ class RestoredShard:
                 continue
             node = _intern(table, shard, self.references[number], source, symbol)
             ids[node] = number
+            table.arrays.records["depth"][node] = self.depths.get(number, 0)
             if number in self.codes:
                 codes.setdefault(source, {})[node] = self.codes[number]
         return ids, codes

@@ -590,7 +590,7 @@ class _TemplateWriter:
         out("if instrument < RESOLVED_BELOW:")
         out.indent()
         if case.kind == "depth":
-            out(f"set_depth(feed, instrument, {values['qty']}, {self.spec.levels})")
+            out(f"n = set_depth(feed, instrument, {values['qty']}, {self.spec.levels}, seq, stamp, ts_recv, out, n)")
         else:
             if case.kind == "clear" and self.spec.levels:
                 side = values.get("side", str(NO_SIDE))

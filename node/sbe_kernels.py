@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tickmesh.node.event import NO_PRICE, NO_SIDE, Flag, Kind
-from tickmesh.node.feed import BAD_FIELD, RESOLVED_BELOW, SINCE, UNBOUND, bind_code, find_code, resolve_code
+from tickmesh.node.feed import BAD_FIELD, RESOLVED_BELOW, SINCE, SOURCE, UNBOUND, bind_code, find_code, resolve_code
 from tickmesh.node.instruments import code_words
 from tickmesh.node.recovery import NEVER, known_since, want_books
 from tickmesh.transports.toolbox import copy_record, count_leading_zeros, inlined, outlined
@@ -43,7 +43,7 @@ class Change(IntEnum):
 
 _INSERT, _SET, _REMOVE, _REMOVE_ALL, _REMOVE_TO = (np.int64(change) for change in Change)
 _MORE, _SNAPSHOT = np.uint16(Flag.MORE), np.uint16(Flag.SNAPSHOT)
-_LEVEL, _CLEAR, _GAP = np.uint8(Kind.LEVEL), np.uint8(Kind.CLEAR), np.uint8(Kind.GAP)
+_LEVEL, _CLEAR, _GAP, _CODE = np.uint8(Kind.LEVEL), np.uint8(Kind.CLEAR), np.uint8(Kind.GAP), np.uint8(Kind.CODE)
 _NO_SIDE = np.uint8(NO_SIDE)
 _HOLE = np.int64(NO_PRICE)
 _ONE, _ZERO, _EIGHT = np.uint64(1), np.uint64(0), np.uint64(8)
@@ -387,7 +387,11 @@ def put_level(
 
 
 @outlined
-def set_depth(feed: Any, instrument: Any, levels: Any, depth: Any) -> None:
-    """A directory message says how many levels the venue shows of an instrument."""
-    if 0 < levels <= depth:
-        feed.depths[instrument] = np.int64(levels)
+def set_depth(feed: Any, instrument: Any, levels: Any, depth: Any, seq: Any, ts_event: Any, ts_recv: Any, out: Any, n: Any) -> Any:
+    """A directory message says how many levels the venue shows of an instrument: told once, for who goes on later. Returns the new n."""
+    record = feed.instruments.records[instrument]
+    if not 0 < levels <= depth or record.depth == levels:
+        return n
+    feed.depths[instrument] = record.depth = np.int64(levels)
+    source, code = np.uint16(feed.state[SOURCE]), record.code
+    return put_event(out, n, n, seq, ts_event, ts_recv, instrument, _CODE, _NO_SIDE, source, 0, 0, code, levels)

@@ -112,6 +112,8 @@ class Twin:
         self.depths: dict[str, int] = {}
         self.malformed: dict[str, int] = {}
         self.ticks: dict[str, int] = {}
+        self.numbers: dict[str, int] = {}
+        """The code that was last bound to a name."""
         self.known: dict[str, bool] = {}
         """Of books that were named late: whether what rests in them has been told since."""
 
@@ -313,6 +315,7 @@ class Twin:
             name = f"#{number}" if not name or name.startswith("\0" * 8) else name
             before, implied = self.codes.get(number), self.codes.pop(number | 1 << 62, None)
             self.codes[number] = name
+            self.numbers[name] = number
             self._announce(name, tick)
             if before != name:
                 self._rename([one for one in (before, implied) if one is not None], before, name)
@@ -323,10 +326,15 @@ class Twin:
             base, is_new = self.codes.get(number), number | 1 << 62 not in self.codes
             name = self.codes.setdefault(number | 1 << 62, f"{base or f'#{number}'}.I")
             self._announce(name, self.ticks.get(base or "", self.spec.tick_size))
+            if is_new:
+                self.numbers[name] = number | 1 << 62
             if is_new and self.spec.levels and name not in self.known and self.known.get(base or "") is False:
                 self._lose(name)
             return name
-        return self._announce(self.codes.setdefault(number, f"#{number}"), self.spec.tick_size)
+        if number not in self.codes:
+            self.codes[number] = f"#{number}"
+            self.numbers[f"#{number}"] = number
+        return self._announce(self.codes[number], self.spec.tick_size)
 
     def _rename(self, ended: list[str], before: str | None, name: str) -> None:
         """Books by position end, and one under another name begins, of which nobody has told what rests in it."""
@@ -353,8 +361,9 @@ class Twin:
 
     def _event(self, case: SbeCase, name: str, flags: int, values: dict[str, int]) -> None:
         if case.kind == "depth":
-            if 0 < values["qty"] <= self.spec.levels:
+            if 0 < values["qty"] <= self.spec.levels and self.depths.get(name) != values["qty"]:
                 self.depths[name] = values["qty"]
+                self.rows.append([int(Kind.CODE), name, NO_SIDE, 0, 0, 0, self.numbers.get(name, 0), values["qty"]])
             return
         kind = int(Kind.GAP) if case.kind == "stale" else int(KINDS[case.kind])
         row = self._row(kind, name, flags, values)

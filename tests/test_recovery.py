@@ -115,8 +115,10 @@ class Client:
     def snapshot(self, security: int, processed: int, reports: int = 4) -> bytes:
         """The message that a venue sends of a book as it is here now, one of `reports` in a turn: levels by their positions."""
         entries = []
-        for name, kinds in ((f"#{security}", ("Bid", "Offer")), (f"#{security}.I", ("ImpliedBid", "ImpliedOffer"))):
-            number = next((i for i in range(len(self.table)) if self.table.symbol(i) == name), None)
+        for code, kinds in ((security, ("Bid", "Offer")), (security | 1 << 62, ("ImpliedBid", "ImpliedOffer"))):
+            known_as = [i for i in range(len(self.table)) if int(self.table.record(i)["code"]) == code]
+            number = known_as[-1] if known_as else None
+            name = self.table.symbol(number) if number is not None else ""
             for side, kind in enumerate(kinds if number is not None else ()):
                 first = (int(number or 0) * 2 + side) * LEVELS
                 for at, price in enumerate(self.feed.ladders[first : first + LEVELS]):
@@ -150,13 +152,14 @@ class Market:
     securities: Sequence[int]
     rng: np.random.Generator
     unit: int = 1000
+    depths: dict[str, int] = field(default_factory=dict)
     sides: dict[tuple[int, str], list[Level]] = field(default_factory=dict)
 
     def change(self) -> dict[str, Any]:
         security = int(self.rng.choice(self.securities))
         kind = str(self.rng.choice(["Bid", "Offer", "Bid", "Offer", "ImpliedBid", "ImpliedOffer"]))
-        levels = self.sides.setdefault((security, kind), [])
-        action, at = int(self.rng.integers(4)), int(self.rng.integers(LEVELS))
+        levels, depth = self.sides.setdefault((security, kind), []), self.depths.get(kind, LEVELS)
+        action, at = int(self.rng.integers(4)), int(self.rng.integers(depth))
         qty, orders = int(self.rng.integers(1, 500)), int(self.rng.integers(1, 9))
         if action < 2 or not levels:
             at = min(at, len(levels))
@@ -166,7 +169,7 @@ class Market:
             if price in (low, high):
                 return self.change()
             levels.insert(at, (price, qty, orders))
-            del levels[LEVELS:]
+            del levels[depth:]
         elif action == 2:
             at, what = min(at, len(levels) - 1), "Change"
             price = levels[at][0]
@@ -341,12 +344,14 @@ def test_an_instrument_heard_of_after_the_search_has_ended_is_looked_for() -> No
     check_equal(client, truth, truth.names)
 
 
-def definition(security: int, symbol: str) -> bytes:
+def definition(security: int, symbol: str, depths: dict[str, int] | None = None) -> bytes:
+    feeds = [{"MDFeedType": kind.encode(), "MarketDepth": depth} for kind, depth in (depths or {}).items()]
     values = {"Symbol": symbol, "SecurityID": security, "MatchEventIndicator": [], "SecurityUpdateAction": "Add", "LastUpdateTime": 1,
               "MDSecurityTradingStatus": None, "ApplID": 310, "MarketSegmentID": 1, "UnderlyingProduct": 1, "SecurityExchange": "XCME",
               "SecurityGroup": "ES", "Asset": "ES", "SecurityType": "FUT", "CFICode": "FFCX", "Currency": "USD", "SettlCurrency": "USD",
               "MatchAlgorithm": "F", "MinTradeVol": 1, "MaxTradeVol": 1, "MinPriceIncrement": {"mantissa": 250_000_000},
-              "DisplayFactor": {"mantissa": 1}, "UserDefinedInstrument": "N"}  # fmt: skip
+              "DisplayFactor": {"mantissa": 1}, "UserDefinedInstrument": "N",
+              "NoMDFeedTypes": feeds}  # fmt: skip
     return encoder().encode("MDInstrumentDefinitionFuture54", values)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from nats_fixtures import nats_server  # noqa: F401
 from nodes import cluster, node_config, running, until  # noqa: F401
-from test_recovery import SECURITIES, Client, Market, encoder, packet
+from test_recovery import SECURITIES, Client, Market, definition, encoder, packet
 from test_roles import command
 from test_sbe import CME_XML, need_data
 
@@ -73,10 +73,14 @@ class Venue:
 
     def reset(self) -> None:
         """Empty all books."""
-        self.sent += 1
         head = {"TransactTime": 10**18, "MatchEventIndicator": ["EndOfEvent"]}
-        raw = packet(self.sent, encoder().encode("ChannelReset4", {**head, "NoMDEntries": [{"ApplID": 310}]}))
         self.market.sides.clear()
+        self.send(encoder().encode("ChannelReset4", {**head, "NoMDEntries": [{"ApplID": 310}]}))
+
+    def send(self, *messages: bytes) -> None:
+        """Send a packet on both lines."""
+        self.sent += 1
+        raw = packet(self.sent, *messages)
         self.truth.take(raw)
         self._send(0, raw)
         self._send(1, raw)
@@ -330,6 +334,30 @@ def test_a_restarted_node_trusts_no_book_whose_positions_it_does_not_know(
         until_equal(node, venue)
         venue.trade(30)
         until_equal(node, venue)
+
+
+def test_a_restarted_node_knows_how_many_levels_of_a_book_are_shown(
+    nats_server: NatsServer,  # noqa: F811
+    cluster: str,  # noqa: F811
+    tmp_path: Path,
+    venue: Venue,
+) -> None:
+    """A definition has told, days ago perhaps; a level that is pushed out is told by nobody."""
+    config = config_of(venue, cluster, tmp_path)
+    with running(config, nats_server.url) as node:
+        for security, symbol in zip(SECURITIES, ("ESZ6", "NQZ6", "CLZ6", "GCZ6")):
+            venue.send(definition(security, symbol, depths={"GBX": 3, "GBI": 2}))
+        venue.market.depths = {"Bid": 3, "Offer": 3, "ImpliedBid": 2, "ImpliedOffer": 2}
+        venue.trade(40)
+        until_equal(node, venue)
+        assert all(len(side) <= 3 for _, *sides in books_of(node).values() for side in sides)
+    for _ in range(2):
+        with running(config, nats_server.url) as node:
+            venue.trade(10)
+            until(lambda: is_caught_up(node, venue), "what was sent")
+            recover(node, venue, "all books")
+            venue.trade(40)
+            until_equal(node, venue)
 
 
 def test_without_a_snapshot_channel_books_stay_stale_until_the_venue_empties_them(

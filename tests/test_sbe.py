@@ -575,7 +575,7 @@ def test_implied_levels_are_a_book_of_their_own() -> None:
     told = [(row[1], Kind(int(e["kind"])).name) for row, e in zip(rows, events)]
     assert told[:4] == [("#5", "REFERENCE"), ("#5", "LEVEL"), ("#5.I", "REFERENCE"), ("#5.I", "LEVEL")]
     assert told[4:8] == [("WIDGET", "REFERENCE"), ("#5", "CLEAR"), ("#5.I", "CLEAR"), ("WIDGET", "GAP")], "what rests is not known by name"
-    assert told[8:] == [("WIDGET", "LEVEL"), ("WIDGET.I", "REFERENCE"), ("WIDGET.I", "GAP"), ("WIDGET.I", "LEVEL")]
+    assert told[8:] == [("WIDGET", "CODE"), ("WIDGET", "LEVEL"), ("WIDGET.I", "REFERENCE"), ("WIDGET.I", "GAP"), ("WIDGET.I", "LEVEL")]
     assert {table.symbol(i): int(table.record(i)["tick_size"]) for i in range(4)} == {
         "#5": 5 * 10**8, "#5.I": 5 * 10**8, "WIDGET": 25 * 10**7, "WIDGET.I": 25 * 10**7}  # fmt: skip
     compare([book, listing, book])

@@ -219,6 +219,11 @@ class Receiver(ABC):
         """
         return np.zeros(len(instruments), np.int64)
 
+    @property
+    def has_snapshots(self) -> bool:
+        """Whether books come from a snapshot channel beside the feed."""
+        return False
+
     def bring_back(self, instruments: Any) -> None:  # noqa: B027 (only some can)
         """From another thread, while it runs: bring these books from the venue's snapshots, known or not."""
 
@@ -453,6 +458,10 @@ class MulticastReceiver(Receiver):
             return np.full(len(instruments), NEVER)
         return since_when(self.feed, instruments)
 
+    @property
+    def has_snapshots(self) -> bool:
+        return bool(self.feed.recovery.words[LINE] >= 0)
+
     def bring_back(self, instruments: Any) -> None:
         if len(instruments):
             ask_for_books(self.feed.recovery, instruments)
@@ -612,7 +621,7 @@ class MulticastReceiver(Receiver):
 
     def _of_snapshots(self) -> dict[str, int]:
         """What the snapshot channel has brought."""
-        if self.feed.recovery.words[LINE] < 0:
+        if not self.has_snapshots:
             return {}
         found, records = recovery_counters(self.feed.recovery), self.context.table.arrays.records[: len(self.context.table)]
         mine = np.flatnonzero(records["source"] == self.context.number)

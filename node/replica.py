@@ -515,11 +515,15 @@ class Replica:
                 yield receiver, buffer.source, np.flatnonzero(met & (records["source"] == buffer.source))
 
     def _not_followed(self, thread: ShardThread, known: RestoredShard) -> list[EventArray]:
-        """GAP of each book whose changes after the journal's end our decoder could not follow, since it had lost what came before."""
+        """GAP of each book whose changes after the journal's end our decoder could not follow, since it had lost what came before.
+
+        And of those whose snapshot the journal has half of: the other half is not at the same place in our rings.
+        """
         events = []
         for receiver, source, mine in self._books(thread):
             last = int(known.positions[source]["sequence"])
-            unknown = mine[receiver.followed_since(mine) > last]
+            half = np.isin(thread.ids[mine], list(known.half_told)) & receiver.has_snapshots
+            unknown = mine[(receiver.followed_since(mine) > last) | half]
             if len(unknown):
                 stale = zeros_aligned(len(unknown), EVENT)
                 stale["ts_recv"], stale["kind"], stale["side"] = time.time_ns(), Kind.GAP, NO_SIDE

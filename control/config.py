@@ -524,11 +524,12 @@ class Source(Table):
         only=("nats",),
         pattern=r"^[^\s.*>/\\]{1,255}$",
     )
-    begin: Literal["first", "next"] = key(
-        "first",
-        "Where a source that can go on begins when it has nothing to go on from: with the first message there is, or the next.",
+    begin: Literal["first", "next"] | None = key(
+        None,
+        "Where a source begins when it has nothing to go on from: with the first message there is, or the next; none: first, of multicast "
+        "next. multicast, first: what came in the session before the first packet seen is missing, asked for (rerequest) or a gap.",
         live=True,
-        only=("tcp", "nats"),
+        only=("tcp", "nats", "multicast"),
     )
     session: str = key("", "SoupBinTCP session to ask for; none: the current one.", live=True, only=("tcp",), pattern=r"^[!-~]{0,10}$")
     user: str | None = key(None, "User to log in as.", live=True, only=("tcp", "nats", "fix", "http", "websocket"), min_length=1)

@@ -28,10 +28,12 @@ from tickmesh.control.config import Config, Source
 from tickmesh.node.calculation import CalculationError, load_source
 from tickmesh.node.continuation import Place
 from tickmesh.node.event import EVENT, EventArray, Kind
+from tickmesh.node.feed import SINCE
 from tickmesh.node.intake import Data, Intake, codes_of, make_intake, whole_source
 from tickmesh.node.json_feed import MappedFeed, VenueFeed
 from tickmesh.node.reader import SourceError
-from tickmesh.node.receivers import Receiver, ReceiverContext, bind_codes, take_memory
+from tickmesh.node.receivers import Receiver, ReceiverContext, bind_codes, since_when, take_memory
+from tickmesh.node.recovery import NEVER
 from tickmesh.node.router import ROUTE_EVENTS
 from tickmesh.node.routing_loop import routing_loop
 from tickmesh.node.telemetry import SourceCounter
@@ -272,7 +274,7 @@ class AdapterReceiver(Receiver):
             self._expected = last_sequence + 1
         known = self.context.table.arrays.records[: len(self.context.table)]
         journalled = bool(np.any((known["source"] == self.context.number) & (known["announced"] != 0)))
-        self._stale = journalled and (self._forgets or self._follows_orders)
+        self._stale = journalled and (self._forgets or self._remembers)
         if last_sequence:
             go_on(self.router.clock)
 
@@ -289,9 +291,16 @@ class AdapterReceiver(Receiver):
         return not self.adapter.resumes or self.adapter.renews or (venue is not None and not isinstance(venue, MappedFeed))
 
     @property
-    def _follows_orders(self) -> bool:
-        """Whether the decoder has to know the orders that rest; it does not in the middle of a session, nor after a restart."""
-        return self.intake.spec is not None and self.intake.spec.follow_orders
+    def _remembers(self) -> bool:
+        """Whether the decoder has to know what rests; it does not in the middle of a session, nor after a restart."""
+        return self.intake.spec is not None and self.intake.spec.remembers
+
+    def followed_since(self, instruments: Any) -> Any:
+        if not self._remembers or not self.adapter.resumes:
+            return super().followed_since(instruments)
+        if not self._had_begun:
+            return np.full(len(instruments), NEVER)
+        return since_when(self.intake.feed, instruments)
 
     @property
     def expected(self) -> int:
@@ -582,6 +591,9 @@ class AdapterReceiver(Receiver):
     async def _emit(self, event: EventArray) -> None:
         """Route an event of the whole source, behind everything that came before it."""
         await self.flush()
+        if self._remembers and event["kind"][0] in (Kind.GAP, Kind.CLEAR):
+            self.intake.feed.state[SINCE] = NEVER if event["kind"][0] == Kind.GAP else 0
+            self.intake.feed.known[:] = 0
         self._events, self._first = event, 0
         await self.flush()
 
@@ -601,7 +613,7 @@ class AdapterReceiver(Receiver):
             anew, unnamed = expected != 0 and (another or sequence < expected), self._session == 0 != number
             expected, self._begins_anew = 1 if anew else expected, False
             self.begun_at = self.begun_at or expected or sequence
-        fresh, expected = expected == 0, expected or int(self._follows_orders)
+        fresh, expected = expected == 0, expected or int(self._remembers)
         if anew:
             await self._emit(whole_source(Kind.CLEAR, now_ns, id=number))
         self._session = number

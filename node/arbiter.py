@@ -9,7 +9,8 @@ then one GAP event covers the missing sequences and decoding goes on. Time is th
 * A new session id first settles what is held of the old session, then emits CLEAR for all instruments (the venue has started anew;
   its sequences start at 1, so a later first packet is a gap). Packets of the session before are dropped as duplicates. A framing
   without a session id restarts where sequence 1 comes again after at least `restart_distance` messages.
-* The first packet ever sets the expected sequence, unless `start_sequence` names it.
+* The first packet ever sets the expected sequence, unless `start_sequence` names it: 1 where the source is there before the session begins,
+  so that a loss of the very first packets shows.
 """
 
 from __future__ import annotations

@@ -284,7 +284,7 @@ class SoupBinTcpSource(Adapter):
 
     async def _logged_in(self, client: soupbintcp.Client) -> bool:
         """Log in where we were; false: a new session has begun without us, whose beginning is to be asked for."""
-        expected, before, begin_first = self.sink.next_sequence, self.sink.session, self.options.begin == "first"
+        expected, before, begin_first = self.sink.next_sequence, self.sink.session, self.options.begin != "next"
         try:
             await client.open(self._session, expected or int(begin_first))
         except soupbintcp.SessionRefused:

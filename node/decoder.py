@@ -493,7 +493,9 @@ class _DecoderWriter:
 
     def more_imports(self) -> None:
         if self.spec.follow_orders:
+            self.out("from tickmesh.node.feed import SINCE")
             self.out("from tickmesh.node.order_map import follow_order, forget_orders")
+            self.out("from tickmesh.node.recovery import NEVER")
         if len(self._symbol_sizes()) > 1:
             self.out("from tickmesh.node.feed import text_words")
         if self.spec.timestamp_since == "time_message":
@@ -915,11 +917,12 @@ class _DecoderWriter:
 
     def on_clear(self) -> str:
         """What else is to be forgotten when the venue begins a new session: a statement, or nothing."""
-        return "\n            forget_orders(feed)" if self.spec.follow_orders else ""
+        return "\n            forget_orders(feed)\n            feed.state[SINCE] = 0" if self.spec.follow_orders else ""
 
     def recovering(self) -> dict[str, str]:
         """What a decoder with a snapshot channel does between packets: statements by their place in the loop, or nothing."""
-        return {"told": "", "gapped": "", "snapshot": ""}
+        lost = "\n            feed.state[SINCE] = NEVER" if self.spec.follow_orders else ""
+        return {"told": "", "gapped": lost, "snapshot": ""}
 
     def keeping(self) -> str:
         """What is done with a packet's sequence before it is arbitrated: a statement, or nothing."""

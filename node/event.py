@@ -108,8 +108,9 @@ class Kind(IntEnum):
     BREAK = 18
     """Trade `id` is cancelled by the venue."""
     CODE = 19
-    """The instrument's numeric code at its source is `id`; follows its REFERENCE, so that a journal knows it. Of a whole source: what comes
-    next has at least sequence `seq`, in the venue's session `id` (0: the same as before)."""
+    """The instrument's numeric code at its source is `id` (0: none), its book by position shows `aux` levels (0: not told); follows its
+    REFERENCE, so that a journal knows it. Of a whole source: what comes next has at least sequence `seq`, in the venue's session `id`
+    (0: the same as before)."""
     PEER_BBO = 32
     """A BBO of another shard, taken from its output stream. Of all PEER kinds `seq` is the output's sequence there."""
     PEER_TRADE = 33

@@ -17,14 +17,17 @@ from tickmesh.node.instruments import FILTERED, code_words, intern
 from tickmesh.node.recovery import make_recovery
 from tickmesh.transports.toolbox import inlined, le64, outlined, quick
 
-Feed = namedtuple("Feed", "instruments codes code_keys state counts malformed arbiter ladders depths held orders recovery")
+Feed = namedtuple("Feed", "instruments codes code_keys state counts malformed arbiter ladders depths held orders recovery known")
 """`instruments` see :class:`tickmesh.node.instruments.Instruments`; `codes` u32: numeric code -> instrument (direct, or by the hash of
 `code_keys` u64); `state` i64; `counts` u64, one per name in ``spec.counters``; `malformed` u64, one per name in :data:`REASONS`;
 `arbiter` see :mod:`tickmesh.node.arbiter`; `ladders` i64, `depths` i64 by instrument, `held` EVENT[1]: see
-:mod:`tickmesh.node.sbe_kernels`; `orders` ORDER, see :mod:`tickmesh.node.order_map`; `recovery` see :mod:`tickmesh.node.recovery`."""
+:mod:`tickmesh.node.sbe_kernels`; `orders` ORDER, see :mod:`tickmesh.node.order_map`; `recovery`, and `known` i64 by instrument, see
+:mod:`tickmesh.node.recovery`: from which packet on the ladders of a book are known, 0: from ``state[SINCE]`` on."""
 
 NEXT_SEQ, MIDNIGHT_NS, TIME_BASE_NS, SOURCE, TICK_SIZE, QTY_EXPONENT, FILTERED_MESSAGES, ENDS, MESSAGES, STARTED, CODES, REBIND = range(12)
 """Indices of ``Feed.state``. REBIND is 1 where a message's symbol text may later name an instrument known by its code only."""
+SINCE = 14
+"""Index of ``Feed.state``: the packet from which on ladders are known of which ``Feed.known`` says nothing else."""
 ORDERS_KNOWN = 15
 """Index of ``Feed.state``: entries of ``Feed.orders``."""
 NOT_TOLD = -1
@@ -85,7 +88,8 @@ def make_arrays(
     depths, held, orders = np.zeros(with_ladder, np.int64), np.zeros(1, EVENT), np.zeros(order_slots, ORDER)
     counts, refused = np.zeros(max(1, counters), np.uint64), np.zeros(len(REASONS), np.uint64)
     recovery = make_recovery(recovery_line, with_ladder, ladders.size, counts.size, refused.size)
-    return Feed(instruments, codes, keys, state, counts, refused, arbiter, ladders, depths, held, orders, recovery)
+    known = np.zeros(with_ladder, np.int64)
+    return Feed(instruments, codes, keys, state, counts, refused, arbiter, ladders, depths, held, orders, recovery, known)
 
 
 @inlined

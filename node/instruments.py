@@ -25,14 +25,15 @@ FILTERED = 0xFFFFFFFE
 
 INSTRUMENT = np.dtype(
     {
-        "names": ["symbol", "w0", "w1", "w2", "tick_size", "source", "shard", "qty_exponent", "flags", "announced", "code"],
-        "formats": ["S24", "<u8", "<u8", "<u8", "<i8", "<u4", "<u2", "i1", "u1", "<u4", "<u8"],
-        "offsets": [0, 0, 8, 16, 24, 32, 36, 38, 39, 40, 48],
+        "names": ["symbol", "w0", "w1", "w2", "tick_size", "source", "shard", "qty_exponent", "flags", "announced", "code", "depth"],
+        "formats": ["S24", "<u8", "<u8", "<u8", "<i8", "<u4", "<u2", "i1", "u1", "<u4", "<u8", "<i8"],
+        "offsets": [0, 0, 8, 16, 24, 32, 36, 38, 39, 40, 48, 56],
         "itemsize": 64,
     }
 )
 """One instrument. ``w0..w2`` are the symbol's bytes again, as words; `tick_size` is in 1e-9; `announced` is 1 once a decoder has
-emitted its REFERENCE event (set it to 0 to have that repeated); `code` is the venue's numeric code, where it has one."""
+emitted its REFERENCE event (set it to 0 to have that repeated); `code` is the venue's numeric code, where it has one; `depth` how many
+levels of its book the venue shows, by position, 0 if no definition has told."""
 
 RULE = np.dtype([("source", "<u4"), ("include", "<u4"), ("pattern", "u1", GLOB_BYTES)])
 """One line of a source's symbol filter: a glob (:mod:`tickmesh.node.symbol_filter`) to include or, with 0, to exclude."""

@@ -18,7 +18,7 @@ import structlog
 from tickmesh.node.instruments import PUBLISHED, InstrumentTable, InstrumentTableFull, SymbolFiltered
 
 Rows = list[list[Any]]
-"""Source, symbol, tick size, exponent, shard, code of each."""
+"""Source, symbol, tick size, exponent, shard, code of each; then the levels of its book by position, if a definition has told."""
 _KEEP_S = 1.0
 _log = structlog.get_logger("node")
 
@@ -41,10 +41,11 @@ class KnownInstruments:
     def learn(table: InstrumentTable, rows: Rows) -> dict[int, dict[int, int]]:
         """Make instruments known to the table; returns the venue's codes by source and instrument."""
         codes: dict[int, dict[int, int]] = {}
-        for source, symbol, tick_size, exponent, shard, code in rows:
+        for source, symbol, tick_size, exponent, shard, code, *depth in rows:
             with contextlib.suppress(SymbolFiltered, InstrumentTableFull, ValueError):
                 number = table.intern(symbol, source, tick_size, exponent, shard)
                 table.arrays.records["announced"][number] = 1
+                table.arrays.records["depth"][number] = depth[0] if depth else 0
                 if code:
                     codes.setdefault(source, {})[number] = code
         return codes
@@ -77,15 +78,15 @@ def rows_of(data: bytes) -> Rows:
     """Rows from JSON; none if it is something else."""
     try:
         rows = json.loads(data)
-        return [[int(s), str(symbol), int(tick), int(e), int(shard), int(code)] for s, symbol, tick, e, shard, code in rows]
+        return [[int(s), str(symbol), *map(int, [tick, e, shard, code, *depth])] for s, symbol, tick, e, shard, code, *depth in rows]
     except (ValueError, TypeError):
         return []
 
 
 def _row(table: InstrumentTable, number: int) -> list[Any] | None:
-    """Source, symbol, tick size, exponent, shard, code; None: it is being entered this moment, or was never announced."""
+    """As :data:`Rows` has it; None: it is being entered this moment, or was never announced."""
     record = table.arrays.records[number]
     if not record["flags"] & PUBLISHED or not record["announced"]:
         return None
-    numbers = (int(record[name]) for name in ("tick_size", "qty_exponent", "shard", "code"))
-    return [int(record["source"]), table.symbol(number), *numbers]
+    numbers = [int(record[name]) for name in ("tick_size", "qty_exponent", "shard", "code", "depth")]
+    return [int(record["source"]), table.symbol(number), *(numbers if record["depth"] else numbers[:-1])]

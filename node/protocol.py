@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -36,6 +36,9 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "system": ("aux",), "break": ("id",), "time": ("seconds",), "nothing": (),
 }  # fmt: skip
 """Event kind -> event fields that its mapping must give. ``time`` sets the base of time stamps, ``nothing`` is only counted."""
+TICK_OF_REFERENCE = (
+    "goes with kind 'reference' only: a definition tells the tick size, and no other event needs it, since prices are whole numbers of 1e-9"
+)
 OF_INSTRUMENT = ("add", "execute", "cancel", "delete", "replace", "modify", "level", "trade", "quote", "reference")
 """Kinds that make no sense without an instrument."""
 
@@ -45,6 +48,11 @@ OF_ORDER = ("execute", "cancel", "delete", "replace", "modify")
 UNITS_NS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
 NAMES: dict[str, int] = {"BID": 0, "ASK": 1, "NO_SIDE": 2, "NO_PRICE": NO_PRICE, **{s.name: int(s) for s in TradingStatus}}
 """Words a map may give instead of a number."""
+ALLOWED: dict[str, Mapping[int, str]] = {
+    "side": {0: "BID", 1: "ASK", 2: "NO_SIDE"},
+    "status": {int(s): s.name for s in TradingStatus},
+}
+"""What an event's `side`, and the `aux` of a ``status``, can say: others would mean nothing to a book."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +194,11 @@ class Spec:
     def ladder_levels(self) -> int:
         """Levels of a ladder where the venue's books go by position, else 0."""
         return 0
+
+    @property
+    def remembers(self) -> bool:
+        """Whether its decoder has to remember what a session has told so far: orders that it follows, or levels by position."""
+        return self.follow_orders or self.ladder_levels > 0
 
 
 @dataclass(frozen=True)
@@ -623,7 +636,10 @@ def _case(
         return None
     doc.only(raw, key, _CASE_KEYS)
     kind = doc.text(raw, (*key, "kind"), tuple(REQUIRED))
-    values = {name: v for name in EVENT_FIELDS if name in raw and (v := _event_value(doc, (*key, name), raw[name], fields)) is not None}
+    given = {name: _event_value(doc, (*key, name), raw[name], fields, kind) for name in EVENT_FIELDS if name in raw}
+    values = {name: value for name, value in given.items() if value is not None}
+    if "tick_size" in raw and kind != "reference":
+        doc.fault((*key, "tick_size"), TICK_OF_REFERENCE)
     for name in REQUIRED[kind]:
         if name not in raw:
             doc.fault((*key, name), f"is missing: an event of kind {kind!r} needs {', '.join(REQUIRED[kind])}")
@@ -644,7 +660,24 @@ def _case(
     return Case(name, kind, when, values, flags, rules, not by_order and (everything or not has_instrument), by_order)
 
 
-def _event_value(doc: _Document, key: tuple[str, ...], raw: Any, fields: Mapping[str, Field]) -> str | int | None:
+def not_allowed(kind: str, target: str, said: Iterable[int | None], allowed: Mapping[str, Mapping[int, str]]) -> str:
+    """Why an event of a kind cannot say this in an event field; empty if it can.
+
+    Args:
+        target: the event field.
+        said: a constant, or what a map gives (None: a map that refuses all other values gives nothing for them).
+        allowed: values and their words by target; by "status" that of the `aux` of a status.
+    """
+    known = allowed.get("status" if (kind, target) == ("status", "aux") else target)
+    wrong = sorted({value for value in said if value is not None and known is not None and value not in known})
+    if not wrong or known is None:
+        return ""
+    what = "a status" if target == "aux" else f"a {target}"
+    words = [word if word == str(value) else f"{word} ({value})" for value, word in known.items()]
+    return f"{', '.join(map(str, wrong))} is not {what}: allowed are {', '.join(words)}"
+
+
+def _event_value(doc: _Document, key: tuple[str, ...], raw: Any, fields: Mapping[str, Field], kind: str) -> str | int | None:
     if isinstance(raw, dict) and set(raw) == {"constant"}:
         given = raw["constant"]
         raw = NAMES[given] if isinstance(given, str) and given in NAMES else raw_value(given, 8)
@@ -658,12 +691,16 @@ def _event_value(doc: _Document, key: tuple[str, ...], raw: Any, fields: Mapping
             return None
         if key[-1] == "side" and not found.map:
             doc.fault(key, f"field {raw!r} needs a map to BID, ASK and NO_SIDE")
+        if found.map and (reason := not_allowed(kind, key[-1], (*found.map.values(), found.map_default), ALLOWED)):
+            doc.fault(key, f"the map of field {raw!r}: {reason}")
         if key[-1] == "tick_size" and found.decimals < 0:
             doc.fault(key, f"field {raw!r} needs `decimals`")
         if key[-1] == "price" and found.decimals < 0 and not found.map:
             doc.fault(key, f"field {raw!r} needs `decimals`: a price is scaled to 1e-9")
         return raw
     if isinstance(raw, int) and not isinstance(raw, bool) and -(1 << 63) <= raw < 1 << 63:
+        if reason := not_allowed(kind, key[-1], (raw,), ALLOWED):
+            doc.fault(key, reason)
         return raw
     doc.fault(key, "must be a field's name, a whole number or { constant = ... }")
     return None

@@ -34,12 +34,25 @@ from tickmesh.node.arbiter import (
 from tickmesh.node.continuation import Place
 from tickmesh.node.decoder import arbitration, decoder_parts, filtered, load_decoder, make_feed, malformed, message_counts
 from tickmesh.node.event import EVENT, EventArray
-from tickmesh.node.feed import BAD_SEQUENCE, MIDNIGHT_NS, RESOLVED_BELOW, SHORT_PACKET, TIME_BASE_NS, UNBOUND, Feed, bind_unannounced
+from tickmesh.node.feed import (
+    BAD_SEQUENCE,
+    MIDNIGHT_NS,
+    REBIND,
+    RESOLVED_BELOW,
+    SHORT_PACKET,
+    SINCE,
+    SOURCE,
+    TIME_BASE_NS,
+    UNBOUND,
+    Feed,
+    bind_unannounced,
+)
 from tickmesh.node.instruments import EXCLUDED, FILTERED, InstrumentTable
 from tickmesh.node.loops import receive_loop
 from tickmesh.node.order_map import take_orders
 from tickmesh.node.protocol import Field, load_framing, load_spec
 from tickmesh.node.reader import Reader, SourceError, open_reader, protocol_fields, recovery_line, spec_and_framing
+from tickmesh.node.recovery import LINE, NEVER, ask_for_books, recovery_counters, want_books
 from tickmesh.node.rerequest import FOREVER_NS, Rerequest, RerequestCounters, can_rerequest
 from tickmesh.node.router import ROUTE_EVENTS, S_MARKS, Router, make_router, route_now
 from tickmesh.node.timers import C_EVENT, NOT_LIVE, go_on
@@ -199,6 +212,21 @@ class Receiver(ABC):
         """The venue's session, as a CLEAR event says it; 0: not known."""
         return 0
 
+    def followed_since(self, instruments: Any) -> Any:
+        """From which of the source's sequences on the decoder knows what its session has told of each of these books so far, i64; NEVER.
+
+        0 where it has to know nothing: the messages say all themselves.
+        """
+        return np.zeros(len(instruments), np.int64)
+
+    @property
+    def has_snapshots(self) -> bool:
+        """Whether books come from a snapshot channel beside the feed."""
+        return False
+
+    def bring_back(self, instruments: Any) -> None:  # noqa: B027 (only some can)
+        """From another thread, while it runs: bring these books from the venue's snapshots, known or not."""
+
     @property
     def source_ns(self) -> int:
         """Time of the source's last event, on its own clock; 0: none has come."""
@@ -334,6 +362,8 @@ class MulticastReceiver(Receiver):
         self.router.settings[S_MARKS] = framing.sequence is not None and not options.snapshot_endpoint
         self._expected = 0
         self._place: Place | None = None
+        self._goes_on_for_another = False
+        """What the decoder of the source's receiver so far remembers is known here."""
         self.order_ids = self.spec.order_ids
         if options.rerequest and not can_rerequest(framing):
             raise SourceError(name, f"rerequest asks for MoldUDP64 packets, and the framing is {framing.name!r}; remove the key rerequest")
@@ -405,9 +435,10 @@ class MulticastReceiver(Receiver):
     def go_on_at(self, place: Place) -> bool:
         """Begin where the shard with least ended: it gets what it lacks from the re-request server, or is told of it by a gap.
 
-        Orders that are followed are not known any more, so that no book can go on and each shard is told so in full.
+        What a decoder remembers of a session, orders that it follows or levels by position, is not known any more, so that no book can go
+        on and each shard is told so in full.
         """
-        if self.spec.follow_orders or self._framing.sequence is None:
+        if self.spec.remembers or self._framing.sequence is None:
             return False
         self._place = place
         return True
@@ -420,6 +451,21 @@ class MulticastReceiver(Receiver):
     def session(self) -> int:
         return int(self.feed.arbiter.state[SESSION].view(np.uint64))
 
+    def followed_since(self, instruments: Any) -> Any:
+        if not self.spec.remembers:
+            return super().followed_since(instruments)
+        if self.begun_at == 0:
+            return np.full(len(instruments), NEVER)
+        return since_when(self.feed, instruments)
+
+    @property
+    def has_snapshots(self) -> bool:
+        return bool(self.feed.recovery.words[LINE] >= 0)
+
+    def bring_back(self, instruments: Any) -> None:
+        if len(instruments):
+            ask_for_books(self.feed.recovery, instruments)
+
     def go_on_from(self, sequence: int, session: int = 0) -> None:
         if self.begun_at == 0:
             self._expected = min(self._expected, sequence) if self._expected else sequence
@@ -431,6 +477,7 @@ class MulticastReceiver(Receiver):
         mine = np.flatnonzero((records["source"] == number) & (records["code"] != 0))
         bind_codes(self.feed, self.context.table, {int(i): int(records["code"][i]) for i in mine})
         self.feed.arbiter.state[START_SEQUENCE] = before.feed.arbiter.state[EXPECTED]
+        self._goes_on_for_another = bool(before.feed.arbiter.state[EXPECTED])
         take_memory(self.feed, before.feed, self.context.table)
         if before.feed.arbiter.state[EXPECTED]:
             go_on(self.router.clock)
@@ -509,10 +556,10 @@ class MulticastReceiver(Receiver):
         if not unsequenced and not self._goes_on(seen, session):
             self._enter(session, FIRST_SEQUENCE, place.session if place is not None else 0)
             state[CLEAR_DUE] = 1
-        elif self.spec.follow_orders and not state[START_SEQUENCE]:
-            self._begin_without_orders(0 if unsequenced else seen, session)
+        elif self.spec.remembers and not self._goes_on_for_another:
+            self._begin_without_memory(0 if unsequenced else seen, session)
         else:
-            first = place.sequence if place is not None else self._expected
+            first = place.sequence if place is not None else self._expected or int(self.options.begin == "first")
             state[START_SEQUENCE] = max(first, int(state[START_SEQUENCE]))
         self.begun_at = self._expected or (0 if unsequenced else seen)
 
@@ -525,8 +572,10 @@ class MulticastReceiver(Receiver):
             return place.session == session
         return seen >= self._expected
 
-    def _begin_without_orders(self, seen: int, session: int) -> None:
-        """In the middle of a session, the orders that rest are not known: a gap says so to the books, at once, if the place is known."""
+    def _begin_without_memory(self, seen: int, session: int) -> None:
+        """In the middle of a session the decoder does not know what rests: a gap says so to the books, at once, if the place is known."""
+        if seen != FIRST_SEQUENCE:
+            self.feed.state[SINCE] = NEVER  # before anybody can see that we have begun
         state, first = self.feed.arbiter.state, max(FIRST_SEQUENCE, self._expected - 1)
         if seen == 0:
             state[START_SEQUENCE] = first
@@ -567,6 +616,25 @@ class MulticastReceiver(Receiver):
             "requests": asked.requests,
             "recovered": asked.recovered,
             "given_up": asked.given_up,
+            **self._of_snapshots(),
+        }
+
+    def _of_snapshots(self) -> dict[str, int]:
+        """What the snapshot channel has brought."""
+        if not self.has_snapshots:
+            return {}
+        found, records = recovery_counters(self.feed.recovery), self.context.table.arrays.records[: len(self.context.table)]
+        mine = np.flatnonzero(records["source"] == self.context.number)
+        return {
+            "books_waiting": int(np.count_nonzero(since_when(self.feed, mine) == NEVER)),
+            "snapshots": found["snapshots"],
+            "books_recovered": found["recovered"],
+            "snapshots_too_old": found["too_old"],
+            "snapshots_ahead": found["ahead"],
+            "snapshots_not_kept": found["not_kept"],
+            "snapshots_too_large": found["overflows"],
+            "snapshot_turns": found["turns"],
+            "snapshot_turns_broken": found["broken_turns"],
         }
 
     def close(self) -> None:
@@ -585,24 +653,37 @@ def _number(head: bytes, field: Field) -> int:
 
 
 def bind_codes(feed: Feed, table: InstrumentTable, codes: Mapping[int, int]) -> None:
-    """Tell a feed the numeric codes of instruments (code by instrument) that have been announced already."""
+    """Tell a feed the numeric codes of instruments (code by instrument) that have been announced already, and the depths of their books."""
+    if feed.depths.size > 1:
+        mine = np.flatnonzero(table.arrays.records["source"][: len(table)] == feed.state[SOURCE])
+        feed.depths[mine] = table.arrays.records["depth"][mine]
     known, left_out = [], []
+    no_text = feed.state[REBIND] == 0
     for instrument, code in codes.items():
         bind_unannounced(feed, np.uint64(code), np.uint32(instrument))
         if table.arrays.records["flags"][instrument] & EXCLUDED:
             left_out.append(instrument)
-        elif not table.symbol(instrument).startswith("#"):  # known by its code only: text may still name it
-            known.append(instrument)
+        elif not table.symbol(instrument).startswith("#") or (no_text and table.arrays.records["announced"][instrument]):
+            known.append(instrument)  # others are known by their code only: text may still name them
     resolved = feed.codes & ~RESOLVED_BELOW
     bound = feed.codes != UNBOUND
     feed.codes[:] = np.where(bound & np.isin(resolved, known), resolved, feed.codes)
     feed.codes[:] = np.where(bound & np.isin(resolved, left_out), FILTERED, feed.codes)
 
 
+def since_when(feed: Feed, instruments: Any) -> Any:
+    """From which sequence of the source on the decoder has followed each of these books by position, or NEVER; i64."""
+    own = feed.known[instruments] if feed.known.size > 1 else np.zeros(len(instruments), np.int64)
+    return np.where(own != 0, own, feed.state[SINCE])
+
+
 def take_memory(feed: Feed, before: Feed, table: InstrumentTable) -> None:
     """Go on with what the decoder of the source's receiver so far remembers of the session: ladders, orders, the seconds last told."""
     if before.ladders.size == feed.ladders.size:  # a book by position goes on where it stands
-        feed.ladders[:], feed.depths[:] = before.ladders, before.depths
+        feed.ladders[:], feed.depths[:], feed.known[:] = before.ladders, before.depths, before.known
+        feed.state[SINCE] = before.state[SINCE]
+        if feed.state[SINCE] == NEVER or np.any(feed.known == NEVER):
+            want_books(feed.recovery)
     take_orders(feed, before, np.flatnonzero(table.arrays.records["flags"][: len(table)] & EXCLUDED))
     if before.state[MIDNIGHT_NS] == feed.state[MIDNIGHT_NS]:
         feed.state[TIME_BASE_NS] = before.state[TIME_BASE_NS]

@@ -7,8 +7,13 @@ packet. Trades are not told again. A snapshot that is too old waits for the next
 
 * Packets are kept while they come ahead of the expected one, and while a book is stale: the last `KEPT_PACKETS` of them. A snapshot that
   is older than those is counted (`not_kept`) and of no use.
-* A turn of the loop without loss, in which every snapshot was of use and no book was stale, ends the search.
+* A whole turn of the loop, in which every snapshot was of use and no book was stale, ends the search. One that breaks off, or lacks a
+  packet, does not, whatever it brought: the sequences of its packets tell, and the number of snapshots that the venue says it has.
 * A feed that begins in the middle of a session begins with a gap, so its books come from the snapshots too.
+
+**Known** is a book whose levels by position the decoder has: from the beginning of a session, from a snapshot, or since the venue has
+emptied it. A gap ends that for all. It is noted from which packet on a book is known (``Feed.known``): a standby that takes over has to say
+of which books it has not followed the changes from the journal's end on.
 
 The decoder contains these kernels where a mapping has ``[recovery]`` (:mod:`tickmesh.node.sbe_decoder`). Source: CME Globex MDP 3.0,
 Market Recovery; the loop's packets have a sequence of their own, which begins with 1 at every turn.
@@ -26,20 +31,25 @@ from tickmesh.transports.toolbox import copy_record, inlined, outlined
 
 KEPT = np.dtype([("seq", "<i8"), ("ts_recv", "<i8"), ("length", "<i8")])
 """A packet of the feed that is kept: its bytes are ``Recovery.bytes[slot * SLOT_BYTES :]``; free where `seq` is 0."""
-Recovery = namedtuple("Recovery", "words kept bytes fresh ladders counts malformed scratch staged")
-"""`words` i64 (indices below); `kept` KEPT; `bytes` u8; `fresh` i64 by instrument: the end of the last gap that it is recovered from;
-`ladders`, `counts`, `malformed`: what the decoder writes in place of the feed's own; `scratch`, `staged` EVENT."""
+Recovery = namedtuple("Recovery", "words kept bytes known ladders counts malformed scratch staged asked")
+"""`words` i64 (indices below); `kept` KEPT; `bytes` u8; `known`, `ladders`, `counts`, `malformed`: what the decoder writes in place of the
+feed's own; `scratch`, `staged` EVENT; `asked` u8 by instrument: another thread wants its book from a snapshot."""
+NEVER = np.int64((1 << 63) - 1)
+"""In place of a packet from which on a book is known: it is not."""
 
 KEPT_PACKETS, SLOT_BYTES = 4096, 2048
 _SCRATCH, _STAGED = 256, 512
 (
-    LINE, WANTED, GAP_END, POSITION, COUNT, TAKEN, CODE, INSTRUMENT, BROKEN, LOOP_NEXT, LOOP_CLEAN,
-    SNAPSHOTS, RECOVERED, TOO_OLD, AHEAD, NOT_KEPT, OVERFLOWS, TURNS,
-) = range(18)  # fmt: skip
-"""Indices of ``Recovery.words``. LINE is that of the snapshots' packets, -1: there is none; those from SNAPSHOTS on are counters."""
+    LINE, WANTED, GAP_END, POSITION, COUNT, TAKEN, CODE, INSTRUMENT, BROKEN, LOOP_NEXT, LOOP_CLEAN, LOOP_WHOLE, LOOP_JUDGED, LOOP_SEEN,
+    LOOP_TOTAL, ASKED,
+    SNAPSHOTS, RECOVERED, TOO_OLD, AHEAD, NOT_KEPT, OVERFLOWS, TURNS, BROKEN_TURNS,
+) = range(24)  # fmt: skip
+"""Indices of ``Recovery.words``. LINE is that of the snapshots' packets, -1: there is none. Of the loop's present turn: the packet that
+comes next, whether nothing was stale, whether no packet is missing, whether its snapshots were looked at from the first on, how many there
+were, and how many there are (0: not told). Those from SNAPSHOTS on are counters."""
 COUNTERS = {
     "snapshots": SNAPSHOTS, "recovered": RECOVERED, "too_old": TOO_OLD, "ahead": AHEAD, "not_kept": NOT_KEPT, "overflows": OVERFLOWS,
-    "turns": TURNS,
+    "turns": TURNS, "broken_turns": BROKEN_TURNS,
 }  # fmt: skip
 _NONE = -1
 _CLEAR, _LEVEL, _STATUS, _REFERENCE = (np.uint8(kind) for kind in (Kind.CLEAR, Kind.LEVEL, Kind.STATUS, Kind.REFERENCE))
@@ -66,12 +76,53 @@ def make_recovery(line: int, instruments: int, ladders: int, counters: int, reas
         np.zeros(reasons, np.uint64),
         np.zeros(_SCRATCH if here else 1, EVENT),
         np.zeros(_STAGED if here else 1, EVENT),
+        np.zeros(instruments if here else 1, np.uint8),
     )
 
 
 def recovery_counters(recovery: Recovery) -> dict[str, int]:
-    """What came of the snapshots: ``snapshots`` seen while books were stale, books ``recovered``, and why others were of no use."""
+    """What came of the snapshots: ``snapshots`` seen while books were stale, books ``recovered``, and why others were of no use; ``turns``
+    of the loop, and those of them that lacked something while books were stale."""
     return {name: int(recovery.words[index]) for name, index in COUNTERS.items()}
+
+
+# ---------------------------------------------------------------- which books are known
+
+
+@inlined
+def known_since(known: Any, since: Any, instrument: Any) -> Any:
+    """From which packet of the feed on an instrument's book is known, or NEVER; `since`: of books of which nothing else is said."""
+    own = known[instrument]
+    return own if own != 0 else since
+
+
+def ask_for_books(recovery: Recovery, instruments: Any) -> bool:
+    """From another thread than the receiver's: bring these books from the next snapshots, known or not. False: there is no such channel."""
+    if recovery.words[LINE] < 0:
+        return False
+    recovery.asked[instruments] = 1
+    recovery.words[ASKED] = 1  # what it is about is there before it
+    return True
+
+
+@outlined
+def _take_asked(recovery: Any, known: Any) -> None:
+    """Books that another thread has asked for are looked for like those that a gap has made stale."""
+    w = recovery.words
+    w[ASKED] = 0
+    for i in range(recovery.asked.size):
+        if recovery.asked[i] != np.uint8(0):
+            recovery.asked[i] = np.uint8(0)
+            known[i] = NEVER
+    w[WANTED], w[LOOP_CLEAN] = 1, 0
+
+
+@inlined
+def want_books(recovery: Any) -> None:
+    """There is a book that is not known: look for it in the snapshots."""
+    w = recovery.words
+    if w[LINE] >= 0 and w[WANTED] == 0:
+        w[WANTED], w[LOOP_CLEAN] = 1, 0
 
 
 # ---------------------------------------------------------------- the feed's side
@@ -108,28 +159,47 @@ def begin_recovery(recovery: Any, gap_end: Any) -> None:
 def forget_recovery(recovery: Any) -> None:
     """The venue has begun a new session: its books are empty, and sequences mean something else."""
     w = recovery.words
-    w[WANTED] = w[GAP_END] = w[COUNT] = w[TAKEN] = w[LOOP_CLEAN] = 0
+    w[WANTED] = w[GAP_END] = w[COUNT] = w[TAKEN] = w[LOOP_CLEAN] = w[LOOP_JUDGED] = 0
     for i in range(recovery.kept.size):
         recovery.kept[i].seq = 0
-    for i in range(recovery.fresh.size):
-        recovery.fresh[i] = 0
 
 
 # ---------------------------------------------------------------- the snapshots' side
 
 
 @outlined
-def begin_packet(recovery: Any, seq: Any) -> None:
-    """A packet of the snapshot channel: with the loop's first one a turn has ended, which may have found nothing stale."""
+def _end_turn(recovery: Any) -> None:
+    """A turn has ended: if it had every book, and none was stale, there is nothing to look for any more."""
     w = recovery.words
+    if w[LOOP_WHOLE] == 0 or (w[LOOP_TOTAL] != 0 and w[LOOP_SEEN] < w[LOOP_TOTAL]):
+        w[BROKEN_TURNS] += 1
+    elif w[LOOP_CLEAN] != 0:
+        w[WANTED] = 0
+
+
+@outlined
+def begin_packet(recovery: Any, known: Any, seq: Any) -> None:
+    """A packet of the snapshot channel: with the loop's first one a turn has ended."""
+    w = recovery.words
+    if w[ASKED] != 0:
+        _take_asked(recovery, known)
     if seq == 1:
+        if w[LOOP_JUDGED] != 0 and w[WANTED] != 0:
+            _end_turn(recovery)
         w[TURNS] += 1
-        if w[LOOP_CLEAN] != 0:
-            w[WANTED] = 0
-        w[LOOP_CLEAN] = 1
+        w[LOOP_CLEAN] = w[LOOP_WHOLE] = 1
+        w[LOOP_JUDGED], w[LOOP_SEEN], w[LOOP_TOTAL] = w[WANTED], 0, 0
     elif seq != w[LOOP_NEXT]:
-        w[LOOP_CLEAN] = 0
+        w[LOOP_WHOLE] = 0
     w[LOOP_NEXT] = seq + 1
+
+
+@inlined
+def see_snapshot(recovery: Any, total: Any) -> None:
+    """One of the `total` snapshots of a turn; 0: the venue does not say how many."""
+    w = recovery.words
+    w[LOOP_SEEN] += 1
+    w[LOOP_TOTAL] = total
 
 
 @outlined
@@ -189,6 +259,7 @@ def _append(recovery: Any, event: Any, i: Any) -> Any:
     w = recovery.words
     at = w[COUNT]
     if at >= recovery.staged.size:
+        w[OVERFLOWS] += w[BROKEN] == 0
         w[BROKEN] = 1
         return np.int64(_NONE)
     copy_record(recovery.staged, at, event, i)
@@ -231,10 +302,11 @@ def _stage_book(recovery: Any, i: Any) -> None:
 
 
 @outlined
-def stage(recovery: Any, records: Any, count: Any, implied: Any) -> Any:
+def stage(recovery: Any, records: Any, known: Any, since: Any, count: Any, implied: Any) -> Any:
     """Take what belongs to the book out of ``scratch[:count]``; false once it is of no use, as it is not stale or the channel was reset.
 
-    `implied` is the bit of a code that says "the implied book of". Definitions of instruments are always kept.
+    `known` and `since` are the feed's, for :func:`known_since`; `implied` is the bit of a code that says "the implied book of".
+    Definitions of instruments are always kept.
     """
     w = recovery.words
     for i in range(count):
@@ -249,7 +321,7 @@ def stage(recovery: Any, records: Any, count: Any, implied: Any) -> Any:
         code = np.int64(records[e.instrument].code & ~implied)
         if w[INSTRUMENT] == _NONE and records[e.instrument].code & implied == np.uint64(0):
             w[CODE], w[INSTRUMENT] = code, np.int64(e.instrument)
-            if recovery.fresh[w[INSTRUMENT]] >= w[GAP_END]:
+            if known_since(known, since, w[INSTRUMENT]) != NEVER:
                 w[BROKEN] = 1
         if w[CODE] == _NONE or code == w[CODE]:
             _stage_book(recovery, i)
@@ -300,7 +372,6 @@ def end_book(recovery: Any, seq: Any) -> Any:
                 kept += 1
         w[COUNT] = kept
     else:
-        recovery.fresh[found] = w[GAP_END]
         w[RECOVERED] += 1
         w[LOOP_CLEAN] = 0
     _order(recovery, seq)

@@ -27,7 +27,7 @@ from tickmesh.control.turns import undisturbed, waiting
 from tickmesh.node.beginning import begin_at, begin_shard, journal_folder, make_journal, possible_starts
 from tickmesh.node.changing import ChangeInTheWay
 from tickmesh.node.continuation import UNSEEN, begin_resuming, trim
-from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_SIDE, REFERENCE, EventArray, Kind
+from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_SIDE, REFERENCE, EventArray, Flag, Kind
 from tickmesh.node.follower import read_agreed, write_agreed
 from tickmesh.node.frames import outputs_digest
 from tickmesh.node.gateways import StreamUnknown, signal_names, stream_ends
@@ -52,6 +52,7 @@ from tickmesh.transports.toolbox import IDLE_MODES, zeros_aligned
 
 if TYPE_CHECKING:
     from tickmesh.node.process import Node
+    from tickmesh.node.receivers import Receiver
 
 _FENCE_S = 10.0
 """How long a takeover waits for the output streams."""
@@ -465,7 +466,8 @@ class Replica:
         Raises:
             TakeoverRefused: the outputs of what comes first find no room, or the journal cannot be written.
         """
-        self._put_first(thread, journal, known, [*self._breaks(known), *self._introduce(thread)])
+        self._put_first(thread, journal, known, [*self._breaks(known), *self._introduce(thread), *self._not_followed(thread, known)])
+        self._bring_back(thread)
         for source in (buffer.source for buffer in self._buffers.values()):
             thread.positions[source] = known.positions[source]
             begin_resuming(thread.positions[source : source + 1])
@@ -502,6 +504,38 @@ class Replica:
             thread.ids[node_id], thread.given[0] = number, number + 1
             events += _definition(table, int(node_id), number)
         return events
+
+    def _books(self, thread: ShardThread) -> Iterator[tuple[Receiver, int, Any]]:
+        """The receivers whose rings a loop goes on with, the number of their source, and its instruments, by the node's ids."""
+        records = self.node.table.arrays.records[: len(self.node.table)]
+        met = (records["shard"] == self.number) & (thread.ids[: len(records)] != UNSEEN)
+        for name, receiver in self.node.receivers_by_name().items():
+            buffer = self._buffers.get(name)
+            if buffer is not None:
+                yield receiver, buffer.source, np.flatnonzero(met & (records["source"] == buffer.source))
+
+    def _not_followed(self, thread: ShardThread, known: RestoredShard) -> list[EventArray]:
+        """GAP of each book whose changes after the journal's end our decoder could not follow, since it had lost what came before.
+
+        And of those whose snapshot the journal has half of: the other half is not at the same place in our rings.
+        """
+        events = []
+        for receiver, source, mine in self._books(thread):
+            last = int(known.positions[source]["sequence"])
+            half = np.isin(thread.ids[mine], list(known.half_told)) & receiver.has_snapshots
+            unknown = mine[(receiver.followed_since(mine) > last) | half]
+            if len(unknown):
+                stale = zeros_aligned(len(unknown), EVENT)
+                stale["ts_recv"], stale["kind"], stale["side"] = time.time_ns(), Kind.GAP, NO_SIDE
+                stale["instrument"], stale["seq"] = thread.ids[unknown], last
+                events.append(stale)
+        return events
+
+    def _bring_back(self, thread: ShardThread) -> None:
+        """Books that the journal calls stale, and that our decoder may know all about: they come from the venue's next snapshots."""
+        flags = thread.shard.arrays.books.sides["flags"][::2]
+        for receiver, _, mine in self._books(thread):
+            receiver.bring_back(mine[(flags[thread.ids[mine]] & Flag.STALE) != 0])
 
     def _breaks(self, known: RestoredShard) -> list[EventArray]:
         """What is missing between the journal's end and the first that our receivers have; and a session that is new to the journal."""
@@ -662,5 +696,5 @@ def _definition(table: Any, node_id: int, number: int) -> list[EventArray]:
     events["kind"], events["side"] = (Kind.REFERENCE, Kind.CODE), (np.uint8(np.int8(record["qty_exponent"])), NO_SIDE)
     named = events[:1].view(REFERENCE)
     named["tick_size"], named["symbol"] = record["tick_size"], record["symbol"]
-    events["id"][1] = record["code"]
+    events["id"][1], events["aux"][1] = record["code"], record["depth"]
     return [events[:1], events[1:]] if record["code"] else [events[:1]]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tickmesh.node.continuation import MADE_HERE, POSITION, Place, begin_resuming, first_lacking, follow_positions, make_positions
-from tickmesh.node.event import ALL_INSTRUMENTS, DERIVED, EVENT, PEERS, EventArray, Kind
+from tickmesh.node.event import ALL_INSTRUMENTS, DERIVED, EVENT, PEERS, EventArray, Flag, Kind
 from tickmesh.node.instruments import InstrumentTable, InstrumentTableFull, SymbolFiltered
 from tickmesh.node.journal import JournalReader
 from tickmesh.node.shard_state import SOURCES
@@ -33,15 +33,19 @@ class RestoredShard:
     Attributes:
         references: the last REFERENCE event of each instrument, by the shard's id; of another shard's: PEER_REFERENCE.
         codes: the venue's numeric code, by the same.
+        depths: how many levels of its book the venue shows, by the same, where a definition has told.
         positions: where the journal stands in each source (:mod:`tickmesh.node.continuation`).
         defined: per source a sequence, the last that defines instruments, and how many events do so.
+        half_told: books of which a snapshot has begun and not ended, by the shard's ids.
         unfinished: the instrument that the journal's very last event defines, whose code may have been cut off; -1: none.
     """
 
     references: dict[int, Any] = field(default_factory=dict)
     codes: dict[int, int] = field(default_factory=dict)
+    depths: dict[int, int] = field(default_factory=dict)
     positions: Any = field(default_factory=lambda: make_positions(SOURCES))
     defined: dict[int, tuple[int, int]] = field(default_factory=dict)
+    half_told: set[int] = field(default_factory=set)
     unfinished: int = -1
     _owners: Any = field(default_factory=lambda: np.zeros(0, np.int32))
 
@@ -50,18 +54,38 @@ class RestoredShard:
         if len(batch):
             self.unfinished = int(batch["instrument"][-1]) if batch["kind"][-1] == Kind.REFERENCE else -1
         whole = batch["instrument"] == ALL_INSTRUMENTS
+        self._see_snapshots(batch)
         definitions = batch[_DEFINES[batch["kind"]] & ~whole]
         for event in definitions:
             if event["kind"] != Kind.CODE:
                 self.references[int(event["instrument"])] = event.copy()
             else:
-                self.codes[int(event["instrument"])] = int(event["id"])
+                self._take_code(event)
         if len(definitions):
             self._own(int(definitions["instrument"].max()))
         follow_positions(self.positions, self._owners, batch if batch.flags.writeable else batch.copy())
         sessions = whole & (batch["kind"] == Kind.CLEAR) & (batch["aux"] != MADE_HERE)
         for event in batch[sessions | (_DEFINES[batch["kind"]] & ~whole)] if len(definitions) or sessions.any() else ():
             self._count(event)
+
+    def _see_snapshots(self, batch: EventArray) -> None:
+        """Take note of whose books are told: MORE says that the next event of the book goes on."""
+        of_book = batch["kind"] <= Kind.LEVEL
+        told = np.unique(batch["instrument"][of_book & (batch["flags"] & Flag.SNAPSHOT != 0)])
+        if not len(told) and not self.half_told:
+            return
+        mine = batch[of_book & np.isin(batch["instrument"], [*told.tolist(), *self.half_told])]
+        for instrument, flags in dict(zip(mine["instrument"].tolist(), mine["flags"].tolist())).items():
+            if not flags & Flag.MORE:
+                self.half_told.discard(instrument)
+            elif flags & Flag.SNAPSHOT:
+                self.half_told.add(instrument)
+
+    def _take_code(self, event: Any) -> None:
+        if event["id"]:
+            self.codes[int(event["instrument"])] = int(event["id"])
+        if event["aux"]:
+            self.depths[int(event["instrument"])] = int(event["aux"])
 
     def _count(self, event: Any) -> None:
         """Take note of a definition, or of a session that begins."""
@@ -103,18 +127,21 @@ class RestoredShard:
         used = np.flatnonzero(self.positions != np.zeros(1, POSITION))
         positions = {str(source): self.positions[source].tobytes().hex() for source in used}
         defined = {str(source): found for source, found in self.defined.items()}
-        codes = {str(k): v for k, v in self.codes.items()}
-        return {"references": references, "codes": codes, "positions": positions, "positions_mean": _MEANING, "defined": defined}
+        codes, depths = ({str(k): v for k, v in found.items()} for found in (self.codes, self.depths))
+        facts = {"references": references, "codes": codes, "positions": positions, "positions_mean": _MEANING, "defined": defined}
+        return facts | ({"depths": depths} if depths else {}) | ({"half_told": sorted(self.half_told)} if self.half_told else {})
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> RestoredShard:
         """From :meth:`as_json`."""
         references = {int(number): np.frombuffer(bytes.fromhex(text), EVENT)[0] for number, text in facts["references"].items()}
-        made = cls(references, {int(k): int(v) for k, v in facts["codes"].items()})
+        codes, depths = ({int(k): int(v) for k, v in facts.get(name, {}).items()} for name in ("codes", "depths"))
+        made = cls(references, codes, depths)
         for source, text in facts["positions"].items():
             made.positions[int(source)] = np.frombuffer(bytes.fromhex(text), POSITION)[0]
         if facts.get("positions_mean", 1) < _MEANING:  # nothing of the last sequence might also say that it came next
             made.positions["sequence"] -= (made.positions["same"] == 0) & (made.positions["sequence"] > 0)
+        made.half_told = set(map(int, facts.get("half_told", ())))
         made.defined = {int(source): (found[0], found[1]) for source, found in facts.get("defined", {}).items()}
         made._own(max(references, default=-1))
         for number, event in references.items():
@@ -148,6 +175,7 @@ class RestoredShard:
                 continue
             node = _intern(table, shard, self.references[number], source, symbol)
             ids[node] = number
+            table.arrays.records["depth"][node] = self.depths.get(number, 0)
             if number in self.codes:
                 codes.setdefault(source, {})[node] = self.codes[number]
         return ids, codes

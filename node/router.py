@@ -90,14 +90,14 @@ def _stage(router: Any, shard: Any, batch: Any, i: Any) -> None:
 
 @outlined
 def _stage_code(router: Any, shard: Any, batch: Any, i: Any) -> None:
-    """After an instrument's definition, its numeric code at the venue, if it has one."""
-    code = router.records[batch[i].instrument].code
+    """After an instrument's definition, its numeric code at the venue, if it has one, and how many levels of its book are shown."""
+    code, depth = router.records[batch[i].instrument].code, router.records[batch[i].instrument].depth
     if code == np.uint64(0):
         return
     _stage(router, shard, batch, i)
     event = router.staged[shard * _STAGED + router.counts[shard] - 1]
     event.kind, event.side, event.id = _CODE, np.uint8(NO_SIDE), code
-    event.price, event.qty, event.aux = np.int64(0), np.int64(0), np.int64(0)
+    event.price, event.qty, event.aux = np.int64(0), np.int64(0), depth
 
 
 @outlined

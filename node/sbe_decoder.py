@@ -23,15 +23,16 @@ from tickmesh.node.sbe_schema import Data, Encoding, Enum, Group, Leaf, Level, M
 _IMPORTS = """
 from tickmesh.node.feed import BAD_ENCODING, BAD_GROUP, OTHER_SCHEMA, RESOLVED_BELOW, UNKNOWN_INSTRUMENT, find_code, resolve_symbol
 from tickmesh.node.sbe_kernels import (
-    HAS_HELD, IMPLIED, RESUME, clear_ladder, clear_ladders, data_word, define, find_template, hold_last, put_event, put_level,
-    rescale, resolve_book, set_depth, take_held,
+    HAS_HELD, IMPLIED, RESUME, clear_ladder, clear_ladders, data_word, define, find_template, hold_last, learn_ladder, lose_ladders,
+    meet_book, put_event, put_level, rescale, resolve_book, set_depth, take_held,
 )
 """
 _RECOVERY_IMPORTS = """
 from tickmesh.node import recovery as R
-from tickmesh.node.feed import Feed
+from tickmesh.node.feed import SINCE, Feed
 from tickmesh.node.recovery import (
-    begin_book, begin_packet, begin_recovery, end_book, forget_recovery, keep_packet, of_use, stage, take_ladder, tell, wants_packet,
+    begin_book, begin_packet, begin_recovery, end_book, forget_recovery, keep_packet, of_use, see_snapshot, stage, take_ladder, tell,
+    wants_packet,
 )
 """
 _RECOVERY = '''
@@ -41,11 +42,11 @@ def _decode_aside(buf, pos, end, seq, ts_recv, feed):
     """Decode messages up to `end`, staging what belongs to the book that is recovered, with ladders and counters aside."""
     r, zero = feed.recovery, np.int64(0)
     aside = Feed(feed.instruments, feed.codes, feed.code_keys, feed.state, r.counts, r.malformed, feed.arbiter, r.ladders, feed.depths,
-                 feed.held, feed.orders, r)
+                 feed.held, feed.orders, r, r.known)
     while pos < end:
         before = pos
         pos, left, last, n = _decode(buf, pos, end, np.int64(1 << 62), seq, ts_recv, aside, r.scratch, zero)
-        if not stage(r, feed.instruments.records, n, IMPLIED):
+        if not stage(r, feed.instruments.records, feed.known, feed.state[SINCE], n, IMPLIED):
             feed.state[RESUME] = feed.state[HAS_HELD] = 0
             return False
         if pos == before and n == 0:
@@ -70,9 +71,11 @@ def _recover_book(buf, pos, end, last, ts_recv, feed):
     found = end_book(r, done)
     if found >= 0:
         take_ladder(r, feed.ladders, found, {levels})
+        learn_ladder(feed, found, done)
         implied = find_code(feed, feed.instruments.records[found].code | IMPLIED)
         if implied < RESOLVED_BELOW:
             take_ladder(r, feed.ladders, implied, {levels})
+            learn_ladder(feed, implied, done)
     return r.words[R.COUNT] > 0
 
 
@@ -86,7 +89,7 @@ def _recover(buf, packet, feed):
         feed.malformed[SHORT_PACKET] += _ONE
         return True
     if w[R.POSITION] == 0:
-        begin_packet(feed.recovery, np.int64({sequence}))
+        begin_packet(feed.recovery, feed.known, np.int64({sequence}))
         w[R.POSITION] = {header}
     pos, end = p + w[R.POSITION], p + size
     while w[R.WANTED] != 0 and pos + {prefix} <= end:
@@ -94,7 +97,9 @@ def _recover(buf, packet, feed):
         if total <= {offset} or pos + total > end:
             feed.malformed[TRUNCATED] += _ONE
             break
-        last = _processed(buf, pos + {offset}, total - {offset})
+        last, reports = _processed(buf, pos + {offset}, total - {offset})
+        if last >= 0:
+            see_snapshot(feed.recovery, reports)
         told = last >= 0 and _recover_book(buf, pos, pos + total, last, packet.ts_recv, feed)
         pos += total
         if told:
@@ -103,6 +108,8 @@ def _recover(buf, packet, feed):
     w[R.POSITION] = 0
     return True
 '''
+_MORE_OF_BOOKS = 3
+"""Events that say that a book is known, or that it ended or begins under another name."""
 _MADE_HERE = 1
 """`aux` of a CLEAR of all instruments that a message asks for: the packets' sequence goes on (see continuation.py)."""
 _I64_MAX = (1 << 63) - 1
@@ -138,7 +145,7 @@ class SbeDecoderWriter(_DecoderWriter):
         super().tables()
 
     def on_clear(self) -> str:
-        ladders = "\n            clear_ladders(feed)" if self.spec.levels else ""
+        ladders = "\n            clear_ladders(feed, np.int64(0))" if self.spec.levels else ""
         return ladders + ("\n            forget_recovery(feed.recovery)" if self._recovers else "")
 
     @property
@@ -147,11 +154,12 @@ class SbeDecoderWriter(_DecoderWriter):
         return bool(self.spec.processed) and self.framing.packets and self.framing.by_packet
 
     def recovering(self) -> dict[str, str]:
+        lost = "\n            lose_ladders(feed)" if self.spec.levels else ""
         if not self._recovers:
-            return super().recovering()
+            return {**super().recovering(), "gapped": lost}
         return {
             "told": "\n        if feed.recovery.words[R.COUNT] > 0:\n            n = tell(feed.recovery, out, n)\n            continue",
-            "gapped": "\n            begin_recovery(feed.recovery, s[A.EXPECTED] - 1)",
+            "gapped": lost + "\n            begin_recovery(feed.recovery, s[A.EXPECTED] - 1)",
             "snapshot": "\n            if line == feed.recovery.words[R.LINE]:\n"
             "                if _recover(buf, packets[np.uint64(i)], feed):\n                    arb.lines[line, A.LINE_PACKETS] += _ONE\n"
             "                    i += 1\n                continue",
@@ -180,13 +188,17 @@ class SbeDecoderWriter(_DecoderWriter):
         assert fr.sequence is not None
         out("\n@outlined\ndef _processed(buf, m, length):")
         out.indent()
-        out('"""Up to which packet of the feed a message, a snapshot, goes; -1 if it is none."""')
-        out(f"if length < {header.size}:\n    return np.int64(-1)")
+        out('"""Up to which packet of the feed a snapshot goes, -1: the message is none; and how many a turn has, 0: it does not say."""')
+        none = "np.int64(-1), np.int64(0)"
+        out(f"if length < {header.size}:\n    return {none}")
         out(f"block, template, b0 = {self._header_part('blockLength')}, {self._header_part('templateId')}, m + {header.size}")
-        out(f"if {self._header_part('schemaId')} != {self.spec.schema.id} or block + {header.size} > length:\n    return np.int64(-1)")
+        out(f"if {self._header_part('schemaId')} != {self.spec.schema.id} or block + {header.size} > length:\n    return {none}")
         for template, field in self.spec.processed.items():
-            out(f"if template == {template} and block >= {field.offset + field.size}:\n    return np.int64({_load(field, 'b0')})")
-        out("return np.int64(-1)")
+            total = self.spec.reports.get(template)
+            reach = max(one.offset + one.size for one in (field, total) if one)
+            found = ", ".join(f"np.int64({_load(one, 'b0') if one else 0})" for one in (field, total))
+            out(f"if template == {template} and block >= {reach}:\n    return {found}")
+        out(f"return {none}")
         out.indent(-1)
         prefix = fr.length.offset + fr.length.size
         out(_RECOVERY.format(header=fr.header_bytes, prefix=prefix, offset=fr.message_offset, levels=max(1, self.spec.ladder_levels),
@@ -195,12 +207,14 @@ class SbeDecoderWriter(_DecoderWriter):
     def _instruments(self) -> None:
         """``_by_code`` and ``_by_symbol``: the instrument of a message or entry, with its REFERENCE if it is new."""
         tick = f"np.int64({self.spec.tick_size})"
+        met = "\n        if instrument < RESOLVED_BELOW:\n            n = meet_book(feed, instrument, number, seq, stamp, ts_recv, out, n)"
+        met = met if self.spec.levels else ""
         self.out(f'''
 @inlined
 def _by_code(feed, number, seq, stamp, ts_recv, out, n):
     instrument = find_code(feed, number)
     if instrument >= RESOLVED_BELOW:
-        instrument, n = resolve_book(feed, instrument, number, {tick}, seq, stamp, ts_recv, out, n)
+        instrument, n = resolve_book(feed, instrument, number, {tick}, seq, stamp, ts_recv, out, n){met}
     return instrument, n
 
 
@@ -289,7 +303,7 @@ def _events_max(spec: SbeSpec, template: Template) -> int:
         cases = [case for case in template.cases if case.path == path]
         chosen = 1 + sum(case.go_on for case in cases)
         most = max(most, 1 + chosen * (2 + (spec.levels if any("change" in case.values for case in cases) else 0)))
-    return most
+    return most + (_MORE_OF_BOOKS if spec.levels else 0)
 
 
 class _TemplateWriter:
@@ -558,7 +572,7 @@ class _TemplateWriter:
         if case.kind == "clear":
             values = {"aux": str(_MADE_HERE), **values}
             if self.spec.levels:
-                self.out("clear_ladders(feed)")
+                self.out("clear_ladders(feed, seq)")
         self._put(case, values, "_ALL")
 
     def _of_instrument(self, case: SbeCase, values: dict[str, str]) -> None:
@@ -576,10 +590,12 @@ class _TemplateWriter:
         out("if instrument < RESOLVED_BELOW:")
         out.indent()
         if case.kind == "depth":
-            out(f"set_depth(feed, instrument, {values['qty']}, {self.spec.levels})")
+            out(f"n = set_depth(feed, instrument, {values['qty']}, {self.spec.levels}, seq, stamp, ts_recv, out, n)")
         else:
             if case.kind == "clear" and self.spec.levels:
-                out(f"clear_ladder(feed, instrument, np.uint8({values.get('side', NO_SIDE)}), {self.spec.ladder_levels})")
+                side = values.get("side", str(NO_SIDE))
+                out(f"clear_ladder(feed, instrument, np.uint8({side}), {self.spec.ladder_levels})")
+                out(f"if np.uint8({side}) == np.uint8({NO_SIDE}):\n    learn_ladder(feed, instrument, seq)")
             if "change" not in values:
                 self._put(case, values, "instrument")
             else:  # which may become several events, or none

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from tickmesh.node.event import NO_PRICE, NO_SIDE, Flag, Kind
-from tickmesh.node.feed import BAD_FIELD, UNBOUND, bind_code, find_code, resolve_code
+from tickmesh.node.feed import BAD_FIELD, RESOLVED_BELOW, SINCE, SOURCE, UNBOUND, bind_code, find_code, resolve_code
 from tickmesh.node.instruments import code_words
+from tickmesh.node.recovery import NEVER, known_since, want_books
 from tickmesh.transports.toolbox import copy_record, count_leading_zeros, inlined, outlined
 
 RESUME, HAS_HELD = 12, 13
@@ -41,8 +42,8 @@ class Change(IntEnum):
 
 
 _INSERT, _SET, _REMOVE, _REMOVE_ALL, _REMOVE_TO = (np.int64(change) for change in Change)
-_MORE = np.uint16(Flag.MORE)
-_LEVEL, _CLEAR, _REFERENCE = np.uint8(Kind.LEVEL), np.uint8(Kind.CLEAR), np.uint8(Kind.REFERENCE)
+_MORE, _SNAPSHOT = np.uint16(Flag.MORE), np.uint16(Flag.SNAPSHOT)
+_LEVEL, _CLEAR, _GAP, _CODE = np.uint8(Kind.LEVEL), np.uint8(Kind.CLEAR), np.uint8(Kind.GAP), np.uint8(Kind.CODE)
 _NO_SIDE = np.uint8(NO_SIDE)
 _HOLE = np.int64(NO_PRICE)
 _ONE, _ZERO, _EIGHT = np.uint64(1), np.uint64(0), np.uint64(8)
@@ -180,10 +181,67 @@ def resolve_book(feed: Any, entry: Any, number: Any, tick: Any, seq: Any, ts_eve
 def define(
     feed: Any, number: Any, w0: Any, w1: Any, w2: Any, tick: Any, seq: Any, ts_event: Any, ts_recv: Any, out: Any, n: Any
 ) -> Any:  # fmt: skip
-    """A directory message binds a code to a symbol; its implied book is named anew when it comes. Returns ``(instrument, n)``."""
-    if find_code(feed, number | IMPLIED) != UNBOUND:
+    """A directory message binds a code to a symbol; its implied book is named anew when it comes. Returns ``(instrument, n)``.
+
+    A book by position that had another name so far has ended: what rests in it is not known under the new name, whose book is therefore
+    stale until a snapshot brings it.
+    """
+    before, implied = find_code(feed, number), find_code(feed, number | IMPLIED)
+    instrument, n = resolve_code(feed, UNBOUND, number, w0, w1, w2, tick, seq, ts_event, ts_recv, out, n)
+    if before == instrument:
+        return instrument, n
+    if implied != UNBOUND:
         bind_code(feed, number | IMPLIED, UNBOUND)
-    return resolve_code(feed, UNBOUND, number, w0, w1, w2, tick, seq, ts_event, ts_recv, out, n)
+    if instrument >= RESOLVED_BELOW or feed.known.size == 1:
+        return instrument, n
+    told = n
+    if before < RESOLVED_BELOW:
+        told = _end_book(feed, before, seq, ts_event, ts_recv, out, told)
+    if implied < RESOLVED_BELOW:
+        told = _end_book(feed, implied, seq, ts_event, ts_recv, out, told)
+    since = feed.state[SINCE]
+    if told > n or (before < RESOLVED_BELOW and known_since(feed.known, since, before) == NEVER):
+        feed.known[instrument] = NEVER
+        told = put_event(out, told, told, seq, ts_event, ts_recv, instrument, _GAP, _NO_SIDE, 0, 0, 0, 0, 0)
+    if known_since(feed.known, since, instrument) == NEVER:
+        want_books(feed.recovery)
+    return instrument, told
+
+
+@outlined
+def _end_book(feed: Any, instrument: Any, seq: Any, ts_event: Any, ts_recv: Any, out: Any, n: Any) -> Any:
+    """CLEAR of a book that has another name from now on, if there is anything in it; returns the new n."""
+    levels = feed.ladders.size // feed.known.size
+    base, some = np.int64(instrument) * levels, False
+    for i in range(levels):
+        some = some or feed.ladders[base + i] != _HOLE
+        feed.ladders[base + i] = _HOLE
+    if some:
+        n = put_event(out, n, n, seq, ts_event, ts_recv, instrument, _CLEAR, _NO_SIDE, 0, 0, 0, 0, 0)
+    return n
+
+
+@outlined
+def meet_book(feed: Any, instrument: Any, number: Any, seq: Any, ts_event: Any, ts_recv: Any, out: Any, n: Any) -> Any:
+    """A code has been resolved for the first time: say what is known of its book, if that is not what is known of all; returns the new n.
+
+    An implied book of which nothing was heard before is known since its instrument is: the snapshot that brought the one has said that
+    there is nothing in the other. Any other one that was not heard of before a gap has to come from a snapshot.
+    """
+    since = feed.state[SINCE]
+    if feed.known[instrument] != 0:
+        return n
+    real = since
+    if number & IMPLIED != _ZERO:
+        found = find_code(feed, number & ~IMPLIED)
+        real = known_since(feed.known, since, found) if found < RESOLVED_BELOW else since
+    if real != NEVER and since != NEVER:
+        return n
+    feed.known[instrument] = real
+    if real == NEVER:
+        want_books(feed.recovery)
+        return put_event(out, n, n, seq, ts_event, ts_recv, instrument, _GAP, _NO_SIDE, 0, 0, 0, 0, 0)
+    return put_event(out, n, n, seq, ts_event, ts_recv, instrument, _CLEAR, _NO_SIDE, _SNAPSHOT, 0, 0, 0, 0)
 
 
 @inlined
@@ -200,10 +258,32 @@ def data_word(word: Any, left: Any) -> Any:
 
 
 @outlined
-def clear_ladders(feed: Any) -> None:
-    """Forget all levels: the venue has started anew."""
+def clear_ladders(feed: Any, seq: Any) -> None:
+    """Forget all levels: the venue has emptied its books with packet `seq`, from which on all are known; 0: a new session has begun."""
     for i in range(feed.ladders.size):
         feed.ladders[i] = _HOLE
+    if seq == 0 or feed.state[SINCE] == NEVER:
+        feed.state[SINCE] = seq
+        for i in range(feed.known.size):
+            feed.known[i] = 0
+    for i in range(feed.known.size):
+        if feed.known[i] == NEVER:
+            feed.known[i] = seq
+
+
+@outlined
+def lose_ladders(feed: Any) -> None:
+    """After a gap no book by position is known any more."""
+    feed.state[SINCE] = NEVER
+    for i in range(feed.known.size):
+        feed.known[i] = 0
+
+
+@outlined
+def learn_ladder(feed: Any, instrument: Any, seq: Any) -> None:
+    """With packet `seq` the venue says all of a book."""
+    if known_since(feed.known, feed.state[SINCE], instrument) == NEVER:
+        feed.known[instrument] = max(np.int64(seq), np.int64(1))
 
 
 @outlined
@@ -307,7 +387,11 @@ def put_level(
 
 
 @outlined
-def set_depth(feed: Any, instrument: Any, levels: Any, depth: Any) -> None:
-    """A directory message says how many levels the venue shows of an instrument."""
-    if 0 < levels <= depth:
-        feed.depths[instrument] = np.int64(levels)
+def set_depth(feed: Any, instrument: Any, levels: Any, depth: Any, seq: Any, ts_event: Any, ts_recv: Any, out: Any, n: Any) -> Any:
+    """A directory message says how many levels the venue shows of an instrument: told once, for who goes on later. Returns the new n."""
+    record = feed.instruments.records[instrument]
+    if not 0 < levels <= depth or record.depth == levels:
+        return n
+    feed.depths[instrument] = record.depth = np.int64(levels)
+    source, code = np.uint16(feed.state[SOURCE]), record.code
+    return put_event(out, n, n, seq, ts_event, ts_recv, instrument, _CODE, _NO_SIDE, source, 0, 0, code, levels)

@@ -16,12 +16,14 @@ from typing import Any
 
 from tickmesh.node.event import PRICE_DECIMALS, Flag
 from tickmesh.node.protocol import (
+    ALLOWED,
     EVENT_FIELDS,
     NAMES,
     OF_INSTRUMENT,
     REQUIRED,
     SHIPPED,
     SYMBOL_BYTES_MAX,
+    TICK_OF_REFERENCE,
     UNITS_NS,
     Field,
     MappingError,
@@ -30,6 +32,7 @@ from tickmesh.node.protocol import (
     SpecError,
     _Document,
     _tick_size,
+    not_allowed,
     raw_value,
 )  # fmt: skip
 from tickmesh.node.sbe_kernels import DEPTH_MAX, IMPLIED_SUFFIX, Change
@@ -40,6 +43,10 @@ WORDS: dict[str, int] = {**NAMES, **{change.name: int(change) for change in Chan
 """Words a map may give instead of a number: those of every spec file, changes of a ladder, and which book of an instrument."""
 MORE_KINDS: dict[str, tuple[str, ...]] = {"stale": (), "depth": ("qty",)}
 """Kinds that only a mapping has: the book is stale until a snapshot comes; the venue shows so many levels."""
+_ALLOWED: dict[str, Mapping[int, str]] = {
+    **ALLOWED, "change": {int(change): change.name for change in Change}, "book": {0: "OWN", 1: "IMPLIED"},
+    "position": {number: str(number) for number in range(1, DEPTH_MAX + 1)},
+}  # fmt: skip
 _TARGETS = (*EVENT_FIELDS, "position", "change", "book")
 _JOINED = -1
 
@@ -133,6 +140,7 @@ class SbeSpec(Spec):
     Attributes:
         levels: of a ladder; 0: no mapping goes by position.
         processed: by template id, the root's field that says up to which packet of the feed a snapshot goes; empty: there is no recovery.
+        reports: by template id, the root's field that says how many snapshots a turn of their loop has.
     """
 
     schema: Schema
@@ -140,6 +148,7 @@ class SbeSpec(Spec):
     levels: int
     framing: str | None
     processed: Mapping[int, Field]
+    reports: Mapping[int, Field]
 
     @property
     def counters(self) -> list[str]:
@@ -236,7 +245,7 @@ class _MappingReader:
         self.head = doc.table(root, ("protocol",), _HEAD, required=True)
         self.time = doc.table(root, ("timestamp",), ("field", "unit", "since"))
         self.instrument = doc.table(root, ("instrument",), ("code", "symbol"))
-        self.recovery = doc.table(root, ("recovery",), ("processed",))
+        self.recovery = doc.table(root, ("recovery",), ("processed", "reports"))
         self.maps = doc.table(root, ("maps",))
         self.extras = doc.table(root, ("fields",))
         for name, table in self.extras.items():
@@ -272,21 +281,22 @@ class _MappingReader:
             templates=tuple(templates),
             levels=self.levels if laddered else 0,
             framing=head.get("framing"),
-            processed=self._processed(templates) if self.recovery else {},
+            processed=self._of_snapshots(templates, "processed") if self.recovery else {},
+            reports=self._of_snapshots(templates, "reports") if "reports" in self.recovery else {},
         )
         doc.done()
         return spec
 
-    def _processed(self, templates: Sequence[Template]) -> dict[int, Field]:
-        """Where the snapshots among the messages say what they contain."""
-        name, found = self.doc.text(self.recovery, ("recovery", "processed")), {}
+    def _of_snapshots(self, templates: Sequence[Template], key: str) -> dict[int, Field]:
+        """Where the snapshots among the messages say what a key of ``[recovery]`` is about."""
+        name, found = self.doc.text(self.recovery, ("recovery", key)), {}
         for template in templates:
             leaf = next((one for one in leaves(template.message) if one.path == name), None)
             field = leaf_field(leaf, self.schema.big) if leaf and template.cases and leaf.constant is None else None
             if field is not None and not field.text and not field.signed:
                 found[template.message.id] = field
         if not found:
-            self.doc.fault(("recovery", "processed"), f"no message that is mapped has an unsigned field {name!r} in its root")
+            self.doc.fault(("recovery", key), f"no message that is mapped has an unsigned field {name!r} in its root")
         return found
 
     def _templates(self) -> list[Template]:
@@ -375,6 +385,8 @@ class _CaseReader:
         for name in needs[kind]:
             if name not in raw:
                 self.fault(name, f"is missing: an event of kind {kind!r} needs {', '.join(needs[kind])}")
+        if "tick_size" in raw and kind != "reference":
+            self.fault("tick_size", TICK_OF_REFERENCE)
         if ("change" in raw) != ("position" in raw) or ("change" in raw and kind != "level"):
             self.fault("change", "goes with `position`, in an event of kind 'level'")
         return self._complete(kind, path, values, joined)
@@ -504,13 +516,13 @@ class _CaseReader:
             self.fault(target, "must be a field's name, a whole number or a table")
             return None
         if isinstance(raw, int):
-            return raw
+            return self._allowed(target, raw)
         if isinstance(raw, dict) and set(raw) == {"constant"}:
             given = raw["constant"]
             value = WORDS[given] if isinstance(given, str) and given in WORDS else raw_value(given, 8)
             if value is None:
                 self.fault(target, f"{raw['constant']!r} is not a value: a number, one character, or one of {', '.join(WORDS)}")
-            return value
+            return self._allowed(target, value)
         found: Source | None
         if isinstance(raw, str):
             found = self.source(target, raw)
@@ -524,6 +536,11 @@ class _CaseReader:
             self.fault(target, f"must be a field's name, a number, {forms}")
             return None
         return self._fitting(target, found) if found else None
+
+    def _allowed(self, target: str, value: int | None) -> int | None:
+        if reason := not_allowed(str(self.raw.get("kind")), target, (value,), _ALLOWED):
+            self.fault(target, reason)
+        return value
 
     def _mantissa(self, target: str, raw: Mapping[str, Any]) -> Source | None:
         self.doc.only(raw, (*self.key, target), ("mantissa", "exponent"))
@@ -540,6 +557,9 @@ class _CaseReader:
             return None
         if target in ("side", "change", "book") and field.map is None:
             self.fault(target, f"field {found.leaf.path!r} needs a map: {{ field = ..., map = ... }}")
+        said = (*field.map.values(), field.map_default) if field.map else ()
+        if reason := not_allowed(str(self.raw.get("kind")), target, said, _ALLOWED):
+            self.fault(target, f"the map of field {found.leaf.path!r}: {reason}")
         if target in ("price", "tick_size") and found.exponent is None and field.decimals < 0 and field.map is None:
             self.fault(target, f"field {found.leaf.path!r} needs `decimals` or an exponent: a price is scaled to 1e-9")
         if found.exponent is None:

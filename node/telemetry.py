@@ -106,6 +106,14 @@ class SourceCounter(IntEnum):
     ROTATIONS = 36
     TRUNCATIONS = 37
     COUNTED = 38
+    SNAPSHOTS = 39
+    BOOKS_RECOVERED = 40
+    SNAPSHOTS_TOO_OLD = 41
+    SNAPSHOTS_AHEAD = 42
+    SNAPSHOTS_NOT_KEPT = 43
+    SNAPSHOTS_TOO_LARGE = 44
+    SNAPSHOT_TURNS = 45
+    SNAPSHOT_TURNS_BROKEN = 46
 
 
 class ShardCounter(IntEnum):
@@ -176,7 +184,7 @@ SOURCE_ABOUT = {
     SourceCounter.REQUESTS: "requests to the re-request server",
     SourceCounter.RECOVERED: "missing source sequences that its answers brought",
     SourceCounter.GIVEN_UP: "missing source sequences that it did not bring: they are in gaps",
-    SourceCounter.BOOKS_WAITING: "books of a venue's JSON that wait for a snapshot now",
+    SourceCounter.BOOKS_WAITING: "books that wait for a snapshot now: of a venue's JSON, or of a feed with a snapshot channel",
     SourceCounter.SNAPSHOTS_ASKED: "snapshots that were asked for, by request or by subscribing again",
     SourceCounter.SNAPSHOTS_FAILED: "of those, requests that failed, and books that no subscription names",
     SourceCounter.CHECKSUMS_FAILED: "books whose checksum was not the venue's",
@@ -188,6 +196,14 @@ SOURCE_ABOUT = {
     SourceCounter.ROTATIONS: "times that a followed file was replaced",
     SourceCounter.TRUNCATIONS: "times that a followed file was shortened",
     SourceCounter.COUNTED: "what the adapter counts besides (`self.sink.count`; a FIX session), all together",
+    SourceCounter.SNAPSHOTS: "snapshots of a snapshot channel that were looked at, since books were waiting",
+    SourceCounter.BOOKS_RECOVERED: "books that snapshots have brought back",
+    SourceCounter.SNAPSHOTS_TOO_OLD: "of the snapshots, those from before the gap: the loop's next turn may do",
+    SourceCounter.SNAPSHOTS_AHEAD: "of the snapshots, those that contain what the lines have not brought yet",
+    SourceCounter.SNAPSHOTS_NOT_KEPT: "of the snapshots, those older than the packets that are kept",
+    SourceCounter.SNAPSHOTS_TOO_LARGE: "of the snapshots, books with more levels than there is room for",
+    SourceCounter.SNAPSHOT_TURNS: "turns of the snapshot channel's loop that have begun",
+    SourceCounter.SNAPSHOT_TURNS_BROKEN: "of those, turns while books were waiting that lacked a packet or a snapshot",
 }
 SHARD_ABOUT = {
     ShardCounter.EVENTS_IN: "input events taken",

@@ -32,7 +32,8 @@ NO_NODES = "no node has counters on this host: start one with `tickmesh up` or `
 _WIDTH = 160
 _LATENCIES = ("p50", "p99", "p999", "max")
 _TOLD_OF_WAYS = ("rx_dropped", "rx_ring_full", "truncated", "fragments", "tagged", "bad_checksum", "not_wanted", "requests", "recovered",
-                 "given_up")  # fmt: skip
+                 "given_up", "snapshot_turns", "snapshot_turns_broken", "snapshots", "books_recovered", "snapshots_too_old",
+                 "snapshots_ahead", "snapshots_not_kept", "snapshots_too_large")  # fmt: skip
 
 
 class NoSuchNode(Exception):
@@ -231,7 +232,7 @@ def _ways_text(reading: Mapping[str, Any]) -> Text:
         if numbers["way"] == 0 and why == Lack.NOTHING:
             continue  # a recording
         text.append(f"  {source} comes by {WAY_NAMES[numbers['way']]}: {LACK_ABOUT[why]}")
-        told = [f"{name.replace('_', ' ')} {numbers[name]:,}" for name in _TOLD_OF_WAYS if numbers[name]]
+        told = [f"{name.replace('_', ' ')} {numbers[name]:,}" for name in _TOLD_OF_WAYS if numbers.get(name)]
         text.append(f"; {', '.join(told)}\n" if told else "\n")
     return text
 

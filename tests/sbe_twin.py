@@ -112,6 +112,10 @@ class Twin:
         self.depths: dict[str, int] = {}
         self.malformed: dict[str, int] = {}
         self.ticks: dict[str, int] = {}
+        self.numbers: dict[str, int] = {}
+        """The code that was last bound to a name."""
+        self.known: dict[str, bool] = {}
+        """Of books that were named late: whether what rests in them has been told since."""
 
     def refuse(self, reason: str) -> None:
         self.malformed[reason] = self.malformed.get(reason, 0) + 1
@@ -268,6 +272,7 @@ class Twin:
         if case.whole:
             if case.kind == "clear":
                 self.ladders.clear()
+                self.known = dict.fromkeys(self.known, True)
                 values.setdefault("aux", 1)
             self.rows.append(self._row(KINDS[case.kind], ALL_INSTRUMENTS, flags, values))
             return
@@ -308,16 +313,44 @@ class Twin:
         if case.kind == "reference":
             name = self._text(case, chain)
             name = f"#{number}" if not name or name.startswith("\0" * 8) else name
-            self.codes.pop(number | 1 << 62, None)
+            before, implied = self.codes.get(number), self.codes.pop(number | 1 << 62, None)
             self.codes[number] = name
-            return self._announce(name, tick)
+            self.numbers[name] = number
+            self._announce(name, tick)
+            if before != name:
+                self._rename([one for one in (before, implied) if one is not None], before, name)
+            return name
         if values.get("book") == 1:
             if case.kind == "clear" and number | 1 << 62 not in self.codes:
                 return None
-            base = self.codes.get(number)
+            base, is_new = self.codes.get(number), number | 1 << 62 not in self.codes
             name = self.codes.setdefault(number | 1 << 62, f"{base or f'#{number}'}.I")
-            return self._announce(name, self.ticks.get(base or "", self.spec.tick_size))
-        return self._announce(self.codes.setdefault(number, f"#{number}"), self.spec.tick_size)
+            self._announce(name, self.ticks.get(base or "", self.spec.tick_size))
+            if is_new:
+                self.numbers[name] = number | 1 << 62
+            if is_new and self.spec.levels and name not in self.known and self.known.get(base or "") is False:
+                self._lose(name)
+            return name
+        if number not in self.codes:
+            self.codes[number] = f"#{number}"
+            self.numbers[f"#{number}"] = number
+        return self._announce(self.codes[number], self.spec.tick_size)
+
+    def _rename(self, ended: list[str], before: str | None, name: str) -> None:
+        """Books by position end, and one under another name begins, of which nobody has told what rests in it."""
+        if not self.spec.levels:
+            return
+        rows = len(self.rows)
+        for one in ended:
+            sides = [self.ladders.pop((one, side), []) for side in (0, 1)]
+            if any(price is not None for side in sides for price in side):
+                self.rows.append([int(Kind.CLEAR), one, NO_SIDE, 0, 0, 0, 0, 0])
+        if len(self.rows) > rows or self.known.get(before or "") is False:
+            self._lose(name)
+
+    def _lose(self, name: str) -> None:
+        self.known[name] = False
+        self.rows.append([int(Kind.GAP), name, NO_SIDE, 0, 0, 0, 0, 0])
 
     def _announce(self, name: str, tick: int) -> str:
         if name not in self.announced:
@@ -328,14 +361,17 @@ class Twin:
 
     def _event(self, case: SbeCase, name: str, flags: int, values: dict[str, int]) -> None:
         if case.kind == "depth":
-            if 0 < values["qty"] <= self.spec.levels:
+            if 0 < values["qty"] <= self.spec.levels and self.depths.get(name) != values["qty"]:
                 self.depths[name] = values["qty"]
+                self.rows.append([int(Kind.CODE), name, NO_SIDE, 0, 0, 0, self.numbers.get(name, 0), values["qty"]])
             return
         kind = int(Kind.GAP) if case.kind == "stale" else int(KINDS[case.kind])
         row = self._row(kind, name, flags, values)
         if kind == Kind.CLEAR:
             for side in (0, 1) if row[2] == NO_SIDE else (row[2],):
                 self.ladders.pop((name, side), None)
+            if row[2] == NO_SIDE and name in self.known:
+                self.known[name] = True
         rows = self._ladder(name, row, values) if "change" in values else [row]
         for one in rows:
             before = self.rows[-1] if self.rows else None

@@ -206,6 +206,54 @@ def test_filtered_symbols_are_counted() -> None:
     assert (D.filtered(feed), len(table)) == (4, 1)
 
 
+TICKS = """
+[protocol]
+name = "ticks"
+byte_order = "little"
+type_field = { offset = 0, type = "u8" }
+tick_size = "0.05"
+[instrument]
+symbol = "symbol"
+%s
+[messages.add]
+type = 1
+length = 30
+fields.symbol = { offset = 1, type = "alpha:8" }
+fields.code = { offset = 9, type = "u32" }
+fields.order = { offset = 13, type = "u64" }
+fields.qty = { offset = 21, type = "u8" }
+fields.price = { offset = 22, type = "i64", decimals = 4 }
+event = { kind = "add", id = "order", side = 0, price = "price", qty = "qty" }
+[messages.definition]
+type = 2
+length = 21
+fields.symbol = { offset = 1, type = "alpha:8" }
+fields.code = { offset = 9, type = "u32" }
+fields.tick = { offset = 13, type = "i64", decimals = 4 }
+event = { kind = "reference", tick_size = "tick" }
+"""
+
+
+@pytest.mark.parametrize("more", ["", 'code = "code"', "follow_orders = true"], ids=("text", "code", "orders"))
+def test_a_definition_tells_the_tick_size_of_its_instrument(tmp_path: Path, more: str) -> None:
+    """Zero, or none at all, is the protocol's."""
+    (tmp_path / "ticks.toml").write_text(TICKS % more)
+
+    def add(symbol: bytes, code: int) -> bytes:
+        return struct.pack("<B8sIQBq", 1, symbol, code, code, 5, 1_0000)
+
+    def definition(symbol: bytes, code: int, tick: int) -> bytes:
+        return struct.pack("<B8sIq", 2, symbol, code, tick)
+
+    raw = framed(definition(b"QUARTER ", 1, 2500), definition(b"DIME    ", 2, 1000), definition(b"NONE    ", 3, 0), add(b"LATE    ", 4),
+                 add(b"QUARTER ", 1), definition(b"LATE    ", 4, 100), definition(b"QUARTER ", 1, 100))  # fmt: skip
+    events, feed, table, _ = stream(raw, str(tmp_path / "ticks.toml"))
+    ticks = {table.symbol(int(e["instrument"])): int(e["price"]) for e in events if e["kind"] == Kind.REFERENCE}
+    assert ticks == {"QUARTER": 250_000_000, "DIME": 100_000_000, "NONE": 50_000_000, "LATE": 50_000_000}
+    assert len([e for e in events if e["kind"] == Kind.REFERENCE]) == 4
+    assert D.malformed(feed) == {}
+
+
 def test_full_symbol_table_is_counted() -> None:
     events, feed, _, _ = stream(framed(directory(1, "A"), directory(2, "B"), head(b"D", 2) + bytes(8)), capacity=1)
     assert (len(events), D.malformed(feed)) == (1, {"symbol_table_full": 2})

@@ -20,7 +20,7 @@ from tickmesh.node import decoder as D
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_PRICE, Flag, Kind
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.reader import SourceError, open_reader
-from tickmesh.node.recovery import recovery_counters
+from tickmesh.node.recovery import ask_for_books, recovery_counters
 from tickmesh.node.sbe_encoder import Encoder
 from tickmesh.transports.capture import PACKET
 
@@ -32,7 +32,8 @@ _made: dict[str, Encoder] = {}
 
 def encoder() -> Encoder:
     if "cme" not in _made:
-        messages = ["SnapshotFullRefresh52", "MDIncrementalRefreshBook46", "ChannelReset4", "MDIncrementalRefreshTradeSummary48"]
+        messages = ["SnapshotFullRefresh52", "MDIncrementalRefreshBook46", "ChannelReset4", "MDIncrementalRefreshTradeSummary48",
+                    "MDInstrumentDefinitionFuture54"]  # fmt: skip
         _made["cme"] = Encoder(venue("cme_mdp3", CME_XML)[0].schema, messages)
     return _made["cme"]
 
@@ -92,7 +93,9 @@ class Client:
         if name not in self.names and "*" in self.stale:
             self.stale.add(name)
         self.names.add(name)
-        if e["kind"] == Kind.CLEAR:
+        if e["kind"] == Kind.GAP:
+            self.stale.add(name)
+        elif e["kind"] == Kind.CLEAR:
             for side in (0, 1):
                 if e["side"] in (2, side):
                     self.books[name, side] = {}
@@ -109,11 +112,13 @@ class Client:
         bids, asks = (self.books.get((name, side), {}) for side in (0, 1))
         return sorted(bids.items(), reverse=True), sorted(asks.items())
 
-    def snapshot(self, security: int, processed: int) -> bytes:
-        """The message that a venue sends of a book as it is here now: levels by their positions."""
+    def snapshot(self, security: int, processed: int, reports: int = 4) -> bytes:
+        """The message that a venue sends of a book as it is here now, one of `reports` in a turn: levels by their positions."""
         entries = []
-        for name, kinds in ((f"#{security}", ("Bid", "Offer")), (f"#{security}.I", ("ImpliedBid", "ImpliedOffer"))):
-            number = next((i for i in range(len(self.table)) if self.table.symbol(i) == name), None)
+        for code, kinds in ((security, ("Bid", "Offer")), (security | 1 << 62, ("ImpliedBid", "ImpliedOffer"))):
+            known_as = [i for i in range(len(self.table)) if int(self.table.record(i)["code"]) == code]
+            number = known_as[-1] if known_as else None
+            name = self.table.symbol(number) if number is not None else ""
             for side, kind in enumerate(kinds if number is not None else ()):
                 first = (int(number or 0) * 2 + side) * LEVELS
                 for at, price in enumerate(self.feed.ladders[first : first + LEVELS]):
@@ -122,7 +127,7 @@ class Client:
                         entries.append({"MDEntryPx": {"mantissa": int(price)}, "MDEntrySize": known[0], "NumberOfOrders": known[1] or None,
                                         "MDPriceLevel": at + 1, "MDEntryType": kind})  # fmt: skip
         return encoder().encode("SnapshotFullRefresh52", {
-            "LastMsgSeqNumProcessed": processed, "TotNumReports": 1, "SecurityID": security, "RptSeq": 1, "TransactTime": 10**18,
+            "LastMsgSeqNumProcessed": processed, "TotNumReports": reports, "SecurityID": security, "RptSeq": 1, "TransactTime": 10**18,
             "LastUpdateTime": 1, "TradeDate": None, "MDSecurityTradingStatus": "ReadyToTrade", "NoMDEntries": entries,
         })  # fmt: skip
 
@@ -146,13 +151,15 @@ class Market:
 
     securities: Sequence[int]
     rng: np.random.Generator
+    unit: int = 1000
+    depths: dict[str, int] = field(default_factory=dict)
     sides: dict[tuple[int, str], list[Level]] = field(default_factory=dict)
 
     def change(self) -> dict[str, Any]:
         security = int(self.rng.choice(self.securities))
         kind = str(self.rng.choice(["Bid", "Offer", "Bid", "Offer", "ImpliedBid", "ImpliedOffer"]))
-        levels = self.sides.setdefault((security, kind), [])
-        action, at = int(self.rng.integers(4)), int(self.rng.integers(LEVELS))
+        levels, depth = self.sides.setdefault((security, kind), []), self.depths.get(kind, LEVELS)
+        action, at = int(self.rng.integers(4)), int(self.rng.integers(depth))
         qty, orders = int(self.rng.integers(1, 500)), int(self.rng.integers(1, 9))
         if action < 2 or not levels:
             at = min(at, len(levels))
@@ -162,7 +169,7 @@ class Market:
             if price in (low, high):
                 return self.change()
             levels.insert(at, (price, qty, orders))
-            del levels[LEVELS:]
+            del levels[depth:]
         elif action == 2:
             at, what = min(at, len(levels) - 1), "Change"
             price = levels[at][0]
@@ -171,7 +178,7 @@ class Market:
             at, what = min(at, len(levels) - 1), "Delete"
             price = levels.pop(at)[0]
         sign = -1 if kind.endswith("Bid") else 1
-        return {"MDEntryPx": {"mantissa": sign * price * 1000}, "MDEntrySize": qty, "SecurityID": security, "RptSeq": 1,
+        return {"MDEntryPx": {"mantissa": sign * price * self.unit}, "MDEntrySize": qty, "SecurityID": security, "RptSeq": 1,
                 "NumberOfOrders": orders, "MDPriceLevel": at + 1, "MDUpdateAction": what, "MDEntryType": kind}  # fmt: skip
 
     def message(self, most: int = 6) -> bytes:
@@ -186,10 +193,7 @@ SECURITIES = (11, 22, 33, 44)
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 1 << 32), st.lists(st.integers(2, 80), min_size=1, max_size=8, unique=True), st.integers(0, 40), st.integers(31, 258))
 def test_any_loss_any_lag(seed: int, lost: list[int], lag: int, room: int) -> None:
-    """Whatever is lost, and however old the snapshots are, every book comes back and is the true one.
-
-    But for an implied book that nobody had heard of when its instrument came back: it is the true one, and is called stale.
-    """
+    """Whatever is lost, and however old the snapshots are, every book comes back and is the true one."""
     market = Market(SECURITIES, np.random.default_rng(seed))
     truth, client = Client(recovers=False), Client(room=max(room, 64))
     snapshots: list[list[bytes]] = []
@@ -202,11 +206,7 @@ def test_any_loss_any_lag(seed: int, lost: list[int], lag: int, room: int) -> No
         turn, place = divmod(seq, len(SECURITIES))
         shown = snapshots[max(0, turn * len(SECURITIES) - 1 - lag)]
         client.take(packet(place + 1, shown[place]), SNAPSHOTS)
-    brought = {client.table.symbol(int(e["instrument"])) for e in client.events if e["flags"] & Flag.SNAPSHOT}
-    late = {name for name in client.stale if name.endswith(".I") and name not in brought}
-    check_equal(client, truth, set(truth.names) - late)
-    for name in late:
-        assert client.book(name) == truth.book(name), name
+    check_equal(client, truth, truth.names)
     assert client.recovery["recovered"] >= len(SECURITIES)
     assert not D.malformed(client.feed)
     sequences = [int(e["seq"]) for e in client.events]
@@ -265,6 +265,133 @@ def test_a_turn_that_finds_nothing_stale_ends_the_search() -> None:
     check_equal(client, truth, truth.names)
 
 
+def test_a_turn_that_lacks_something_does_not_end_the_search() -> None:
+    """It found nothing stale in what it had; the sequences of its packets, or the number of its snapshots, say that this was not all."""
+    packets, truth, shown = feed_of(30)
+    client = Client()
+    for seq, raw in enumerate(packets, 1):
+        if seq != 10:
+            client.take(raw)
+
+    def turn(*places: int) -> None:
+        for place in places:
+            client.take(packet(place, shown[25][SECURITIES[place - 1]]), SNAPSHOTS)
+
+    for _ in range(3):
+        turn(1, 2)
+    for _ in range(3):
+        turn(1, 2, 4)
+    assert client.stale >= {"#33"}
+    assert client.recovery["broken_turns"] == 5  # the last one has not ended
+    turn(1, 2, 3, 4)
+    check_equal(client, truth, truth.names)
+    for _ in range(2):
+        turn(1, 2, 3, 4)
+    assert client.recovery["broken_turns"] == 6
+    looked_at = client.recovery["snapshots"]
+    turn(1, 2, 3, 4)
+    assert client.recovery["snapshots"] == looked_at, "nothing is looked for any more"
+
+
+def entry(security: int, at: int, price: int, kind: str, what: str = "New") -> dict[str, Any]:
+    return {"MDEntryPx": {"mantissa": price}, "MDEntrySize": 5, "SecurityID": security, "RptSeq": 1, "NumberOfOrders": 1,
+            "MDPriceLevel": at, "MDUpdateAction": what, "MDEntryType": kind}  # fmt: skip
+
+
+def changes(*entries: dict[str, Any]) -> bytes:
+    head = {"TransactTime": 10**18, "MatchEventIndicator": []}
+    return encoder().encode("MDIncrementalRefreshBook46", {**head, "NoMDEntries": list(entries)})
+
+
+@pytest.mark.parametrize("recovered", [True, False])
+def test_an_implied_book_heard_of_after_its_instrument_came_back_is_trusted(recovered: bool) -> None:
+    """The snapshot that brought the instrument has said that there is nothing implied; without it nobody has."""
+    truth, client = Client(recovers=False), Client()
+    for seq in range(1, 6):
+        raw = packet(seq, changes(entry(11, seq, 1000 * seq, "Offer")))
+        truth.take(raw)
+        if seq != 3:
+            client.take(raw)
+    if recovered:
+        client.take(packet(1, truth.snapshot(11, 5, 1)), SNAPSHOTS)
+    raw = packet(6, changes(entry(11, 1, 500, "ImpliedOffer"), entry(22, 1, 7, "Bid")))
+    truth.take(raw)
+    client.take(raw)
+    assert client.stale == {"*", "#22"} | (set() if recovered else {"#11", "#11.I"})
+    check_equal(client, truth, ["#11", "#11.I"] if recovered else [])
+    for _ in range(2):
+        for place, security in enumerate((11, 22), 1):
+            client.take(packet(place, truth.snapshot(security, 6, 2)), SNAPSHOTS)
+    check_equal(client, truth, truth.names)
+
+
+def test_an_instrument_heard_of_after_the_search_has_ended_is_looked_for() -> None:
+    truth, client = Client(recovers=False), Client()
+    for seq in range(1, 6):
+        raw = packet(seq, changes(entry(11, seq, 1000 * seq, "Offer")))
+        truth.take(raw)
+        if seq != 3:
+            client.take(raw)
+    for _ in range(3):
+        client.take(packet(1, truth.snapshot(11, 5, 1)), SNAPSHOTS)
+    assert client.feed.recovery.words[1] == 0, "nothing is looked for"
+    for seq in (6, 7):
+        raw = packet(seq, changes(entry(22, 1, 100 - seq, "Offer")))
+        truth.take(raw)
+        client.take(raw)
+    assert client.stale == {"*", "#22"}
+    client.take(packet(1, truth.snapshot(22, 7, 1)), SNAPSHOTS)
+    check_equal(client, truth, truth.names)
+
+
+def definition(security: int, symbol: str, depths: dict[str, int] | None = None) -> bytes:
+    feeds = [{"MDFeedType": kind.encode(), "MarketDepth": depth} for kind, depth in (depths or {}).items()]
+    values = {"Symbol": symbol, "SecurityID": security, "MatchEventIndicator": [], "SecurityUpdateAction": "Add", "LastUpdateTime": 1,
+              "MDSecurityTradingStatus": None, "ApplID": 310, "MarketSegmentID": 1, "UnderlyingProduct": 1, "SecurityExchange": "XCME",
+              "SecurityGroup": "ES", "Asset": "ES", "SecurityType": "FUT", "CFICode": "FFCX", "Currency": "USD", "SettlCurrency": "USD",
+              "MatchAlgorithm": "F", "MinTradeVol": 1, "MaxTradeVol": 1, "MinPriceIncrement": {"mantissa": 250_000_000},
+              "DisplayFactor": {"mantissa": 1}, "UserDefinedInstrument": "N",
+              "NoMDFeedTypes": feeds}  # fmt: skip
+    return encoder().encode("MDInstrumentDefinitionFuture54", values)
+
+
+def test_a_book_that_gets_its_name_late_is_stale_until_a_snapshot_tells_what_rests_in_it() -> None:
+    """What came before its definition stood under its code, in a book that ends with it; an empty one has nothing to lose."""
+    truth, client = Client(recovers=False), Client()
+    for feed_client in (truth, client):
+        feed_client.take(packet(1, changes(entry(11, 1, 1000, "Offer"), entry(11, 1, 900, "ImpliedBid"))))
+        feed_client.take(packet(2, definition(11, "ESZ6"), definition(22, "NQZ6")))
+        feed_client.take(packet(3, changes(entry(11, 2, 2000, "Offer"), entry(11, 1, 950, "ImpliedBid"), entry(22, 1, 5, "Bid"))))
+    assert client.book("#11") == client.book("#11.I") == ([], [])
+    assert client.stale == {"ESZ6", "ESZ6.I"}
+    rest = [{"MDEntryPx": {"mantissa": price}, "MDEntrySize": 5, "NumberOfOrders": 1, "MDPriceLevel": at, "MDEntryType": kind}
+            for at, price, kind in ((1, 1000, "Offer"), (2, 2000, "Offer"), (1, 950, "ImpliedBid"), (2, 900, "ImpliedBid"))]  # fmt: skip
+    client.take(packet(1, encoder().encode("SnapshotFullRefresh52", {
+        "LastMsgSeqNumProcessed": 3, "TotNumReports": 1, "SecurityID": 11, "RptSeq": 1, "TransactTime": 10**18, "LastUpdateTime": 1,
+        "TradeDate": None, "MDSecurityTradingStatus": "ReadyToTrade", "NoMDEntries": rest})), SNAPSHOTS)  # fmt: skip
+    assert client.stale == set()
+    assert client.book("ESZ6") == ([], [(1000, (5, 1)), (2000, (5, 1))])
+    assert client.book("ESZ6.I") == ([(950, (5, 1)), (900, (5, 1))], [])
+    assert client.book("NQZ6") == ([(5, (5, 1))], [])
+
+
+def test_books_that_another_thread_asks_for_come_with_the_next_snapshots() -> None:
+    """A new leader's journal calls a book stale that its own feed has all of."""
+    packets, truth, shown = feed_of(30)
+    client = Client()
+    for raw in packets:
+        client.take(raw)
+    wanted = [i for i in range(len(client.table)) if client.table.symbol(i).startswith("#11")]
+    client.stale |= {client.table.symbol(i) for i in wanted}
+    assert ask_for_books(client.feed.recovery, wanted)
+    assert not ask_for_books(truth.feed.recovery, wanted)
+    for _ in range(3):
+        for place, security in enumerate(SECURITIES, 1):
+            client.take(packet(place, shown[29][security]), SNAPSHOTS)
+    check_equal(client, truth, truth.names)
+    assert client.recovery["recovered"] == 1
+
+
 def test_a_snapshot_ahead_of_the_feed_waits() -> None:
     packets, truth, shown = feed_of(30)
     client = Client()
@@ -286,7 +413,9 @@ def test_joining_in_the_middle() -> None:
     client = Client()
     for raw in packets[30:]:
         client.take(raw)
-    assert [(int(e["id"]), int(e["aux"])) for e in client.events if e["kind"] == Kind.GAP] == [(1, 30)]
+    gaps = [e for e in client.events if e["kind"] == Kind.GAP]
+    assert [(int(e["id"]), int(e["aux"])) for e in gaps if e["instrument"] == ALL_INSTRUMENTS] == [(1, 30)]
+    assert {client.table.symbol(int(e["instrument"])) for e in gaps[1:]} == client.names, "each is told of when it is met"
     assert client.names == client.stale - {"*"}
     client.take(packet(1, *(shown[40][security] for security in SECURITIES)), SNAPSHOTS)
     check_equal(client, truth, truth.names)

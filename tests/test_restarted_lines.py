@@ -144,6 +144,37 @@ def test_journals_of_two_sessions_begin_the_present_one_anew() -> None:
         assert wholes(received.events()) == [(Kind.CLEAR, TODAY, 0), (Kind.GAP, 1, 299)]
 
 
+@pytest.mark.parametrize("begin", ["first", "next", None])
+def test_what_both_lines_lost_before_the_first_packet_seen(begin: str | None) -> None:
+    """A session's sequences begin with 1, so that the loss can be told; who means to join in the middle is not told of it."""
+    keys = {"begin": begin} if begin else {}
+    with restarted(0, None, **keys, gap_wait_ms=10) as (received, send):
+        send([header(50), header(52)])
+        until(lambda: received.receiver.expected == 52, "the heartbeats", 20)
+        told = wholes(received.events())
+        missing = [sequence for _, first, last in told for sequence in range(first, last + 1)]
+    assert {kind for kind, _, _ in told} == {Kind.GAP}
+    assert missing == list(range(1 if begin == "first" else 50, 52))
+
+
+def test_the_first_packets_of_a_session_come_from_the_server(feed: list[tuple[int, bytes]], server: RerequestServer) -> None:
+    with restarted(0, None, begin="first", rerequest=server.endpoint) as (received, send):
+        send([payload for first, payload in feed if first >= 40])
+        until(lambda: received.receiver.expected > MESSAGES, "the end of the session", 20)
+        events = received.events()
+        counters = received.receiver.counters()
+    assert wholes(events) == []
+    assert sorted(set(events["seq"].tolist())) == list(range(1, MESSAGES + 1))
+    assert (counters["gaps"], counters["given_up"]) == (0, 0)
+
+
+def test_a_session_joined_with_its_first_packet_has_no_gap(feed: list[tuple[int, bytes]]) -> None:
+    with restarted(0, None, begin="first") as (received, send):
+        send([payload for _, payload in feed])
+        until(lambda: received.receiver.expected > MESSAGES, "the end of the session", 20)
+        assert wholes(received.events()) == []
+
+
 def test_a_damaged_first_packet_is_dropped_and_counted() -> None:
     """It would make everything that comes after it old."""
     with restarted(0, None) as (received, send):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from test_delivery import collect, delivering, options, outputs, sequences, wait
 from tickmesh.control.config import ConfigError, parse_config
 from tickmesh.node.changing import ChangeInTheWay, Changing
 from tickmesh.node.delivery import Gateway
-from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, REFERENCE, EventArray, Kind
+from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, REFERENCE, EventArray, Flag, Kind
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.known_instruments import KnownInstruments
 from tickmesh.node.replica import unfit
@@ -126,6 +127,23 @@ def test_what_a_journal_says_survives_a_snapshot() -> None:
     assert int(after.positions["same"][2]) == 3
     assert after.codes == {1: 77}
     assert [after.symbol(number) for number in (0, 1)] == [(0, "ALFA"), (2, "BRVO")]
+
+
+def test_half_a_snapshot_of_a_book_is_known_to_be_one() -> None:
+    """A journal may end within it, and another node's receiver may not have it at that place."""
+
+    def told(*events: tuple[int, Kind, int]) -> EventArray:
+        batch = np.zeros(len(events), EVENT)
+        batch["instrument"], batch["kind"], batch["flags"] = zip(*events)
+        return batch
+
+    shard, more, last = RestoredShard(), Flag.SNAPSHOT | Flag.MORE, Flag.SNAPSHOT
+    shard.take(told((1, Kind.CLEAR, more), (1, Kind.LEVEL, last), (4, Kind.CLEAR, more), (4, Kind.LEVEL, 0), (3, Kind.LEVEL, Flag.MORE)))
+    assert shard.half_told == set()
+    shard.take(told((2, Kind.CLEAR, more), (2, Kind.LEVEL, more), (1, Kind.LEVEL, 0)))
+    assert RestoredShard.from_json(json.loads(json.dumps(shard.as_json()))).half_told == shard.half_told == {2}
+    shard.take(told((3, Kind.LEVEL, 0), (2, Kind.LEVEL, last)))
+    assert shard.half_told == set()
 
 
 def test_a_node_that_starts_again_knows_all_instruments_and_their_codes(tmp_path: Path) -> None:

@@ -572,7 +572,10 @@ def test_implied_levels_are_a_book_of_their_own() -> None:
     book = encoder.encode("Book", {"at": {"time": 9}, "instrument": 5, "levels": levels})
     events, _, table = stream(framed(book, listing, book))
     rows = rows_of(events, table)
-    assert [row[1] for row in rows] == ["#5", "#5", "#5.I", "#5.I", "WIDGET", "WIDGET", "WIDGET.I", "WIDGET.I"]
+    told = [(row[1], Kind(int(e["kind"])).name) for row, e in zip(rows, events)]
+    assert told[:4] == [("#5", "REFERENCE"), ("#5", "LEVEL"), ("#5.I", "REFERENCE"), ("#5.I", "LEVEL")]
+    assert told[4:8] == [("WIDGET", "REFERENCE"), ("#5", "CLEAR"), ("#5.I", "CLEAR"), ("WIDGET", "GAP")], "what rests is not known by name"
+    assert told[8:] == [("WIDGET", "CODE"), ("WIDGET", "LEVEL"), ("WIDGET.I", "REFERENCE"), ("WIDGET.I", "GAP"), ("WIDGET.I", "LEVEL")]
     assert {table.symbol(i): int(table.record(i)["tick_size"]) for i in range(4)} == {
         "#5": 5 * 10**8, "#5.I": 5 * 10**8, "WIDGET": 25 * 10**7, "WIDGET.I": 25 * 10**7}  # fmt: skip
     compare([book, listing, book])
@@ -650,6 +653,13 @@ MAPPING_FAULTS = [
     ('side = ["bid", "ask"]', 'side = ["bid", "offer"]', "is not a value of side: bid, ask"),
     ('bits = "hidden"', 'bits = "hiddn"', "'hiddn' is not a value of marks"),
     ('side = { field = "more.deep.side", map = "side" }', 'side = "more.deep.side"', "needs a map"),
+    ('side = { field = "more.deep.side", map = "side" }', "side = 7", "7 is not a side: allowed are BID (0), ASK (1), NO_SIDE (2)"),
+    ('side = { field = "more.deep.side", map = "side" }', 'side = { field = "more.deep.side", map = { buy = 9, "*" = 0 } }',
+     "the map of field 'more.deep.side': 9 is not a side"),
+    ('all = "REMOVE_ALL"', "all = 5", "5 is not a change: allowed are INSERT (0), SET (1)"),
+    ('qty = "size"\n', 'qty = "size"\ntick_size = 5\n', "goes with kind 'reference' only"),
+    ("book = 1\nprice", "book = 2\nprice", "2 is not a book: allowed are OWN (0), IMPLIED (1)"),
+    ('position = "position"\nflag_if', "position = 0\nflag_if", "0 is not a position: allowed are 1, 2, 3"),
     ('price = { mantissa = "mantissa", exponent = "scale" }', 'price = "mantissa"', "needs `decimals` or an exponent"),
     ('kind = "depth"', 'kind = "dept"', "'dept' is not one of"),
     ('of = { group = "levels", number = "level" }', 'of = { group = "orders", number = "level" }', "is not a group before orders"),

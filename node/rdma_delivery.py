@@ -214,6 +214,7 @@ class _Session(threading.Thread):
             "proof": proof(options.token, "publisher", self._theirs),
             "rdma": channel.offer(),
             "depth": bool(served.kinds & _ORDER_KINDS),
+            "trades": Kind.TRADE in served.kinds,
             "instruments": int(references["instrument"].max(initial=0)) + 1,
         }
         more = {"first": begin + 1, "a": served.session, "count": len(references)}

@@ -41,6 +41,7 @@ from tickmesh.node.rdma_events import (
     X_FULL,
     X_GAPS,
     X_MISSING,
+    X_PRINTS,
     X_SHARD,
     X_SOURCE,
     X_SWEEP,
@@ -308,7 +309,7 @@ class RdmaReceiver(Receiver):
     def _subscribe(self, link: Link, welcome: Frame, said: dict[str, Any]) -> None:
         """Learn the publisher's instruments."""
         try:
-            instruments, depth = int(said["instruments"]), bool(said["depth"])
+            instruments, depth, trades = int(said["instruments"]), bool(said["depth"]), bool(said["trades"])
         except (KeyError, TypeError, ValueError) as error:
             raise FrameDamaged("a publisher does not say what it has") from error
         if not 0 < instruments <= _INSTRUMENTS_MAX:
@@ -317,7 +318,7 @@ class RdmaReceiver(Receiver):
         ids, sources = np.full(most, NO_INSTRUMENT, np.uint32), np.zeros(most, np.uint32)
         self._taking = Subscription(self._state, self.context.table.arrays, ids, sources)
         state = self._state
-        state[X_EPOCH], state[X_SHARD], state[X_DEPTH], state[X_SWEEP] = welcome.epoch, welcome.shard, depth, most
+        state[X_EPOCH], state[X_SHARD], state[X_DEPTH], state[X_PRINTS], state[X_SWEEP] = welcome.epoch, welcome.shard, depth, trades, most
         left = welcome.events
         while left > 0:
             part = self._expect(link, FrameKind.DATA)

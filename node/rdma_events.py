@@ -135,12 +135,13 @@ def stage_outputs(channel: Any, words: Any, slots: Any, position: Any, until: An
 
 
 C_POSITION, C_LIMIT, C_LOST = range(3)
-"""Words of the cursor: the next output's place in the ring, how far outputs may go, how many were overwritten before they were taken."""
+"""Words of the cursor: the next output's place in the ring, how far outputs may go (any thread may write it), how many were overwritten
+before they were taken."""
 
 
 @inlined
 def _stage(channel: Any, words: Any, slots: Any, cursor: Any, shard: Any, epoch: Any) -> None:
-    end = min(load_acquire(words, W_PUBLISHED), cursor[C_LIMIT])
+    end = min(load_acquire(words, W_PUBLISHED), load_acquire(cursor, C_LIMIT))
     if cursor[C_POSITION] < end:
         cursor[C_POSITION], lost = stage_outputs(channel, words, slots, cursor[C_POSITION], end, shard, epoch)
         cursor[C_LOST] += lost

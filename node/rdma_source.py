@@ -71,13 +71,14 @@ from tickmesh.node.routing_loop import routing_loop
 from tickmesh.node.timers import go_on
 from tickmesh.transports.codecache import load_compiled, load_generated
 from tickmesh.transports.connection import Backoff, SecretMissing, read_secret
-from tickmesh.transports.rdma import RECORDS_MAX, RECORDS_MIN, ChannelError, RdmaChannel, shared_device
+from tickmesh.transports.rdma import RECORDS_MAX, RECORDS_MIN, ChannelError, Heartbeats, RdmaChannel, shared_device
 from tickmesh.transports.ring import RECORD_BYTES
 from tickmesh.transports.toolbox import zeros_aligned
 from tickmesh.transports.verbs import VerbsError
 
 _HOLD_NS = 250_000_000
-_TURN_NS = 5_000_000
+_TURN_NS, _SHORT_TURN_NS = 5_000_000, 200_000
+"""How long the compiled loop goes on before Python looks at the connection; where only Python can post, also at what is to be posted."""
 _BELIEVED_S = 0.01
 """A frame that is not whole after so long is damaged."""
 _SAME_WARNING_S = 60.0
@@ -157,7 +158,7 @@ class RdmaReceiver(Receiver):
         self._begins_anew = False
         self._beginning = threading.Lock()
         self._numbers = dict.fromkeys(("connected", "reconnects", "connect_failures"), 0)
-        self._malformed = self._more_gaps = self._more_missing = self._bytes = 0
+        self._malformed = self._more_gaps = self._more_missing = 0
         self._warned: tuple[str, float] = ("", -_SAME_WARNING_S)
         self._told = False
         self._routing = routing_loop(len(context.rings), context.progress)
@@ -211,7 +212,7 @@ class RdmaReceiver(Receiver):
             **self._numbers,
             "messages": int(state[X_EVENTS]),
             "packets": int(state[X_FRAMES]),
-            "bytes": self._bytes,
+            "bytes": int(state[X_FRAMES] + state[X_EVENTS] + state[X_DUPLICATES]) * RECORD_BYTES,
             "malformed": self._malformed + int(state[X_UNKNOWN] + state[X_FULL]),
             "filtered": int(state[X_FILTERED]),
             "duplicates": int(state[X_DUPLICATES]),
@@ -281,13 +282,13 @@ class RdmaReceiver(Receiver):
             link.close()
 
     def _greet(self, link: Link, options: LinkOptions) -> tuple[Frame, dict[str, Any], bytes]:
-        theirs, mine = bytes(self._expect(link, FrameKind.CHALLENGE).payload), secrets.token_bytes(NONCE_BYTES)
+        theirs, mine = bytes(link.expect(FrameKind.CHALLENGE, TIMEOUT_S).payload), secrets.token_bytes(NONCE_BYTES)
         proved = proof(options.token, "subscriber", theirs, mine)
         said = {"node": self._node, "nonce": mine.hex(), "proof": proved, "wants": "outputs"}
         epoch = self._epochs.get(self._session, 0)
         wanted = 0 if self._begins_anew else self.expected
         link.send(FrameKind.HELLO, self.options.shard, epoch, first=wanted, a=self._session, payload=json.dumps(said).encode())
-        welcome = self._expect(link, FrameKind.WELCOME)
+        welcome = link.expect(FrameKind.WELCOME, TIMEOUT_S)
         if welcome.shard != self.options.shard:
             raise FrameDamaged(f"outputs of shard {welcome.shard} were not asked for")
         known = self._epochs.get(welcome.a, 0)
@@ -295,16 +296,6 @@ class RdmaReceiver(Receiver):
             raise Refused(Reason.STALE_LEADER, f"it publishes under epoch {welcome.epoch}, {known} is known", welcome.epoch)
         self._epochs = {welcome.a: welcome.epoch}
         return welcome, welcome.json(), mine
-
-    def _expect(self, link: Link, kind: FrameKind) -> Frame:
-        frame = link.receive(TIMEOUT_S)
-        if frame is None:
-            raise LinkSilent(f"no {kind.name} within {TIMEOUT_S:g} s")
-        if frame.kind == FrameKind.REFUSED:
-            raise Refused(frame.events, bytes(frame.payload).decode(errors="replace"), frame.epoch)
-        if frame.kind != kind:
-            raise FrameDamaged(f"frame {frame.kind} where {kind.name} was due")
-        return frame
 
     def _subscribe(self, link: Link, welcome: Frame, said: dict[str, Any]) -> None:
         """Learn the publisher's instruments."""
@@ -321,7 +312,7 @@ class RdmaReceiver(Receiver):
         state[X_EPOCH], state[X_SHARD], state[X_DEPTH], state[X_PRINTS], state[X_SWEEP] = welcome.epoch, welcome.shard, depth, trades, most
         left = welcome.events
         while left > 0:
-            part = self._expect(link, FrameKind.DATA)
+            part = link.expect(FrameKind.DATA, TIMEOUT_S)
             references = np.frombuffer(part.payload, EVENT).copy()
             if part.events != len(references) or not 0 < len(references) <= left:
                 raise FrameDamaged("a publisher's instruments are not whole")
@@ -371,7 +362,8 @@ class RdmaReceiver(Receiver):
         assert isinstance(link.wire, SocketWire)
         ended = select.poll()
         ended.register(link.wire.socket, select.POLLIN)
-        alive, mode, ns = _Alive(channel), self.context.idle_mode, np.int64(_TURN_NS)
+        heartbeats, mode = Heartbeats(channel, HEARTBEAT_S, TIMEOUT_S), self.context.idle_mode
+        ns = np.int64(_TURN_NS if channel.poster is not None else _SHORT_TURN_NS)
         damaged_since: float | None = None
         while self.stop[0] == 0:
             found = module.receive_for(channel.arrays, channel.poster, events, self._taking, at, out, self.router, mode, ns)
@@ -382,28 +374,6 @@ class RdmaReceiver(Receiver):
             damaged_since = (damaged_since or now_s) if found == DAMAGED else None
             if damaged_since is not None and now_s - damaged_since > _BELIEVED_S:
                 raise FrameDamaged("a frame is damaged")
-            alive.look(now_s)
+            heartbeats.look(now_s)
             if found == NOTHING and ended.poll(0):
                 raise LinkError("the publisher has ended the connection")
-        self._bytes = int(self._state[X_FRAMES] + self._state[X_EVENTS]) * RECORD_BYTES
-
-
-class _Alive:
-    """Both sides' heartbeats: ours are sent, those of the publisher are missed."""
-
-    def __init__(self, channel: RdmaChannel) -> None:
-        self._channel, self._heard, self._heard_s, self._told_s = channel, 0, time.monotonic(), 0.0
-
-    def look(self, now_s: float) -> None:
-        """Send one if it is due.
-
-        Raises:
-            LinkSilent: the publisher has written nothing for too long.
-        """
-        if (heard := self._channel.beats_heard) != self._heard:
-            self._heard, self._heard_s = heard, now_s
-        if now_s - self._heard_s > TIMEOUT_S:
-            raise LinkSilent(f"the publisher is silent for {TIMEOUT_S:g} s")
-        if now_s - self._told_s >= HEARTBEAT_S:
-            self._channel.beat()
-            self._told_s = now_s

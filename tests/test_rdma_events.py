@@ -59,6 +59,8 @@ from tickmesh.transports.rdma import (
     T_PUBLISHED,
     WRITE,
     ChannelArrays,
+    ChannelSilent,
+    Heartbeats,
     channel_available,
     channel_can_post,
     channel_completed,
@@ -422,3 +424,30 @@ def test_a_line_that_cannot_be_ends_the_channel() -> None:
     assert available(wires.taker) == 0
     assert wires.sender.state[S_FAILED] == wires.taker.state[S_FAILED] == BAD_LINE
     assert FRAME_EVENTS < RECORDS
+
+
+class Lines:
+    """What :class:`Heartbeats` looks at."""
+
+    peer, beats_heard, beats_written = "far", 0, 0
+
+    def beat(self) -> None:
+        self.beats_written += 1
+
+
+def test_heartbeats_are_written_where_nothing_else_is_and_those_of_the_other_side_are_missed() -> None:
+    lines: Any = Lines()
+    heartbeats = Heartbeats(lines, 0.1, 2.0)
+    begun_s = heartbeats._heard_s
+    for step in range(1, 101):  # 10 s, in which each side writes
+        lines.beats_heard += 1
+        heartbeats.look(begun_s + step * 0.1001)
+    assert lines.beats_written == 100
+    for step in range(101, 111):
+        lines.beats_written += 1  # of a publication
+        heartbeats.look(begun_s + step * 0.1001)
+    assert lines.beats_written == 110
+    heartbeats.look(begun_s + 100 * 0.1001 + 1.9)
+    with pytest.raises(ChannelSilent, match="silent for 2 s") as caught:
+        heartbeats.look(begun_s + 100 * 0.1001 + 2.1)
+    assert caught.value.peer == "far"

@@ -30,7 +30,7 @@ from tickmesh.transports.rdma import (
     no_channel,
     post_and_reap,
 )
-from tickmesh.transports.ring import HEADER_BYTES, RECORD, W_CAPACITY, W_CLAIMED, W_PUBLISHED
+from tickmesh.transports.ring import HEADER_BYTES, RECORD, W_CAPACITY, W_CLAIMED, W_PUBLISHED, ring_free
 from tickmesh.transports.toolbox import (
     copy_record,
     idle,
@@ -169,8 +169,8 @@ def publish_for(
 
 # ---------------------------------------------------------------- taking
 
-NOTHING, TAKEN, DAMAGED, FOREIGN = range(4)
-"""What :func:`take_frames` finds."""
+NOTHING, TAKEN, DAMAGED, FOREIGN, FULL = range(5)
+"""What :func:`take_frames` finds; FULL: a shard has no room, and nothing was looked for."""
 (
     X_SOURCE, X_EXPECTED, X_EPOCH, X_SHARD, X_DEPTH, X_SWEEP, X_SWEEP_KIND, X_SWEEP_SOURCE, X_UNKNOWN, X_FILTERED, X_DUPLICATES, X_GAPS,
     X_MISSING, X_EVENTS, X_FRAMES, X_FULL, X_PRINTS,
@@ -411,6 +411,15 @@ def take_frames(channel: Any, events: Any, taking: Any, at: Any, out: Any) -> An
         if state[X_SWEEP] >= taking.ids.size:
             at[1] += 1
     return n, TAKEN
+
+
+@inlined
+def shards_have_room(router: Any, wanted: Any) -> Any:
+    """Whether each shard's ring has room for so many events: who waits in :func:`tickmesh.node.router.route` writes no heartbeats."""
+    for shard in range(len(router.rings)):
+        if ring_free(router.rings[shard], wanted) < wanted:
+            return False
+    return True
 
 
 @quick

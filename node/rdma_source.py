@@ -81,6 +81,7 @@ _TURN_NS, _SHORT_TURN_NS = 5_000_000, 200_000
 """How long the compiled loop goes on before Python looks at the connection; where only Python can post, also at what is to be posted."""
 _BELIEVED_S = 0.01
 """A frame that is not whole after so long is damaged."""
+_EVENTS_MIN = 8
 _SAME_WARNING_S = 60.0
 _INSTRUMENTS_MAX = 1 << 20
 _log = structlog.get_logger("source")
@@ -92,7 +93,7 @@ import numpy as np
 
 from tickmesh.node.event import EVENT
 from tickmesh.node.instruments import InstrumentTable
-from tickmesh.node.rdma_events import DAMAGED, FOREIGN, NOTHING, no_subscription, take_frames
+from tickmesh.node.rdma_events import DAMAGED, FOREIGN, FULL, NOTHING, no_subscription, shards_have_room, take_frames
 from tickmesh.node.router import make_router, route, route_silence
 from tickmesh.transports.rdma import channel_credit_due, no_channel{imports}
 from tickmesh.transports.ring import HEADER_BYTES, RingArrays
@@ -101,10 +102,12 @@ from tickmesh.transports.verbs_post import make_poster
 
 
 @loop
-def receive_for(channel, poster, events, taking, at, out, router, mode, ns):
+def receive_for(channel, poster, events, taking, at, out, router, room, mode, ns):
     until, rounds = monotonic_ns() + ns, 0
     while router.stop[0] == 0:
-        n, found = take_frames(channel, events, taking, at, out)
+        n, found = np.int64(0), np.int64(FULL)
+        if shards_have_room(router, room):
+            n, found = take_frames(channel, events, taking, at, out)
         if n > 0 and not route(router, out, 0, n):
             return found
         if found == DAMAGED or found == FOREIGN:
@@ -113,7 +116,8 @@ def receive_for(channel, poster, events, taking, at, out, router, mode, ns):
         if n > 0:
             rounds = 0
         else:
-            route_silence(router)
+            if found != FULL:
+                route_silence(router)
             rounds = idle(mode, rounds)
         if monotonic_ns() >= until:
             return found
@@ -125,7 +129,7 @@ def warm():
     table, nothing = InstrumentTable(1), zeros_aligned(8, EVENT)
     router = make_router((ring,) * {shards}, table.arrays.records, np.ones(1, np.int64), 0, 0)
     at = np.zeros(2, np.int64)
-    receive_for(no_channel(), {poster}, nothing, no_subscription(table), at, nothing, router, 0, np.int64(0))
+    receive_for(no_channel(), {poster}, nothing, no_subscription(table), at, nothing, router, np.int64(0), 0, np.int64(0))
 """
 
 
@@ -358,7 +362,9 @@ class RdmaReceiver(Receiver):
     def _receive(self, link: Link, channel: RdmaChannel) -> None:
         """Take outputs until the connection ends, or we are to stop."""
         module = receiving_loop(len(self.context.rings), channel.poster is not None, self.context.progress)
-        events, at, out = channel.arrays.inbox.view(EVENT), np.zeros(2, np.int64), zeros_aligned(ROUTE_EVENTS, EVENT)
+        events, at, taking = channel.arrays.inbox.view(EVENT), np.zeros(2, np.int64), self._taking
+        most = max(_EVENTS_MIN, min(ROUTE_EVENTS, min(ring.capacity for ring in self.context.rings) // 8))
+        out, room = zeros_aligned(most, EVENT), np.int64(4 * most)  # an event may bring a timer, a definition and its code
         assert isinstance(link.wire, SocketWire)
         ended = select.poll()
         ended.register(link.wire.socket, select.POLLIN)
@@ -366,7 +372,7 @@ class RdmaReceiver(Receiver):
         ns = np.int64(_TURN_NS if channel.poster is not None else _SHORT_TURN_NS)
         damaged_since: float | None = None
         while self.stop[0] == 0:
-            found = module.receive_for(channel.arrays, channel.poster, events, self._taking, at, out, self.router, mode, ns)
+            found = module.receive_for(channel.arrays, channel.poster, events, taking, at, out, self.router, room, mode, ns)
             channel.post_and_reap()
             now_s = time.monotonic()
             if found == FOREIGN:

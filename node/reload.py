@@ -584,7 +584,7 @@ class _Change:
         node, wanted = self.node, rdma_deliveries(self.config)
         for name, publisher in node.publishers.items():
             if name not in wanted or name in self.publishers:
-                publisher.stop()
+                publisher.stop(drain_s=0)  # whoever comes back asks for what it has not got
         kept = {name: publisher for name, publisher in node.publishers.items() if name in wanted}
         node.publishers = {**kept, **self.publishers}
         renewed = kept.values() if outputs_of(self.old) != outputs_of(self.config) else ()  # subscribers ask once what they get

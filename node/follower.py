@@ -59,6 +59,8 @@ _EPOCH_FILE, _AGREED_FILE = "epoch", "agreed"
 _BACKOFF_S_MIN, _BACKOFF_S_MAX = 0.02, 1.0
 _SNAPSHOT_NAME_MAX = 200
 _CLOSE_EVENTS = 256
+_WITHOUT_RDMA_S = 30.0
+"""A link stays on TCP for so long after one over RDMA over which nothing came."""
 FollowerState = Literal["idle", "connecting", "following", "refused", "failed", "stopped"]
 _log = structlog.get_logger("replication")
 
@@ -171,6 +173,7 @@ class JournalFollower:
         self._stopping = False
         self._link: Link | None = None
         self._heard_s = 0.0
+        self._rdma_from_s = 0.0
         self._told = self._again = ""
         self._thread = threading.Thread(target=self._run, name=f"follower-{shard}", daemon=True)
 
@@ -309,7 +312,14 @@ class JournalFollower:
             self._take(link)
         finally:
             self._link = None
+            self._judge_rdma(link)
             link.close()
+
+    def _judge_rdma(self, link: Link) -> None:
+        """Where TCP passes and RDMA does not, which no device tells when it connects, the next links stay on TCP for a while."""
+        if link.wire.name == "rdma" and not link.heard and not self._stopping and not self._changed.is_set():
+            self._rdma_from_s = time.monotonic() + _WITHOUT_RDMA_S
+            _log.warning("nothing comes over RDMA: links stay on TCP for a while", shard=self.shard, leader=self.leader_node)
 
     # -- agreeing where to go on
 
@@ -322,7 +332,7 @@ class JournalFollower:
             "node": self.options.node,
             "nonce": mine.hex(),
             "proof": proof(self.options.token, "standby", theirs, mine),
-            "rdma": self.options.rdma,
+            "rdma": self.options.rdma and time.monotonic() >= self._rdma_from_s,
         }
         journal = self.journal
         tail = JournalTail(journal) if journal else None

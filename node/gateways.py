@@ -32,6 +32,11 @@ def nats_deliveries(config: Config) -> dict[str, Delivery]:
     return {name: delivery for name, delivery in config.delivery.items() if delivery.method == "nats"}
 
 
+def delivering(config: Config) -> list[str]:
+    """Names of the deliveries that have counters."""
+    return [name for name, delivery in config.delivery.items() if delivery.method in ("nats", "rdma")]
+
+
 def make_gateway(config: Config, name: str, target: str | None, names: Mapping[int, CalculationNames]) -> Gateway:
     """The gateway of a delivery, without shards yet.
 

@@ -37,6 +37,7 @@ from tickmesh.node.exchange import Exchange, Streams
 from tickmesh.node.frames import CalculationNames
 from tickmesh.node.gateways import (
     StreamUnknown,
+    delivering,
     delivery_numbers,
     latency_of,
     login_of,
@@ -51,7 +52,7 @@ from tickmesh.node.logs import set_log_level
 from tickmesh.node.loops import live_loop
 from tickmesh.node.peers import Wanted
 from tickmesh.node.pipeline import make_table
-from tickmesh.node.rdma_delivery import Published, RdmaPublisher, delivering, open_publisher, rdma_deliveries
+from tickmesh.node.rdma_delivery import Published, RdmaPublisher, open_publisher, rdma_deliveries
 from tickmesh.node.receivers import BlockSourceMaker, Receiver, ReceiverContext, make_receiver
 from tickmesh.node.release import ReleaseGate
 from tickmesh.node.reload import Reload

@@ -11,7 +11,6 @@ others. Outputs go no further than the release gate lets them, so that what was 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
@@ -29,29 +28,25 @@ import structlog
 from tickmesh.control.config import Config, Delivery
 from tickmesh.node.errors import NodeError
 from tickmesh.node.event import EventArray, Kind
+from tickmesh.node.link_sessions import Session, Sessions
 from tickmesh.node.rdma_events import C_LIMIT, C_LOST, C_POSITION, publish_for, stage_now
 from tickmesh.node.release import ReleaseGate
 from tickmesh.node.replication_link import (
     EVENTS_MAX,
-    INBOX_BYTES_SMALL,
     NONCE_BYTES,
     Frame,
-    FrameDamaged,
     FrameKind,
     Link,
-    LinkError,
     LinkOptions,
-    LinkSilent,
     Reason,
     Refused,
-    SocketWire,
     proof,
     proves,
 )
 from tickmesh.transports.codecache import load_compiled
 from tickmesh.transports.rdma import (
     RECORDS_MIN,
-    ChannelError,
+    Heartbeats,
     RdmaChannel,
     shared_device,
 )
@@ -60,13 +55,13 @@ from tickmesh.transports.toolbox import IDLE_MODES
 from tickmesh.transports.verbs import VerbsError
 
 CONNECTIONS_MAX = 64
-_TURN_NS, _GATED_NS = 5_000_000, 200_000
-"""How long the compiled loop goes on before Python looks at the connection; while a gate holds outputs back, at the gate."""
+_TURN_NS, _GATED_NS = 5_000_000, 1_000_000
+"""How long the compiled loop goes on before Python looks at the connection; behind a gate, which may open by itself, also at that."""
 _SUBSCRIBERS_RECORDS = RECORDS_MIN
 """A subscriber says nothing after its greeting: its ring here is the smallest."""
 HEARTBEAT_S, TIMEOUT_S = 0.1, 2.0
 """Both sides write something at least this often; a greeting, or a silence, may last so long."""
-_EVERYTHING, _IDLE_S = (1 << 64) - 1, 0.0005
+_EVERYTHING, _IDLE_S, _LOOK_S = (1 << 64) - 1, 0.0005, 0.002
 _ORDER_KINDS = frozenset((Kind.ADD, Kind.EXECUTE, Kind.CANCEL, Kind.DELETE, Kind.REPLACE, Kind.MODIFY, Kind.LEVEL))
 _log = structlog.get_logger("rdma")
 
@@ -108,65 +103,53 @@ class SubscriberCounters:
     """Outputs that the ring's writer had overwritten before they were sent; the subscriber takes them for a gap."""
 
 
-class _Session(threading.Thread):
+class _Session(Session):
     """Serves one subscriber of one shard."""
 
-    def __init__(self, publisher: RdmaPublisher, connection: socket.socket, peer: str) -> None:
-        super().__init__(name="rdma-subscriber", daemon=True)
-        self.publisher, self.peer = publisher, peer
-        self.node, self.shard = "", -1
+    what = "subscriber"
+
+    def __init__(self, publisher: RdmaPublisher, sessions: Sessions[_Session], connection: socket.socket, peer: str) -> None:
+        super().__init__(sessions, connection, peer, publisher.options)
+        self.publisher = publisher
         self.counters = SubscriberCounters()
-        self._connection = connection
         self._cursor = np.zeros(3, np.uint64)
-        self._ended = np.zeros(1, np.int64)
+        self._limit_lock = threading.Lock()
+        self._channel: RdmaChannel | None = None
+        self._served: Published | None = None
         self._reader: Reader | None = None
 
-    def end(self) -> None:
-        """Have it end soon. From any thread."""
-        self._ended[0] = 1
-        with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
+    def release(self) -> None:
+        """See :class:`Session`."""
+        served = self._served
+        with self._limit_lock:  # whoever is being told of more has done with the ring then
+            self._served = None
+        if served is not None and served.gate is not None:
+            served.gate.listeners.discard(self._note_released)
+        if self._channel is not None:
+            self._channel.close()
+        if self._reader is not None:
+            self._reader.close()
 
-    def run(self) -> None:
-        """Serve until the subscriber goes, is refused, or :meth:`end`."""
-        options = self.publisher.options
-        try:
-            self._connection.settimeout(options.timeout_s)
-            link = Link(SocketWire(self._connection, options.timeout_s), options.timeout_s, INBOX_BYTES_SMALL)
-            try:
-                self._serve(link)
-            except Refused as refused:
-                self._refuse(link, refused)
-        except (LinkError, ChannelError, VerbsError, OSError) as error:
-            if not self._ended[0]:
-                _log.info("subscriber gone", shard=self.shard, node=self.node, peer=self.peer, reason=str(error))
-        finally:
-            if self._reader is not None:
-                self._reader.close()
-            self._connection.close()
-            self.publisher.gone(self)
-
-    def _refuse(self, link: Link, refused: Refused) -> None:
-        self.publisher.refused += 1
-        _log.warning("subscriber refused", shard=self.shard, node=self.node, peer=self.peer, reason=str(refused))
-        payload = str(refused).encode()
-        with contextlib.suppress(LinkError):
-            link.send(FrameKind.REFUSED, max(0, self.shard), refused.epoch, count=refused.reason, payload=payload)
-            link.receive(self.publisher.options.timeout_s)  # it closes first: a reset would overtake the reason
-
-    def _serve(self, link: Link) -> None:
+    def serve(self, link: Link) -> None:
+        """See :class:`Session`."""
         hello, served = self._greet(link)
-        channel = self._channel()
-        try:
-            self._welcome(link, served, hello, channel)
-            ready = _expect(link, FrameKind.READY, self.publisher.options.timeout_s)
-            channel.connect(ready.json().get("rdma") or {})
-            channel.beat()
-            self._publish(channel, served)
-        finally:
-            channel.close()
+        channel = self._channel = self._offered()
+        self._welcome(link, served, hello, channel)
+        ready = link.expect(FrameKind.READY, self.publisher.options.timeout_s)
+        channel.connect(ready.json().get("rdma") or {})
+        channel.beat()
+        self._served = served
+        self._publish(channel, served)
 
-    def _channel(self) -> RdmaChannel:
+    @property
+    def settled(self) -> bool:
+        """Whether it has taken all that it may have now, or is not served yet."""
+        channel, served = self._channel, self._served
+        if channel is None or served is None:
+            return True
+        return int(self._cursor[C_POSITION]) >= _released(served) and channel.in_flight == 0
+
+    def _offered(self) -> RdmaChannel:
         publisher = self.publisher
         try:
             device = shared_device(publisher.device)
@@ -184,7 +167,7 @@ class _Session(threading.Thread):
         """
         options, nonce = self.publisher.options, secrets.token_bytes(NONCE_BYTES)
         link.send(FrameKind.CHALLENGE, 0, 0, payload=nonce)
-        hello = _expect(link, FrameKind.HELLO, options.timeout_s)
+        hello = link.expect(FrameKind.HELLO, options.timeout_s)
         said = hello.json()
         self.node, self.shard = str(said.get("node", "")), hello.shard
         try:
@@ -214,6 +197,7 @@ class _Session(threading.Thread):
             "proof": proof(options.token, "publisher", self._theirs),
             "rdma": channel.offer(),
             "depth": bool(served.kinds & _ORDER_KINDS),
+            "trades": Kind.TRADE in served.kinds,
             "instruments": int(references["instrument"].max(initial=0)) + 1,
         }
         more = {"first": begin + 1, "a": served.session, "count": len(references)}
@@ -223,45 +207,42 @@ class _Session(threading.Thread):
             link.send(FrameKind.DATA, self.shard, served.epoch, count=len(part), payload=part.view(np.uint8).data)
 
     def _place(self, output: Ring, hello: Frame, served: Published) -> int:
-        """Where in the ring it goes on: with the output that it wants, as far as that is still there; or with the next one."""
-        end = self._released(served)
-        if hello.first == 0 or hello.a != served.session or hello.first - 1 > end:
-            return end
+        """Where in the ring it goes on: with the output that it wants, as far as that is still there; or with the next one that may go."""
+        if hello.first == 0 or hello.a != served.session or hello.first - 1 > output.published:
+            return _released(served)
         kept = output.published - output.capacity + (output.capacity >> 2)  # what the writer may be about to overwrite is given up
-        return min(end, max(hello.first - 1, kept, 0))
+        return max(hello.first - 1, kept, 0)
 
     # -- outputs
 
-    def _released(self, served: Published) -> int:
-        """How far outputs may go, as a place in the ring."""
-        published = served.output.published
-        return min(published, served.gate.released()) if served.gate is not None else published
+    def _note_released(self) -> None:
+        """The gate may let more go now. Called in the thread that has said so, and here."""
+        with self._limit_lock:  # or an older answer might be written after a newer one
+            if self._served is not None:
+                self._cursor[C_LIMIT] = _released(self._served)
 
     def _publish(self, channel: RdmaChannel, served: Published) -> None:
         options, arrays = self.publisher.options, served.output.arrays
         words, slots = arrays.words, arrays.slots.view(RECORD)
-        assert self._reader is not None
         ended = select.poll()
         ended.register(self._connection, select.POLLIN)
-        told_s = time.monotonic()
-        shard, epoch, turn_ns = np.uint64(self.shard), np.uint64(served.epoch), _TURN_NS if served.gate is None else _GATED_NS
-        while not self._ended[0] and not ended.poll(0):
-            self._cursor[C_LIMIT] = self._released(served) if served.gate is not None else _EVERYTHING
-            published = channel.published
+        heartbeats = Heartbeats(channel, options.heartbeat_s, options.timeout_s)
+        shard, epoch, turn_ns = np.uint64(self.shard), np.uint64(served.epoch), np.int64(_TURN_NS if served.gate is None else _GATED_NS)
+        if served.gate is None:
+            self._cursor[C_LIMIT] = _EVERYTHING
+        else:
+            served.gate.listeners.add(self._note_released)
+        while not self.ended[0] and not ended.poll(0):
+            if served.gate is not None:
+                self._note_released()  # time releases too
+            written = channel.beats_written
             if channel.poster is not None:
-                publish_for(
-                    channel.arrays, channel.poster, words, slots, self._cursor, shard, epoch, self._ended, options.idle, np.int64(turn_ns)
-                )
+                publish_for(channel.arrays, channel.poster, words, slots, self._cursor, shard, epoch, self.ended, options.idle, turn_ns)
             else:
                 stage_now(channel.arrays, words, slots, self._cursor, shard, epoch)
             channel.post_and_reap()
-            now_s = time.monotonic()
-            if channel.published > published:
-                told_s = now_s
-            elif now_s - told_s >= options.heartbeat_s:
-                channel.beat()
-                told_s = now_s
-            elif channel.poster is None:
+            heartbeats.look(time.monotonic())
+            if channel.poster is None and channel.beats_written == written:
                 channel.wait_for_credit(_IDLE_S)
             self._see_to(channel)
 
@@ -278,13 +259,10 @@ class _Session(threading.Thread):
         return {"shard": self.shard, "node": self.node, "peer": self.peer, **asdict(self.counters)}
 
 
-def _expect(link: Link, kind: FrameKind, limit_s: float) -> Frame:
-    frame = link.receive(limit_s)
-    if frame is None:
-        raise LinkSilent(f"no {kind.name} within {limit_s:g} s")
-    if frame.kind != kind:
-        raise FrameDamaged(f"frame {frame.kind} where {kind.name} was due")
-    return frame
+def _released(served: Published) -> int:
+    """How far outputs may go, as a place in the ring."""
+    published = served.output.published
+    return min(published, served.gate.released()) if served.gate is not None else published
 
 
 # ---------------------------------------------------------------- the delivery
@@ -305,55 +283,52 @@ class RdmaPublisher:
     def __init__(self, options: LinkOptions, *, device: str | None = None, host: str = "127.0.0.1", port: int = 0) -> None:
         self.options, self.device = options, device
         self._shards: dict[int, Published] = {}
-        self._sessions: set[_Session] = set()
         self._lock = threading.Lock()
-        self._stopping = False
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, port), family=family, reuse_port=True)  # its successor listens before it ends
-        self.port = int(self._listener.getsockname()[1])
-        self._thread = threading.Thread(target=self._accept, name="rdma-delivery", daemon=True)
-        self.refused = 0
+        self._sessions = Sessions("rdma-delivery", self._session, host, port, most=CONNECTIONS_MAX, shares_port=True)
+        self.port = self._sessions.port
+
+    def _session(self, connection: socket.socket, peer: str) -> _Session:
+        return _Session(self, self._sessions, connection, peer)
+
+    @property
+    def refused(self) -> int:
+        """How many subscribers were not served."""
+        return self._sessions.refused
 
     def start(self) -> RdmaPublisher:
         """Accept subscribers from now on."""
-        self._thread.start()
+        self._sessions.start()
         return self
 
     def publish(self, shard: int, published: Published) -> None:
         """Serve a shard's outputs; again under a later epoch: subscribers have to connect anew."""
         with self._lock:
             self._shards[shard] = published
-        self._end_sessions(shard)
+        self._sessions.end(shard)
 
     def withdraw(self, shard: int) -> None:
         """Serve them no more: when this returns, nothing is written to anybody any more, and the ring may be closed."""
         with self._lock:
             self._shards.pop(shard, None)
-        for session in self._end_sessions(shard):
-            if session is not threading.current_thread():
-                session.join()
+        for session in self._sessions.end(shard):
+            session.join()
 
     def published(self, shard: int) -> Published | None:
         """What is served of a shard."""
         with self._lock:
             return self._shards.get(shard)
 
-    def stop(self) -> None:
-        """End all sessions and close the port. More than once is fine."""
-        self._stopping = True
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        if self._thread.ident is not None:
-            self._thread.join()
-        for session in self._end_sessions(None):
-            session.join()
+    def stop(self, drain_s: float = 1.0) -> None:
+        """Close the port, and end all sessions once they have taken all that they may have, or after `drain_s`. More than once is fine."""
+        self._sessions.close_port()
+        end_s = time.monotonic() + drain_s
+        while not all(session.settled for session in self._sessions.all()) and time.monotonic() < end_s:
+            time.sleep(_LOOK_S)
+        self._sessions.stop()
 
     def status(self) -> list[dict[str, Any]]:
         """One map per subscriber."""
-        with self._lock:
-            sessions = [session for session in self._sessions if session.node]
-        return [session.status() for session in sessions]
+        return [session.status() for session in self._sessions.all() if session.node]
 
     def numbers(self) -> dict[int, dict[str, int]]:
         """By shard, numbers for :class:`tickmesh.node.telemetry.DeliveryCounter`; the lag is that of the last of its subscribers."""
@@ -363,38 +338,6 @@ class RdmaPublisher:
         for one in self.status():
             at.setdefault(one["shard"], []).append(one["outputs"])
         return {shard: {"events": max(at.get(shard, [0])), "lag": max(0, end - min(at.get(shard, [end])))} for shard, end in ends.items()}
-
-    def gone(self, session: _Session) -> None:
-        """A session has ended."""
-        with self._lock:
-            self._sessions.discard(session)
-
-    def _accept(self) -> None:
-        while not self._stopping:
-            try:
-                connection, peer = self._listener.accept()
-            except OSError:
-                if self._stopping:
-                    return
-                time.sleep(_IDLE_S)  # out of descriptors, say
-                continue
-            session = _Session(self, connection, str(peer[0]))
-            with self._lock:
-                full = len(self._sessions) >= CONNECTIONS_MAX
-                if not full:
-                    self._sessions.add(session)
-            if full:
-                self.refused += 1
-                connection.close()
-            else:
-                session.start()
-
-    def _end_sessions(self, shard: int | None) -> list[_Session]:
-        with self._lock:
-            ended = [session for session in self._sessions if shard is None or session.shard == shard]
-        for session in ended:
-            session.end()
-        return ended
 
 
 def open_publisher(config: Config, name: str, progress: Callable[[str], None] | None = None) -> RdmaPublisher:
@@ -419,11 +362,6 @@ def open_publisher(config: Config, name: str, progress: Callable[[str], None] | 
 def rdma_deliveries(config: Config) -> dict[str, Delivery]:
     """The deliveries over RDMA, by name."""
     return {name: delivery for name, delivery in config.delivery.items() if delivery.method == "rdma"}
-
-
-def delivering(config: Config) -> list[str]:
-    """Names of the deliveries that have counters."""
-    return [name for name, delivery in config.delivery.items() if delivery.method in ("nats", "rdma")]
 
 
 def publisher_options(config: Config, name: str, delivery: Delivery) -> LinkOptions:

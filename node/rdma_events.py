@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_INSTRUMENT, NO_PRICE, NO_SIDE, Flag, Kind
+from tickmesh.node.event import ALL_INSTRUMENTS, ASK, BID, EVENT, NO_INSTRUMENT, NO_PRICE, NO_SIDE, Flag, Kind
 from tickmesh.node.instruments import FILTERED, InstrumentTable, intern
 from tickmesh.transports.rdma import (
     S_CONSUMED,
@@ -30,7 +30,7 @@ from tickmesh.transports.rdma import (
     no_channel,
     post_and_reap,
 )
-from tickmesh.transports.ring import HEADER_BYTES, RECORD, W_CAPACITY, W_CLAIMED, W_PUBLISHED
+from tickmesh.transports.ring import HEADER_BYTES, RECORD, W_CAPACITY, W_CLAIMED, W_PUBLISHED, ring_free
 from tickmesh.transports.toolbox import (
     copy_record,
     idle,
@@ -135,12 +135,13 @@ def stage_outputs(channel: Any, words: Any, slots: Any, position: Any, until: An
 
 
 C_POSITION, C_LIMIT, C_LOST = range(3)
-"""Words of the cursor: the next output's place in the ring, how far outputs may go, how many were overwritten before they were taken."""
+"""Words of the cursor: the next output's place in the ring, how far outputs may go (any thread may write it), how many were overwritten
+before they were taken."""
 
 
 @inlined
 def _stage(channel: Any, words: Any, slots: Any, cursor: Any, shard: Any, epoch: Any) -> None:
-    end = min(load_acquire(words, W_PUBLISHED), cursor[C_LIMIT])
+    end = min(load_acquire(words, W_PUBLISHED), load_acquire(cursor, C_LIMIT))
     if cursor[C_POSITION] < end:
         cursor[C_POSITION], lost = stage_outputs(channel, words, slots, cursor[C_POSITION], end, shard, epoch)
         cursor[C_LOST] += lost
@@ -168,14 +169,15 @@ def publish_for(
 
 # ---------------------------------------------------------------- taking
 
-NOTHING, TAKEN, DAMAGED, FOREIGN = range(4)
-"""What :func:`take_frames` finds."""
+NOTHING, TAKEN, DAMAGED, FOREIGN, FULL = range(5)
+"""What :func:`take_frames` finds; FULL: a shard has no room, and nothing was looked for."""
 (
     X_SOURCE, X_EXPECTED, X_EPOCH, X_SHARD, X_DEPTH, X_SWEEP, X_SWEEP_KIND, X_SWEEP_SOURCE, X_UNKNOWN, X_FILTERED, X_DUPLICATES, X_GAPS,
-    X_MISSING, X_EVENTS, X_FRAMES, X_FULL,
-) = range(16)  # fmt: skip
+    X_MISSING, X_EVENTS, X_FRAMES, X_FULL, X_PRINTS,
+) = range(17)  # fmt: skip
 """Words of ``Subscription.state``: number of the source here; the next output's sequence (0: any); the publisher's epoch and shard; whether
-orders or levels come (then a BBO says nothing new); a sweep over the instruments of one of its sources that is under way; counters."""
+orders or levels come (then a BBO says nothing new); a sweep over the instruments of one of its sources that is under way; counters; whether
+trades come (then an execution is printed by its trade)."""
 Subscription = namedtuple("Subscription", "state instruments ids sources")
 """`state` i64[32]; `instruments` :class:`tickmesh.node.instruments.Instruments`; by the publisher's instrument: `ids` u32 (ours, or
 NO_INSTRUMENT, FILTERED) and `sources` u32 (its source's number there)."""
@@ -188,16 +190,14 @@ def no_subscription(table: InstrumentTable) -> Subscription:
 
 
 _NONE, _FILTERED, _ALL = np.uint32(NO_INSTRUMENT), np.uint32(FILTERED), np.uint32(ALL_INSTRUMENTS)
-_ADD, _EXECUTE, _MODIFY, _CLEAR, _LEVEL, _TRADE, _QUOTE = (
-    np.uint8(k) for k in (Kind.ADD, Kind.EXECUTE, Kind.MODIFY, Kind.CLEAR, Kind.LEVEL, Kind.TRADE, Kind.QUOTE)
-)
+_ADD, _EXECUTE, _CLEAR, _LEVEL, _QUOTE = (np.uint8(k) for k in (Kind.ADD, Kind.EXECUTE, Kind.CLEAR, Kind.LEVEL, Kind.QUOTE))
 _STATUS, _IMBALANCE, _REFERENCE, _GAP, _BREAK, _BBO = (
     np.uint8(k) for k in (Kind.STATUS, Kind.IMBALANCE, Kind.REFERENCE, Kind.GAP, Kind.BREAK, Kind.BBO)
 )
-_STALE, _NON_PRINTABLE, _AUCTION = np.uint16(Flag.STALE), np.uint16(Flag.NON_PRINTABLE), np.uint16(Flag.AUCTION)
-_NO_SIDE, _NO_PRICE = np.uint8(NO_SIDE), np.int64(NO_PRICE)
-_ROOM = 3
-"""Events that one output may become: a gap before it, the definition of its instrument, itself."""
+_STALE, _NON_PRINTABLE, _MORE = np.uint16(Flag.STALE), np.uint16(Flag.NON_PRINTABLE), np.uint16(Flag.MORE)
+_BID, _ASK, _NO_SIDE, _NO_PRICE = np.uint8(BID), np.uint8(ASK), np.uint8(NO_SIDE), np.int64(NO_PRICE)
+_ROOM = 6
+"""Events that one output may become: a gap before it, the definition of its instrument, and a BBO's CLEAR, two LEVELs and GAP."""
 
 
 @inlined
@@ -255,13 +255,34 @@ def _take_reference(taking: Any, event: Any, out: Any, n: Any) -> Any:
 @inlined
 def _fill(taking: Any, e: Any, event: Any) -> None:
     """The body of an output as an input."""
-    kind = event.kind
     e.side, e.flags = event.side, event.flags
     e.price, e.qty, e.id, e.aux = event.price, event.qty, event.id, event.aux
-    if kind == _BBO:
-        e.flags = np.uint16(0)
-    elif kind == _EXECUTE:  # its trade comes as a TRADE of its own
+    if event.kind == _EXECUTE and taking.state[X_PRINTS] != 0:  # its trade comes as a TRADE of its own
         e.flags = event.flags | _NON_PRINTABLE
+
+
+@inlined
+def _put_level(found: Any, event: Any, side: Any, price: Any, qty: Any, out: Any, n: Any) -> Any:
+    if price == _NO_PRICE:
+        return n
+    e = _begin(out, n, event, found, _LEVEL)
+    e.side, e.price, e.qty = side, price, qty
+    return n + 1
+
+
+@outlined
+def _take_bbo(found: Any, event: Any, out: Any, n: Any) -> Any:
+    """A BBO as a book of one level: always all of it, so that it comes out the same whatever came before. A stale one is stale here too."""
+    first = n
+    _begin(out, n, event, found, _CLEAR)
+    n = _put_level(found, event, _BID, event.price, event.qty, out, n + 1)
+    n = _put_level(found, event, _ASK, event.aux, np.int64(event.id), out, n)
+    if event.flags & _STALE != np.uint16(0):
+        _begin(out, n, event, found, _GAP)
+        n += 1
+    for i in range(first, n - 1):
+        out[i].flags = _MORE
+    return n
 
 
 @inlined
@@ -295,10 +316,9 @@ def _take_event(taking: Any, event: Any, out: Any, n: Any) -> Any:
         return n
     if taking.instruments.records[found].announced == np.uint32(0):
         n = _announce(taking, found, event, out, n)
-    stale = kind == _BBO and event.flags & _STALE != np.uint16(0)
-    e = _begin(out, n, event, found, _GAP if stale else _QUOTE if kind == _BBO else kind)
-    if not stale:
-        _fill(taking, e, event)
+    if kind == _BBO:
+        return _take_bbo(found, event, out, n)
+    _fill(taking, _begin(out, n, event, found, kind), event)
     return n + 1
 
 
@@ -343,9 +363,10 @@ def _whole(channel: Any) -> Any:
 def take_frames(channel: Any, events: Any, taking: Any, at: Any, out: Any) -> Any:
     """Turn what is in the inbox into input events, until `out` is full or nothing is left.
 
-    Orders, levels, trades, quotes, statuses, imbalances and breaks go as they are; a BBO is a quote, unless orders or levels come too; a
-    stale one is a gap of its instrument. Signals, alerts, bars, intents and decisions are the publisher's own affair, and left out. A
-    whole source's GAP or CLEAR goes to each instrument of that source.
+    Orders, levels, trades, quotes, statuses, imbalances and breaks go as they are. A BBO is a book of one level (CLEAR, a LEVEL for each
+    side that there is, and GAP if it is stale; all but the last with MORE), unless orders or levels come too. An execution is not printed
+    if trades come too. Signals, alerts, bars, intents and decisions are the publisher's own affair, and left out. A whole source's GAP or
+    CLEAR goes to each instrument of that source.
 
     Args:
         channel: :class:`tickmesh.transports.rdma.ChannelArrays`.
@@ -390,6 +411,15 @@ def take_frames(channel: Any, events: Any, taking: Any, at: Any, out: Any) -> An
         if state[X_SWEEP] >= taking.ids.size:
             at[1] += 1
     return n, TAKEN
+
+
+@inlined
+def shards_have_room(router: Any, wanted: Any) -> Any:
+    """Whether each shard's ring has room for so many events: who waits in :func:`tickmesh.node.router.route` writes no heartbeats."""
+    for shard in range(len(router.rings)):
+        if ring_free(router.rings[shard], wanted) < wanted:
+            return False
+    return True
 
 
 @quick

@@ -41,6 +41,7 @@ from tickmesh.node.rdma_events import (
     X_FULL,
     X_GAPS,
     X_MISSING,
+    X_PRINTS,
     X_SHARD,
     X_SOURCE,
     X_SWEEP,
@@ -70,15 +71,17 @@ from tickmesh.node.routing_loop import routing_loop
 from tickmesh.node.timers import go_on
 from tickmesh.transports.codecache import load_compiled, load_generated
 from tickmesh.transports.connection import Backoff, SecretMissing, read_secret
-from tickmesh.transports.rdma import RECORDS_MAX, RECORDS_MIN, ChannelError, RdmaChannel, shared_device
+from tickmesh.transports.rdma import RECORDS_MAX, RECORDS_MIN, ChannelError, Heartbeats, RdmaChannel, shared_device
 from tickmesh.transports.ring import RECORD_BYTES
 from tickmesh.transports.toolbox import zeros_aligned
 from tickmesh.transports.verbs import VerbsError
 
 _HOLD_NS = 250_000_000
-_TURN_NS = 5_000_000
+_TURN_NS, _SHORT_TURN_NS = 5_000_000, 200_000
+"""How long the compiled loop goes on before Python looks at the connection; where only Python can post, also at what is to be posted."""
 _BELIEVED_S = 0.01
 """A frame that is not whole after so long is damaged."""
+_EVENTS_MIN = 8
 _SAME_WARNING_S = 60.0
 _INSTRUMENTS_MAX = 1 << 20
 _log = structlog.get_logger("source")
@@ -90,7 +93,7 @@ import numpy as np
 
 from tickmesh.node.event import EVENT
 from tickmesh.node.instruments import InstrumentTable
-from tickmesh.node.rdma_events import DAMAGED, FOREIGN, NOTHING, no_subscription, take_frames
+from tickmesh.node.rdma_events import DAMAGED, FOREIGN, FULL, NOTHING, no_subscription, shards_have_room, take_frames
 from tickmesh.node.router import make_router, route, route_silence
 from tickmesh.transports.rdma import channel_credit_due, no_channel{imports}
 from tickmesh.transports.ring import HEADER_BYTES, RingArrays
@@ -99,10 +102,12 @@ from tickmesh.transports.verbs_post import make_poster
 
 
 @loop
-def receive_for(channel, poster, events, taking, at, out, router, mode, ns):
+def receive_for(channel, poster, events, taking, at, out, router, room, mode, ns):
     until, rounds = monotonic_ns() + ns, 0
     while router.stop[0] == 0:
-        n, found = take_frames(channel, events, taking, at, out)
+        n, found = np.int64(0), np.int64(FULL)
+        if shards_have_room(router, room):
+            n, found = take_frames(channel, events, taking, at, out)
         if n > 0 and not route(router, out, 0, n):
             return found
         if found == DAMAGED or found == FOREIGN:
@@ -111,7 +116,8 @@ def receive_for(channel, poster, events, taking, at, out, router, mode, ns):
         if n > 0:
             rounds = 0
         else:
-            route_silence(router)
+            if found != FULL:
+                route_silence(router)
             rounds = idle(mode, rounds)
         if monotonic_ns() >= until:
             return found
@@ -123,7 +129,7 @@ def warm():
     table, nothing = InstrumentTable(1), zeros_aligned(8, EVENT)
     router = make_router((ring,) * {shards}, table.arrays.records, np.ones(1, np.int64), 0, 0)
     at = np.zeros(2, np.int64)
-    receive_for(no_channel(), {poster}, nothing, no_subscription(table), at, nothing, router, 0, np.int64(0))
+    receive_for(no_channel(), {poster}, nothing, no_subscription(table), at, nothing, router, np.int64(0), 0, np.int64(0))
 """
 
 
@@ -156,7 +162,7 @@ class RdmaReceiver(Receiver):
         self._begins_anew = False
         self._beginning = threading.Lock()
         self._numbers = dict.fromkeys(("connected", "reconnects", "connect_failures"), 0)
-        self._malformed = self._more_gaps = self._more_missing = self._bytes = 0
+        self._malformed = self._more_gaps = self._more_missing = 0
         self._warned: tuple[str, float] = ("", -_SAME_WARNING_S)
         self._told = False
         self._routing = routing_loop(len(context.rings), context.progress)
@@ -210,7 +216,7 @@ class RdmaReceiver(Receiver):
             **self._numbers,
             "messages": int(state[X_EVENTS]),
             "packets": int(state[X_FRAMES]),
-            "bytes": self._bytes,
+            "bytes": int(state[X_FRAMES] + state[X_EVENTS] + state[X_DUPLICATES]) * RECORD_BYTES,
             "malformed": self._malformed + int(state[X_UNKNOWN] + state[X_FULL]),
             "filtered": int(state[X_FILTERED]),
             "duplicates": int(state[X_DUPLICATES]),
@@ -280,13 +286,13 @@ class RdmaReceiver(Receiver):
             link.close()
 
     def _greet(self, link: Link, options: LinkOptions) -> tuple[Frame, dict[str, Any], bytes]:
-        theirs, mine = bytes(self._expect(link, FrameKind.CHALLENGE).payload), secrets.token_bytes(NONCE_BYTES)
+        theirs, mine = bytes(link.expect(FrameKind.CHALLENGE, TIMEOUT_S).payload), secrets.token_bytes(NONCE_BYTES)
         proved = proof(options.token, "subscriber", theirs, mine)
         said = {"node": self._node, "nonce": mine.hex(), "proof": proved, "wants": "outputs"}
         epoch = self._epochs.get(self._session, 0)
         wanted = 0 if self._begins_anew else self.expected
         link.send(FrameKind.HELLO, self.options.shard, epoch, first=wanted, a=self._session, payload=json.dumps(said).encode())
-        welcome = self._expect(link, FrameKind.WELCOME)
+        welcome = link.expect(FrameKind.WELCOME, TIMEOUT_S)
         if welcome.shard != self.options.shard:
             raise FrameDamaged(f"outputs of shard {welcome.shard} were not asked for")
         known = self._epochs.get(welcome.a, 0)
@@ -295,20 +301,10 @@ class RdmaReceiver(Receiver):
         self._epochs = {welcome.a: welcome.epoch}
         return welcome, welcome.json(), mine
 
-    def _expect(self, link: Link, kind: FrameKind) -> Frame:
-        frame = link.receive(TIMEOUT_S)
-        if frame is None:
-            raise LinkSilent(f"no {kind.name} within {TIMEOUT_S:g} s")
-        if frame.kind == FrameKind.REFUSED:
-            raise Refused(frame.events, bytes(frame.payload).decode(errors="replace"), frame.epoch)
-        if frame.kind != kind:
-            raise FrameDamaged(f"frame {frame.kind} where {kind.name} was due")
-        return frame
-
     def _subscribe(self, link: Link, welcome: Frame, said: dict[str, Any]) -> None:
         """Learn the publisher's instruments."""
         try:
-            instruments, depth = int(said["instruments"]), bool(said["depth"])
+            instruments, depth, trades = int(said["instruments"]), bool(said["depth"]), bool(said["trades"])
         except (KeyError, TypeError, ValueError) as error:
             raise FrameDamaged("a publisher does not say what it has") from error
         if not 0 < instruments <= _INSTRUMENTS_MAX:
@@ -317,10 +313,10 @@ class RdmaReceiver(Receiver):
         ids, sources = np.full(most, NO_INSTRUMENT, np.uint32), np.zeros(most, np.uint32)
         self._taking = Subscription(self._state, self.context.table.arrays, ids, sources)
         state = self._state
-        state[X_EPOCH], state[X_SHARD], state[X_DEPTH], state[X_SWEEP] = welcome.epoch, welcome.shard, depth, most
+        state[X_EPOCH], state[X_SHARD], state[X_DEPTH], state[X_PRINTS], state[X_SWEEP] = welcome.epoch, welcome.shard, depth, trades, most
         left = welcome.events
         while left > 0:
-            part = self._expect(link, FrameKind.DATA)
+            part = link.expect(FrameKind.DATA, TIMEOUT_S)
             references = np.frombuffer(part.payload, EVENT).copy()
             if part.events != len(references) or not 0 < len(references) <= left:
                 raise FrameDamaged("a publisher's instruments are not whole")
@@ -366,14 +362,17 @@ class RdmaReceiver(Receiver):
     def _receive(self, link: Link, channel: RdmaChannel) -> None:
         """Take outputs until the connection ends, or we are to stop."""
         module = receiving_loop(len(self.context.rings), channel.poster is not None, self.context.progress)
-        events, at, out = channel.arrays.inbox.view(EVENT), np.zeros(2, np.int64), zeros_aligned(ROUTE_EVENTS, EVENT)
+        events, at, taking = channel.arrays.inbox.view(EVENT), np.zeros(2, np.int64), self._taking
+        most = max(_EVENTS_MIN, min(ROUTE_EVENTS, min(ring.capacity for ring in self.context.rings) // 8))
+        out, room = zeros_aligned(most, EVENT), np.int64(4 * most)  # an event may bring a timer, a definition and its code
         assert isinstance(link.wire, SocketWire)
         ended = select.poll()
         ended.register(link.wire.socket, select.POLLIN)
-        alive, mode, ns = _Alive(channel), self.context.idle_mode, np.int64(_TURN_NS)
+        heartbeats, mode = Heartbeats(channel, HEARTBEAT_S, TIMEOUT_S), self.context.idle_mode
+        ns = np.int64(_TURN_NS if channel.poster is not None else _SHORT_TURN_NS)
         damaged_since: float | None = None
         while self.stop[0] == 0:
-            found = module.receive_for(channel.arrays, channel.poster, events, self._taking, at, out, self.router, mode, ns)
+            found = module.receive_for(channel.arrays, channel.poster, events, taking, at, out, self.router, room, mode, ns)
             channel.post_and_reap()
             now_s = time.monotonic()
             if found == FOREIGN:
@@ -381,28 +380,6 @@ class RdmaReceiver(Receiver):
             damaged_since = (damaged_since or now_s) if found == DAMAGED else None
             if damaged_since is not None and now_s - damaged_since > _BELIEVED_S:
                 raise FrameDamaged("a frame is damaged")
-            alive.look(now_s)
+            heartbeats.look(now_s)
             if found == NOTHING and ended.poll(0):
                 raise LinkError("the publisher has ended the connection")
-        self._bytes = int(self._state[X_FRAMES] + self._state[X_EVENTS]) * RECORD_BYTES
-
-
-class _Alive:
-    """Both sides' heartbeats: ours are sent, those of the publisher are missed."""
-
-    def __init__(self, channel: RdmaChannel) -> None:
-        self._channel, self._heard, self._heard_s, self._told_s = channel, 0, time.monotonic(), 0.0
-
-    def look(self, now_s: float) -> None:
-        """Send one if it is due.
-
-        Raises:
-            LinkSilent: the publisher has written nothing for too long.
-        """
-        if (heard := self._channel.beats_heard) != self._heard:
-            self._heard, self._heard_s = heard, now_s
-        if now_s - self._heard_s > TIMEOUT_S:
-            raise LinkSilent(f"the publisher is silent for {TIMEOUT_S:g} s")
-        if now_s - self._told_s >= HEARTBEAT_S:
-            self._channel.beat()
-            self._told_s = now_s

@@ -30,13 +30,13 @@ from tickmesh.node.delivery import Gateway
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, NO_SIDE, EventArray, Kind
 from tickmesh.node.fields import check_source
 from tickmesh.node.fix_mapping import check_fix_source
-from tickmesh.node.gateways import latency_of, nats_deliveries, signal_names
+from tickmesh.node.gateways import delivering, latency_of, nats_deliveries, signal_names
 from tickmesh.node.journal import JournalReader
 from tickmesh.node.journal_replay import config_event
 from tickmesh.node.logs import set_log_level
 from tickmesh.node.loops import live_loop
 from tickmesh.node.pipeline import outputs_of, place_symbols, risk_limits
-from tickmesh.node.rdma_delivery import RdmaPublisher, delivering, open_publisher, rdma_deliveries
+from tickmesh.node.rdma_delivery import RdmaPublisher, open_publisher, rdma_deliveries
 from tickmesh.node.receivers import Receiver
 from tickmesh.node.shard import BATCH_EVENTS, ShardPlan, generate
 from tickmesh.node.shard_state import CHANGES_KEPT
@@ -584,7 +584,7 @@ class _Change:
         node, wanted = self.node, rdma_deliveries(self.config)
         for name, publisher in node.publishers.items():
             if name not in wanted or name in self.publishers:
-                publisher.stop()
+                publisher.stop(drain_s=0)  # whoever comes back asks for what it has not got
         kept = {name: publisher for name, publisher in node.publishers.items() if name in wanted}
         node.publishers = {**kept, **self.publishers}
         renewed = kept.values() if outputs_of(self.old) != outputs_of(self.config) else ()  # subscribers ask once what they get

@@ -11,7 +11,6 @@ without the GIL sees within microseconds; an event loop could only poll it by ti
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -32,14 +31,13 @@ from tickmesh.control.config import Config
 from tickmesh.node.event import EventArray, Kind
 from tickmesh.node.journal import Journal
 from tickmesh.node.journal_tail import JournalTail, TooOld
+from tickmesh.node.link_sessions import Session, Sessions
 from tickmesh.node.rdma_link import LEADER_RECORDS, connected, go_over, offer_in, offered_channel
 from tickmesh.node.release import ReleaseGate
 from tickmesh.node.replication_link import (
     EVENTS_MAX,
-    INBOX_BYTES_SMALL,
     NONCE_BYTES,
     PAYLOAD_BYTES_MAX,
-    Frame,
     FrameDamaged,
     FrameKind,
     Link,
@@ -48,7 +46,6 @@ from tickmesh.node.replication_link import (
     LinkSilent,
     Reason,
     Refused,
-    SocketWire,
     TlsFiles,
     proof,
     proves,
@@ -104,7 +101,6 @@ def release_gate(config: Config, journal: Journal, waits: Values | None = None, 
 DOCUMENTS = "configs"
 """Folder beside the segments with the document of each configuration that a CONFIG event names, ``<version>.json``."""
 CONNECTIONS_MAX = 256
-_WAIT_S = 0.02
 _log = structlog.get_logger("replication")
 
 
@@ -195,14 +191,17 @@ class ReplicationServer:
         self._superseded = superseded
         self._context: ssl.SSLContext | None = server_context(options.tls) if options.tls else None
         self._shards: dict[int, Leading] = {}
-        self._sessions: set[_Session] = set()
         self._lock = threading.Lock()
-        self._stopping = False
-        self._listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-        self.host, self.port = host, int(self._listener.getsockname()[1])
-        self._thread = threading.Thread(target=self._accept, name="replication", daemon=True)
-        self.refused = 0
-        self._told: tuple[str, int, str] | None = None
+        self._sessions = Sessions("replication", self._session, host, port, most=CONNECTIONS_MAX)
+        self.host, self.port = host, self._sessions.port
+
+    def _session(self, connection: socket.socket, peer: str) -> _Session:
+        return _Session(self, self._sessions, connection, peer)
+
+    @property
+    def refused(self) -> int:
+        """How many standbys were not served."""
+        return self._sessions.refused
 
     @property
     def address(self) -> str:
@@ -211,20 +210,20 @@ class ReplicationServer:
 
     def start(self) -> ReplicationServer:
         """Accept standbys from now on."""
-        self._thread.start()
+        self._sessions.start()
         return self
 
     def lead(self, shard: int, leading: Leading) -> None:
         """Serve a shard; again with a later epoch or another journal: standbys have to connect anew."""
         with self._lock:
             self._shards[shard] = leading
-        self._end_sessions(shard)
+        self._sessions.end(shard)
 
     def resign(self, shard: int) -> None:
         """Serve it no more."""
         with self._lock:
             self._shards.pop(shard, None)
-        self._end_sessions(shard)
+        self._sessions.end(shard)
 
     def leading(self, shard: int) -> Leading | None:
         """What is served of a shard."""
@@ -233,69 +232,19 @@ class ReplicationServer:
 
     def stop(self) -> None:
         """End all sessions and close the port. More than once is fine."""
-        self._stopping = True
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        if self._thread.ident is not None:
-            self._thread.join()
-        for session in self._end_sessions(None):
-            session.join()
+        self._sessions.stop()
 
     def status(self) -> list[dict[str, Any]]:
         """One map per standby that is served."""
-        with self._lock:
-            sessions = [session for session in self._sessions if session.node]
-        return [session.status() for session in sessions]
+        return [session.status() for session in self._sessions.all() if session.node]
 
     # -- sessions
 
-    def _accept(self) -> None:
-        while not self._stopping:
-            try:
-                connection, peer = self._listener.accept()
-            except OSError:
-                if self._stopping:
-                    return
-                time.sleep(_WAIT_S)  # out of descriptors, say
-                continue
-            with self._lock:
-                full = len(self._sessions) >= CONNECTIONS_MAX
-                session = _Session(self, connection, str(peer[0]))
-                if not full:
-                    self._sessions.add(session)
-            if full:
-                self.refused += 1
-                connection.close()
-            else:
-                session.start()
-
-    def _end_sessions(self, shard: int | None) -> list[_Session]:
-        """Nobody waits for them here: who asks may be one of their threads."""
-        with self._lock:
-            ended = [session for session in self._sessions if shard is None or session.shard == shard]
-        for session in ended:
-            session.end()
-        return ended
-
     def replace(self, newer: _Session) -> None:
         """A standby that connects again is the one that counts: its older session ends."""
-        with self._lock:
-            older = [s for s in self._sessions if s is not newer and (s.node, s.shard) == (newer.node, newer.shard)]
-        for session in older:
-            session.end()
-
-    def tell_refused(self, session: _Session, reason: str) -> None:
-        """Count a standby that is not served, and log it once."""
-        self.refused += 1
-        if self._told != (session.node, session.shard, reason):
-            self._told = (session.node, session.shard, reason)
-            _log.warning("standby refused", shard=session.shard, node=session.node, peer=session.peer, reason=reason)
-
-    def gone(self, session: _Session) -> None:
-        """A session has ended."""
-        with self._lock:
-            self._sessions.discard(session)
+        for session in self._sessions.all(newer.shard):
+            if session is not newer and session.node == newer.node:
+                session.end()
 
     def secure(self, connection: socket.socket) -> socket.socket:
         """The connection, through TLS if that is wanted."""
@@ -307,64 +256,36 @@ class ReplicationServer:
             self._superseded(shard, epoch)
 
 
-class _Session(threading.Thread):
+class _Session(Session):
     """One standby of one shard: this thread sends; another one hears acknowledgements."""
 
-    def __init__(self, server: ReplicationServer, connection: socket.socket, peer: str) -> None:
-        super().__init__(name="replication-standby", daemon=True)
-        self.server, self.peer = server, peer
-        self.node, self.shard, self.epoch = "", -1, 0
+    what, lost = "standby", (*Session.lost, TooOld)
+
+    def __init__(self, server: ReplicationServer, sessions: Sessions[_Session], connection: socket.socket, peer: str) -> None:
+        super().__init__(sessions, connection, peer, server.options)
+        self.server, self.epoch = server, 0
         self.counters, self.at = SessionCounters(), Standing()
         self.position = 0
-        self._connection = connection
-        self._link: Link | None = None
         self._channel: RdmaChannel | None = None
         self._journal: Journal | None = None
-        self._ended = np.zeros(1, np.int64)
 
-    def end(self) -> None:
-        """Have it end soon. From any thread."""
-        self._end()
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self._connection, socket.SHUT_RDWR)
+    def secure(self, connection: socket.socket) -> socket.socket:
+        """See :class:`Session`."""
+        return self.server.secure(connection)
 
-    def _end(self) -> None:
-        self._ended[0] = 1
+    def note_end(self) -> None:
+        """See :class:`Session`."""
+        super().note_end()
         if self._journal is not None:
             self._journal.wake_readers()
 
-    def run(self) -> None:
-        """Serve until the standby goes, is refused, or :meth:`end`."""
-        options = self.server.options
-        try:
-            self._connection.settimeout(options.timeout_s)
-            self._connection = self.server.secure(self._connection)
-            self._link = Link(SocketWire(self._connection, options.timeout_s), options.timeout_s, INBOX_BYTES_SMALL)
-            self._serve(self._link)
-        except Refused as refused:
-            self._refuse(refused)
-        except (LinkError, OSError, TooOld) as error:
-            if not self._ended[0]:
-                _log.info("standby gone", shard=self.shard, node=self.node, peer=self.peer, reason=str(error))
-        finally:
-            if self._channel is not None:
-                self._channel.close()
-            self._connection.close()
-            self.server.gone(self)
+    def release(self) -> None:
+        """See :class:`Session`."""
+        if self._channel is not None:
+            self._channel.close()
 
-    def _refuse(self, refused: Refused) -> None:
-        self._say_refused(refused)
-        assert self._link is not None
-        with contextlib.suppress(LinkError):
-            self._link.receive(self.server.options.timeout_s)  # it closes first: a reset would overtake the reason
-
-    def _say_refused(self, refused: Refused) -> None:
-        self.server.tell_refused(self, str(refused))
-        assert self._link is not None
-        with contextlib.suppress(LinkError):
-            self._link.send(FrameKind.REFUSED, max(0, self.shard), refused.epoch, count=refused.reason, payload=str(refused).encode())
-
-    def _serve(self, link: Link) -> None:
+    def serve(self, link: Link) -> None:
+        """See :class:`Session`."""
         hello, nonce = self._greet(link)
         leading = self._admit(hello, nonce)
         self.server.replace(self)
@@ -378,7 +299,7 @@ class _Session(threading.Thread):
         try:
             self._stream(link, leading, tail)
         except Refused as refused:
-            self._say_refused(refused)
+            self.say_refused(refused)
             hearer.join(self.server.options.timeout_s)
         finally:
             link.interrupt()
@@ -391,7 +312,7 @@ class _Session(threading.Thread):
     def _greet(self, link: Link) -> tuple[_Hello, bytes]:
         nonce = secrets.token_bytes(NONCE_BYTES)
         link.send(FrameKind.CHALLENGE, 0, 0, payload=nonce)
-        frame = _expect(link, FrameKind.HELLO, self.server.options.timeout_s)
+        frame = link.expect(FrameKind.HELLO, self.server.options.timeout_s)
         said = frame.json()
         hello = _Hello(frame.shard, frame.epoch, frame.first, frame.chain, frame.a, frame.b, bool(frame.events), said)
         self.node, self.shard = str(said.get("node", "")), frame.shard
@@ -442,7 +363,7 @@ class _Session(threading.Thread):
         if snapshot:
             self._send_all_documents(link, journal)
             self._send_snapshot(link, snapshot)
-        ready = _expect(link, FrameKind.READY, max(60.0, self.server.options.timeout_s))
+        ready = link.expect(FrameKind.READY, max(60.0, self.server.options.timeout_s))
         if ready.first != start or ready.chain != tail.chain_at(start):
             raise FrameDamaged(f"the standby is at sequence {ready.first}, not at {start}")
         tail.position = self.position = start
@@ -481,7 +402,7 @@ class _Session(threading.Thread):
         def equal(sequence: int) -> bool:
             self.counters.probes += 1
             link.send(FrameKind.PROBE, self.shard, self.epoch, first=sequence)
-            answer = _expect(link, FrameKind.CHAIN, self.server.options.timeout_s)
+            answer = link.expect(FrameKind.CHAIN, self.server.options.timeout_s)
             return answer.first == sequence and answer.chain == tail.chain_at(sequence)
 
         return last_common(low, high, equal)
@@ -491,7 +412,7 @@ class _Session(threading.Thread):
     def _stream(self, link: Link, leading: Leading, tail: JournalTail) -> None:
         options = self.server.options
         due = 0.0
-        while not self._ended[0]:
+        while not self.ended[0]:
             events, chain = tail.read(EVENTS_MAX)
             now = time.monotonic()
             if len(events):
@@ -502,7 +423,7 @@ class _Session(threading.Thread):
                 link.send(FrameKind.HEARTBEAT, self.shard, leading.epoch, first=tail.end, chain=leading.digest(stored), a=stored)
                 due = now + options.heartbeat_s
             elif not len(events):
-                tail.wait(self._ended, self.server.idle, due - now)
+                tail.wait(self.ended, self.server.idle, due - now)
 
     def _send_events(self, link: Link, leading: Leading, tail: JournalTail, events: EventArray, chain: int) -> None:
         link.send(
@@ -552,7 +473,7 @@ class _Session(threading.Thread):
                 digest.update(part)
                 link.send(FrameKind.PART, self.shard, self.epoch, a=at, payload=part)
                 at += len(part)
-                if self._ended[0]:
+                if self.ended[0]:
                     raise LinkError("stopped")
         link.send(FrameKind.SNAPSHOT_END, self.shard, self.epoch, first=snapshot.sequence, a=at, payload=digest.digest())
         self.counters.snapshots += 1
@@ -574,10 +495,10 @@ class _Session(threading.Thread):
                     if leading.gate:
                         leading.gate.update(self.node, frame.first, frame.a)
         except LinkError as error:
-            if not self._ended[0]:
+            if not self.ended[0]:
                 _log.info("standby silent or gone", shard=self.shard, node=self.node, reason=str(error))
         finally:
-            self._end()
+            self.note_end()
             link.interrupt()
 
     def status(self) -> dict[str, Any]:
@@ -589,7 +510,7 @@ class _Session(threading.Thread):
             "node": self.node,
             "peer": self.peer,
             "epoch": self.epoch,
-            "link": self._link.wire.name if self._link is not None else "",
+            "link": self.link.wire.name if self.link is not None else "",
             "sequence": self.at.sequence,
             "synced": self.at.synced,
             "outputs": self.at.outputs,
@@ -619,15 +540,6 @@ class _Hello:
             return bytes.fromhex(str(self.said.get("nonce", "")))
         except ValueError:
             return b""
-
-
-def _expect(link: Link, kind: FrameKind, limit_s: float) -> Frame:
-    frame = link.receive(limit_s)
-    if frame is None:
-        raise LinkSilent(f"no {kind.name} within {limit_s:g} s")
-    if frame.kind != kind:
-        raise FrameDamaged(f"frame {frame.kind} where {kind.name} was due")
-    return frame
 
 
 def last_common(low: int, high: int, equal: Callable[[int], bool]) -> int | None:

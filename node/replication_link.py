@@ -272,7 +272,13 @@ class SocketWire:
 
 
 class Link:
-    """A connection that carries frames. One thread may send while another one receives. `heard_s`: when bytes last came."""
+    """A connection that carries frames. One thread may send while another one receives.
+
+    Attributes:
+        heard_s: when bytes last came.
+        heard: whether any have come over the wire that it has now.
+        bytes_sent: over all of its wires.
+    """
 
     def __init__(self, wire: Wire, timeout_s: float, inbox_bytes: int = INBOX_BYTES) -> None:
         self.wire, self._timeout_s = wire, timeout_s
@@ -280,11 +286,11 @@ class Link:
         self._view = self._inbox.data
         self._start = self._end = 0
         self.bytes_sent = 0
-        self.heard_s = time.monotonic()
+        self.heard_s, self.heard = time.monotonic(), False
 
     def go_over_to(self, wire: Wire) -> None:
         """Carry frames over another wire from now on, between two frames, and while no other thread is in it."""
-        self.wire = wire
+        self.wire, self.heard = wire, False
 
     # -- sending
 
@@ -351,6 +357,24 @@ class Link:
             if not self._receive_some(needed, end - time.monotonic()):
                 return None
 
+    def expect(self, kind: FrameKind, limit_s: float) -> Frame:
+        """The next frame, which has to be one of a kind.
+
+        Raises:
+            LinkSilent: there was none within `limit_s`.
+            Refused: the other side does not serve us.
+            FrameDamaged: it is another one.
+            LinkClosed: the other side has closed the connection.
+        """
+        frame = self.receive(limit_s)
+        if frame is None:
+            raise LinkSilent(f"no {kind.name} within {limit_s:g} s")
+        if frame.kind == FrameKind.REFUSED:
+            raise Refused(frame.events, bytes(frame.payload).decode(errors="replace"), frame.epoch)
+        if frame.kind != kind:
+            raise FrameDamaged(f"frame {frame.kind} where {kind.name} was due")
+        return frame
+
     def _decode_header(self) -> tuple[Any, ...]:
         head = self._view[self._start : self._start + HEADER_BYTES]
         magic, version, kind, shard, length, count, epoch, first, chain, a, b, crc, check = _HEADER.unpack(head)
@@ -387,7 +411,7 @@ class Link:
         if count == 0:
             raise LinkClosed("the other side has closed the connection")
         self._end += count
-        self.heard_s = time.monotonic()
+        self.heard_s, self.heard = time.monotonic(), True
         return True
 
     def interrupt(self) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rdma_support import BINDINGS, LIMIT_S, need_binding, pair_of_devices, wait_until
+from rdma_support import BINDINGS, LIMIT_S, losing, need_binding, pair_of_devices, wait_until
 
 from tickmesh.transports.rdma import ChannelError, RdmaChannel
 from tickmesh.transports.verbs import Binding, open_device
@@ -224,17 +222,12 @@ def test_a_peer_that_is_killed_is_noticed_by_the_sender() -> None:
 
 
 def test_lost_packets_cost_time_and_nothing_else(ends: Callable[..., Ends]) -> None:
-    if os.environ.get("TICKMESH_RDMA_GUEST") != "1" or shutil.which("tc") is None:
-        pytest.skip("packets are lost by netem on the veth pair of the virtual machine that `make test-rdma` starts")
-    subprocess.run(["tc", "qdisc", "add", "dev", "rdma0", "root", "netem", "loss", "2%"], check=True)
-    try:
+    with losing(2, "rdma0"):
         pair = ends(records=1024)
         taking = pair.take(0, 5000)
         send_all(pair.sender, 0, 5000, random.Random(3), largest=100)
         taking.join(3 * LIMIT_S)
         assert (taking.next, taking.wrong, taking.error) == (5000, 0, None)
-    finally:
-        subprocess.run(["tc", "qdisc", "del", "dev", "rdma0", "root"], check=True)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tickmesh.node.event import ALL_INSTRUMENTS, BID, EVENT, NO_INSTRUMENT, NO_SIDE, Flag, Kind
+from tickmesh.node.book import apply_events, make_books, top
+from tickmesh.node.event import ALL_INSTRUMENTS, ASK, BID, EVENT, NO_INSTRUMENT, NO_PRICE, NO_SIDE, Flag, Kind
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.rdma_events import (
     DAMAGED,
@@ -25,6 +26,7 @@ from tickmesh.node.rdma_events import (
     X_FILTERED,
     X_GAPS,
     X_MISSING,
+    X_PRINTS,
     X_SHARD,
     X_SOURCE,
     X_SWEEP,
@@ -57,6 +59,8 @@ from tickmesh.transports.rdma import (
     T_PUBLISHED,
     WRITE,
     ChannelArrays,
+    ChannelSilent,
+    Heartbeats,
     channel_available,
     channel_can_post,
     channel_completed,
@@ -134,11 +138,11 @@ class Wires:
         self.line_of_sender[T_CONSUMED] = self.taker.state[S_CONSUMED]
 
 
-def subscription(table: InstrumentTable, *, depth: bool = False, expected: int = 1) -> Subscription:
+def subscription(table: InstrumentTable, *, depth: bool = False, expected: int = 1, trades: bool = True) -> Subscription:
     state = np.zeros(32, np.int64)
     ids, sources = np.full(64, NO_INSTRUMENT, np.uint32), np.zeros(64, np.uint32)
     state[X_SOURCE], state[X_EPOCH], state[X_SHARD], state[X_DEPTH] = SOURCE, EPOCH, SHARD, depth
-    state[X_EXPECTED], state[X_SWEEP] = expected, len(ids)
+    state[X_EXPECTED], state[X_PRINTS], state[X_SWEEP] = expected, trades, len(ids)
     return Subscription(state, table.arrays, ids, sources)
 
 
@@ -160,10 +164,10 @@ def reference(seq: int, instrument: int, symbol: str, source: int = 0) -> Any:
 class Line:
     """Outputs from a ring through frames to a subscriber."""
 
-    def __init__(self, *, depth: bool = False, expected: int = 1, mode: Any = "lossless", room: int = 256) -> None:
+    def __init__(self, *, depth: bool = False, expected: int = 1, mode: Any = "lossless", room: int = 256, trades: bool = True) -> None:
         self.ring = Ring.create(None, 512, EVENT, mode=mode)
         self.writer, self.wires, self.table = self.ring.writer, Wires(), InstrumentTable(64)
-        self.taking = subscription(self.table, depth=depth, expected=expected)
+        self.taking = subscription(self.table, depth=depth, expected=expected, trades=trades)
         self.position, self.lost, self.at = np.uint64(0), 0, np.zeros(2, np.int64)
         self.out = zeros_aligned(room, EVENT)
         self.found: list[int] = []
@@ -196,6 +200,20 @@ class Line:
                 return taken
 
 
+def bodies(event: Any) -> tuple[int, ...]:
+    return tuple(int(event[name]) for name in ("kind", "flags", "side", "price", "qty"))
+
+
+def book_of_one_level(bid: int, bid_qty: int, ask: int, ask_qty: int, *, stale: bool = False) -> list[tuple[int, ...]]:
+    """The slow twin of what becomes of a BBO."""
+    made = [[Kind.CLEAR, 0, NO_SIDE, 0, 0]]
+    made += [[Kind.LEVEL, 0, side, price, qty] for side, price, qty in ((BID, bid, bid_qty), (ASK, ask, ask_qty)) if price != NO_PRICE]
+    made += [[Kind.GAP, 0, NO_SIDE, 0, 0]] if stale else []
+    for event in made[:-1]:
+        event[1] = Flag.MORE
+    return [tuple(map(int, event)) for event in made]
+
+
 def kinds(events: Sequence[Any]) -> list[tuple[int, int]]:
     return [(int(event["seq"]), int(event["kind"])) for event in events]
 
@@ -207,10 +225,10 @@ def test_outputs_come_as_inputs_of_our_own_instruments() -> None:
         reference(1, 5, "ABC"), output(2, Kind.BBO, 5, price=100, qty=3, aux=101, id=4),
         output(3, Kind.TRADE, 5, price=101, qty=2, id=77), output(4, Kind.SIGNAL, 5), output(5, Kind.TRADE, 6),
     ])  # fmt: skip
-    assert kinds(line.kept) == [(1, Kind.REFERENCE), (2, Kind.QUOTE), (3, Kind.TRADE)]
+    assert kinds(line.kept) == [(1, Kind.REFERENCE), (2, Kind.CLEAR), (2, Kind.LEVEL), (2, Kind.LEVEL), (3, Kind.TRADE)]
     assert {int(event["instrument"]) for event in line.kept} == {line.table.find("ABC", SOURCE)} == {1}
-    quote = line.kept[1]
-    assert (quote["price"], quote["qty"], quote["aux"], quote["id"], quote["ts_event"]) == (100, 3, 101, 4, 1002)
+    assert [bodies(event) for event in line.kept[1:4]] == book_of_one_level(100, 3, 101, 4)
+    assert {int(event["ts_event"]) for event in line.kept[1:4]} == {1002}
     assert line.taking.state[X_FILTERED] == 1
     assert line.taking.state[X_UNKNOWN] == 1
     record = line.table.record(1)
@@ -226,29 +244,54 @@ def test_what_is_missing_is_a_gap_and_what_comes_again_is_left_out() -> None:
     assert [line.taking.state[x] for x in (X_GAPS, X_MISSING, X_DUPLICATES)] == [1, 4, 1]
 
 
-def test_a_stale_bbo_is_a_gap_of_its_instrument_and_a_whole_source_s_gap_one_of_each() -> None:
-    line = Line(room=4)  # a sweep that does not fit at once
-    line.send([*(reference(i + 1, i, f"S{i}", source=i % 2) for i in range(9)), output(10, Kind.BBO, 3, flags=Flag.STALE)])
+@pytest.mark.parametrize("stale", [False, True])
+@pytest.mark.parametrize("ask", [NO_PRICE, 3])
+@pytest.mark.parametrize("bid", [NO_PRICE, 2])
+def test_a_bbo_sets_the_subscriber_s_book_whatever_that_was_before(bid: int, ask: int, stale: bool) -> None:
+    line, cent = Line(), 10_000_000
+    sides = [price if price == NO_PRICE else price * cent for price in (bid, ask)]
+    quantities = [0 if price == NO_PRICE else 7 + i for i, price in enumerate((bid, ask))]
+    line.send([
+        reference(1, 5, "ABC"), output(2, Kind.BBO, 5, price=5 * cent, qty=1, aux=6 * cent, id=2, flags=Flag.STALE),
+        output(3, Kind.BBO, 5, price=sides[0], qty=quantities[0], aux=sides[1], id=quantities[1], flags=Flag.STALE if stale else 0),
+    ])  # fmt: skip
+    assert [bodies(event) for event in line.kept if event["seq"] == 3] == book_of_one_level(
+        sides[0], quantities[0], sides[1], quantities[1], stale=stale
+    )
+    books, events = make_books(4, 16), np.array(line.kept, EVENT)
+    results = np.zeros(len(events), np.int64)
+    apply_events(books, events, results, np.zeros(0, EVENT))
+    assert not results.any()
+    assert [[level[:2] for level in side] for side in top(books, 0, 5)] == [
+        [(price, qty)] if price != NO_PRICE else [] for price, qty in zip(sides, quantities)
+    ]
+    assert bool(books.sides["flags"][0] & Flag.STALE) == stale
+
+
+def test_a_whole_source_s_gap_is_one_of_each_of_its_instruments() -> None:
+    line = Line(room=6)  # a sweep that does not fit at once
+    line.send([reference(i + 1, i, f"S{i}", source=i % 2) for i in range(19)])
     line.kept.clear()
-    line.send([output(11, Kind.GAP, ALL_INSTRUMENTS, price=1), output(12, Kind.CLEAR, ALL_INSTRUMENTS, price=0), output(13, Kind.TRADE, 2)])
+    line.send([output(20, Kind.GAP, ALL_INSTRUMENTS, price=1), output(21, Kind.CLEAR, ALL_INSTRUMENTS, price=0), output(22, Kind.TRADE, 2)])
     symbols = [(int(e["seq"]), int(e["kind"]), line.table.symbol(int(e["instrument"]))) for e in line.kept]
     assert symbols == [
-        *((11, Kind.GAP, f"S{i}") for i in (1, 3, 5, 7)), *((12, Kind.CLEAR, f"S{i}") for i in (0, 2, 4, 6, 8)), (13, Kind.TRADE, "S2"),
+        *((20, Kind.GAP, f"S{i}") for i in range(1, 19, 2)), *((21, Kind.CLEAR, f"S{i}") for i in range(0, 19, 2)), (22, Kind.TRADE, "S2"),
     ]  # fmt: skip
 
 
-def test_with_orders_a_bbo_says_nothing_new_and_an_execution_is_counted_once() -> None:
-    line = Line(depth=True)
+@pytest.mark.parametrize("trades", [False, True])
+def test_with_orders_a_bbo_says_nothing_new_and_an_execution_is_counted_once(trades: bool) -> None:
+    line = Line(depth=True, trades=trades)
     line.send(
         [
             reference(1, 0, "A"),
             output(2, Kind.ADD, side=BID, id=9, price=5, qty=4),
             output(3, Kind.BBO),
-            output(4, Kind.EXECUTE, id=9, qty=1),
+            output(4, Kind.EXECUTE, id=9, qty=1, flags=Flag.PRICED),
         ]
     )
     assert kinds(line.kept) == [(1, Kind.REFERENCE), (2, Kind.ADD), (4, Kind.EXECUTE)]
-    assert line.kept[2]["flags"] & Flag.NON_PRINTABLE
+    assert line.kept[2]["flags"] == Flag.PRICED | (Flag.NON_PRINTABLE if trades else 0)
 
 
 def test_a_filtered_symbol_is_left_out() -> None:
@@ -306,25 +349,32 @@ def test_a_lossy_ring_that_has_come_round_says_how_many_are_lost() -> None:
     assert line.taking.state[X_MISSING] == line.lost
 
 
+prices = st.sampled_from([NO_PRICE, 1, 2])
+kinds_put_out = st.sampled_from([Kind.TRADE, Kind.BBO, Kind.SIGNAL, Kind.STATUS])
+
+
 @settings(deadline=None, max_examples=60)
 @given(
-    st.lists(
-        st.tuples(st.integers(1, 3), st.sampled_from([Kind.TRADE, Kind.BBO, Kind.SIGNAL, Kind.STATUS]), st.integers(0, 5)), max_size=400
-    ),
-    st.integers(4, 256),
+    st.lists(st.tuples(st.integers(1, 3), kinds_put_out, st.integers(0, 5), prices, prices, st.booleans()), max_size=300),
+    st.integers(6, 256),
 )
-def test_frames_equal_their_slow_twin(steps: list[tuple[int, Kind, int]], room_events: int) -> None:
+def test_frames_equal_their_slow_twin(steps: list[tuple[int, Kind, int, int, int, bool]], room_events: int) -> None:
     line, outputs, seq = Line(room=room_events), [reference(i + 1, i, f"S{i}") for i in range(5)], 5
-    expected = [(i + 1, int(Kind.REFERENCE)) for i in range(5)]
-    for step, kind, instrument in steps:
+    expected: list[tuple[int, ...]] = [(i + 1, Kind.REFERENCE) for i in range(5)]
+    for step, kind, instrument, bid, ask, stale in steps:
         if step > 1:
-            expected.append((seq + 1, int(Kind.GAP)))
+            expected.append((seq + 1, Kind.GAP))
         seq += step
-        outputs.append(output(seq, kind, instrument))
-        if instrument < 5 and kind != Kind.SIGNAL:
-            expected.append((seq, int(Kind.QUOTE if kind == Kind.BBO else kind)))
+        outputs.append(output(seq, kind, instrument, price=bid, qty=3, aux=ask, id=4, flags=Flag.STALE if stale else 0))
+        if kind == Kind.BBO and instrument < 5:
+            expected += [(seq, *one) for one in book_of_one_level(bid, 3, ask, 4, stale=stale)]
+        elif kind != Kind.SIGNAL and instrument < 5:
+            expected.append((seq, kind))
     line.send(outputs)
-    assert kinds(line.kept) == expected
+    whole = (Kind.CLEAR, Kind.LEVEL, Kind.GAP)
+    assert [
+        (int(e["seq"]), *(bodies(e) if e["kind"] in whole and e["instrument"] != ALL_INSTRUMENTS else [int(e["kind"])])) for e in line.kept
+    ] == expected
     assert line.lost == 0
 
 
@@ -374,3 +424,30 @@ def test_a_line_that_cannot_be_ends_the_channel() -> None:
     assert available(wires.taker) == 0
     assert wires.sender.state[S_FAILED] == wires.taker.state[S_FAILED] == BAD_LINE
     assert FRAME_EVENTS < RECORDS
+
+
+class Lines:
+    """What :class:`Heartbeats` looks at."""
+
+    peer, beats_heard, beats_written = "far", 0, 0
+
+    def beat(self) -> None:
+        self.beats_written += 1
+
+
+def test_heartbeats_are_written_where_nothing_else_is_and_those_of_the_other_side_are_missed() -> None:
+    lines: Any = Lines()
+    heartbeats = Heartbeats(lines, 0.1, 2.0)
+    begun_s = heartbeats._heard_s
+    for step in range(1, 101):  # 10 s, in which each side writes
+        lines.beats_heard += 1
+        heartbeats.look(begun_s + step * 0.1001)
+    assert lines.beats_written == 100
+    for step in range(101, 111):
+        lines.beats_written += 1  # of a publication
+        heartbeats.look(begun_s + step * 0.1001)
+    assert lines.beats_written == 110
+    heartbeats.look(begun_s + 100 * 0.1001 + 1.9)
+    with pytest.raises(ChannelSilent, match="silent for 2 s") as caught:
+        heartbeats.look(begun_s + 100 * 0.1001 + 2.1)
+    assert caught.value.peer == "far"

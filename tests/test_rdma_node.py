@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,18 +15,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rdma_support import LIMIT_S, pair_of_devices, wait_until
-from replicas import pair, same_journals
-from test_rdma_events import output, reference
+from rdma_support import LIMIT_S, losing, pair_of_devices, wait_until
+from replicas import events, new_journal, pair, same_journals
+from test_rdma_events import bodies, book_of_one_level, output, reference
 
 from tickmesh.control.config import Config, parse_config
+from tickmesh.node import follower as follower_module
 from tickmesh.node.event import ALL_INSTRUMENTS, EVENT, Kind
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.rdma_delivery import Published, RdmaPublisher
 from tickmesh.node.rdma_link import RdmaWire
 from tickmesh.node.rdma_source import RdmaReceiver
 from tickmesh.node.receivers import ReceiverContext
+from tickmesh.node.release import ReleaseGate
 from tickmesh.node.replication_link import LinkOptions
+from tickmesh.transports import rdma
 from tickmesh.transports.ring import Reader, Ring
 
 pytestmark = [pytest.mark.rdma, pytest.mark.slow]
@@ -32,10 +39,20 @@ SESSION = 0x5E55
 class Publishing:
     """A shard's output ring and a delivery over RDMA."""
 
-    def __init__(self, device: str, *, token: str = "", capacity: int = 1024, epoch: int = 7) -> None:
-        self.options = LinkOptions("upstream", "feed1", token=token, heartbeat_s=0.1, timeout_s=5.0, idle=1)
-        self.output = Ring.create(None, capacity, EVENT, mode="lossy")
-        self.published = Published(self.output, epoch, SESSION, self.references, frozenset({Kind.BBO, Kind.TRADE}))
+    def __init__(
+        self,
+        device: str,
+        *,
+        token: str = "",
+        capacity: int = 1024,
+        epoch: int = 7,
+        mode: Any = "lossy",
+        gate: ReleaseGate | None = None,
+        timeout_s: float = 5.0,
+    ) -> None:
+        self.options = LinkOptions("upstream", "feed1", token=token, heartbeat_s=0.1, timeout_s=timeout_s, idle=1)
+        self.output = Ring.create(None, capacity, EVENT, mode=mode)
+        self.published = Published(self.output, epoch, SESSION, self.references, frozenset({Kind.BBO, Kind.TRADE}), gate)
         self.publisher = RdmaPublisher(self.options, device=device).start()
         self.publisher.publish(0, self.published)
         self.next = 1
@@ -59,8 +76,8 @@ class Publishing:
 class Subscribing:
     """A node's receiver, and what its shard gets."""
 
-    def __init__(self, device: str, endpoint: str, *, resume: tuple[int, int] | None = None, more: str = "") -> None:
-        self.table, self.ring = InstrumentTable(64), Ring.create(None, 65536, EVENT)
+    def __init__(self, device: str, endpoint: str, *, resume: tuple[int, int] | None = None, more: str = "", capacity: int = 65536) -> None:
+        self.table, self.ring = InstrumentTable(64), Ring.create(None, capacity, EVENT)
         self.reader: Reader = self.ring.reader("shard")
         context = ReceiverContext(self.table, [self.ring], 0, 1)
         self.receiver = RdmaReceiver("up", configuration(device, endpoint, more), context)
@@ -129,7 +146,8 @@ def test_a_source_gets_what_a_delivery_puts_out(stack: ExitStack, more: str) -> 
     source.trades(1)
     wait_until(lambda: 504 in target.sequences() or 505 in target.sequences())
     assert target.sequences() == [*range(3, 503), 505]
-    assert target.sequences(Kind.QUOTE) == [503]
+    book = [event for event in target.events if event["seq"] == 503]
+    assert [bodies(event) for event in book] == book_of_one_level(5, 6, 7, 8)
     begun = target.events[0]
     assert (begun["kind"], begun["seq"], begun["id"], begun["instrument"]) == (Kind.CODE, 3, SESSION, ALL_INSTRUMENTS)
     symbols = {target.table.symbol(int(event["instrument"])) for event in target.events if event["kind"] == Kind.TRADE}
@@ -193,6 +211,95 @@ def test_another_run_of_the_publisher_begins_anew(stack: ExitStack) -> None:
     assert target.sequences(Kind.GAP)
 
 
+def test_outputs_wait_for_the_gate_and_a_subscriber_that_has_more_than_it_lets_go_is_no_stranger(stack: ExitStack, tmp_path: Path) -> None:
+    journal = new_journal(tmp_path)
+    stack.callback(journal.close)
+    gate = ReleaseGate(journal, acks=1, solo=False)
+    source = publishing(stack, gate=gate)
+
+    def release(outputs: int) -> None:
+        journal.append(events(journal.next_sequence, 10))
+        gate.mark(journal.next_sequence, outputs)
+        gate.update("standby", journal.next_sequence, 0)
+
+    source.trades(100)
+    release(20)
+    target = subscribing(stack, source, resume=(40, SESSION))
+    wait_until(lambda: target.receiver.counters()["connected"])
+    release(30)
+    assert target.take() == []
+    for outputs in (41, 60, 102):
+        release(outputs)
+        wait_until(lambda: target.sequences() and target.sequences()[-1] == outputs)  # noqa: B023
+    assert target.sequences() == list(range(41, 103))
+    assert target.sequences(Kind.GAP) == target.sequences(Kind.CLEAR) == []
+    source.publisher.withdraw(0)
+    assert not gate.listeners
+
+
+def test_the_end_of_a_delivery_drains_it(stack: ExitStack) -> None:
+    source = publishing(stack, capacity=4096)
+    target = subscribing(stack, source)
+    wait_until(lambda: target.receiver.counters()["connected"])
+    source.trades(3000)
+    source.publisher.stop(drain_s=LIMIT_S)
+    assert target.sequences() == list(range(3, 3003))
+    assert source.publisher.status() == []
+
+
+def _subscribe(device: str, pipe: Any) -> None:
+    rdma._devices.clear()  # what the parent has opened is of no use here
+    target = Subscribing(device, pipe.recv())
+    wait_until(lambda: target.receiver.counters()["connected"])
+    pipe.send("connected")
+    while True:
+        wait_until(lambda: len(target.take()) > 1 << 30, LIMIT_S * 10)
+
+
+def test_a_subscriber_that_stands_still_is_given_up_and_the_ring_goes_on(stack: ExitStack) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=_subscribe, args=(pair_of_devices()[1], theirs), daemon=True)
+    child.start()
+    stack.callback(child.join)
+    stack.callback(child.kill)
+    assert child.pid is not None
+    source = publishing(stack, capacity=256, mode="lossless")
+    ours.send(f"rdma://127.0.0.1:{source.publisher.port}")
+    assert ours.recv() == "connected"
+    os.kill(child.pid, signal.SIGSTOP)
+    writing = threading.Thread(target=source.trades, args=(1000,), daemon=True)
+    writing.start()
+    wait_until(lambda: source.publisher.numbers()[0]["events"] > 0)
+    assert len(source.publisher.status()) == 1
+    writing.join(LIMIT_S)
+    assert not writing.is_alive()
+    assert source.publisher.status() == []
+    target = subscribing(stack, source)
+    wait_until(lambda: target.receiver.counters()["connected"])
+    source.trades(10)
+    wait_until(lambda: len(target.sequences()) == 10)
+
+
+def test_a_subscriber_whose_shard_is_slow_lives_and_is_waited_for(stack: ExitStack) -> None:
+    source = publishing(stack, capacity=256, mode="lossless", timeout_s=2.0)
+    target = subscribing(stack, source, capacity=256, more="buffer_kb = 64")
+    wait_until(lambda: target.receiver.counters()["connected"])
+    [session] = source.publisher._sessions.all(0)
+    channel = session._channel
+    assert channel is not None
+    writing = threading.Thread(target=source.trades, args=(2500,), daemon=True)
+    writing.start()
+    wait_until(lambda: target.ring.published >= 128)
+    heard = channel.beats_heard
+    wait_until(lambda: channel.beats_heard > heard + 40)  # for twice the time in which a silent one is given up
+    assert target.ring.published <= 256
+    assert writing.is_alive()
+    wait_until(lambda: target.take()[-1]["seq"] == 2502, LIMIT_S * 3)
+    writing.join(LIMIT_S)
+    assert target.sequences() == list(range(3, 2503))
+    assert target.receiver.counters()["reconnects"] == 0
+
+
 def test_a_stale_epoch_is_refused(stack: ExitStack) -> None:
     """A leader that was deposed comes back under its old epoch: nobody takes anything from it."""
     source = publishing(stack, epoch=9)
@@ -247,6 +354,30 @@ def test_a_standby_whose_connection_breaks_connects_again_and_has_the_same_journ
             both.append(100 + cut)
             both.caught_up(LIMIT_S * 2)
         assert follower.counters.connects >= 5
+        both.finish()
+
+
+def test_where_nothing_passes_but_tcp_a_link_falls_back_to_it_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where UDP port 4791 is filtered between two hosts: both have devices, and say so, and nothing comes."""
+    monkeypatch.setattr(follower_module, "_WITHOUT_RDMA_S", 3.0)
+    with pair(tmp_path, 500, **over_rdma()) as both:
+        both.more = both.more | {"rdma_device": pair_of_devices()[1]}
+        follower = both.new_follower()
+        with losing(100, "rdma0", "rdma1"):
+            both.follow()
+            both.caught_up(LIMIT_S * 2)
+            assert follower.status()["link"] == "tcp"
+            assert follower.counters.connects >= 2
+        both.append(100)
+        both.caught_up()
+
+        def over_rdma_again() -> bool:
+            both.server._sessions.end()  # the link is lost for another reason
+            wait_until(lambda: follower.state == "following")
+            return bool(follower.status()["link"] == "rdma")
+
+        wait_until(over_rdma_again, LIMIT_S * 2)
+        both.append(100)
         both.finish()
 
 

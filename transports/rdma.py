@@ -71,6 +71,10 @@ class ChannelError(Exception):
         self.peer, self.status = peer, status
 
 
+class ChannelSilent(ChannelError):
+    """The other side has written nothing for as long as it may."""
+
+
 class ChannelArrays(NamedTuple):
     """What kernels take.
 
@@ -474,11 +478,6 @@ class RdmaChannel:
                 self._publish()
 
     @property
-    def published(self) -> int:
-        """Records that have been written to the other side."""
-        return int(self.arrays.state[S_PUBLISHED])
-
-    @property
     def in_flight(self) -> int:
         """Records staged that the other side has not consumed yet, or not said so."""
         return int(self.arrays.state[S_STAGED]) - int(self._told[T_CONSUMED])
@@ -491,6 +490,11 @@ class RdmaChannel:
     def beats_heard(self) -> int:
         """How often the other side has written its line: as long as it rises, that side lives."""
         return int(self._told[T_BEATS])
+
+    @property
+    def beats_written(self) -> int:
+        """How often we have written the other side's line: with publications, credit, and :meth:`beat`."""
+        return int(self.arrays.state[S_BEATS])
 
     def wait_for_beat(self, known: int, limit_s: float) -> int:
         """Wait until :attr:`beats_heard` is not `known` any more, or for so long; returns it."""
@@ -591,6 +595,38 @@ class RdmaChannel:
         self._inbox.close()
         if self._outbox is not None:
             self._outbox.close()
+
+
+class Heartbeats:
+    """Both sides' signs of life: ours are written where nothing else is, the other side's are missed.
+
+    Args:
+        channel: connected.
+        beat_s: we write something at least this often.
+        silent_s: and the other side something in this time.
+    """
+
+    def __init__(self, channel: RdmaChannel, beat_s: float, silent_s: float) -> None:
+        self._channel, self._beat_s, self._silent_s = channel, beat_s, silent_s
+        self._heard, self._written = channel.beats_heard, channel.beats_written
+        self._heard_s = self._written_s = time.monotonic()
+
+    def look(self, now_s: float) -> None:
+        """Write one if it is due, at `now_s` (monotonic). Call it several times in `beat_s`.
+
+        Raises:
+            ChannelSilent: the other side has written nothing for too long.
+            ChannelError: the connection is lost.
+        """
+        channel = self._channel
+        if (heard := channel.beats_heard) != self._heard:
+            self._heard, self._heard_s = heard, now_s
+        if now_s - self._heard_s > self._silent_s:
+            raise ChannelSilent(f"the other side is silent for {self._silent_s:g} s", peer=channel.peer)
+        if now_s - self._written_s >= self._beat_s and channel.beats_written == self._written:
+            channel.beat()
+        if (written := channel.beats_written) != self._written:
+            self._written, self._written_s = written, now_s
 
 
 _devices: dict[str | None, Device] = {}

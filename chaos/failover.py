@@ -69,6 +69,7 @@ def weighed(event, state):
 _CODE_S, _CHANGE_S = 120.0, 20.0
 """Code, and a change of leadership, that takes longer has failed."""
 _WHOLE_S = 90.0
+_HEARD_S = 0.1
 _SILENT_S = 1.5
 _FAULTS = ("lost", "duplicated", "out_of_order", "stale_epoch", "differing", "not_in_replay", "not_delivered", "malformed", "journal")
 
@@ -150,11 +151,9 @@ class Scenario:
     async def _one(self, number: int, deed: Deed, arrivals: Arrivals, at: Cluster) -> None:
         shards = await self.cluster.whole(_WHOLE_S)
         began = time.monotonic()
-        if deed == "change":
-            await self._set(number)
-            return
-        if deed == "code":
-            await self._set_code(number)
+        if deed in ("change", "code"):
+            await self._everybody(at)
+            await (self._set(number) if deed == "change" else self._set_code(number))
             return
         if deed == "server":
             await self._kill_server(number, arrivals)
@@ -169,6 +168,14 @@ class Scenario:
         if not self.quiet:
             times = ", ".join(f"{one.shard}: {'never' if one.took_ms is None else f'{one.took_ms:.0f} ms'}" for one in made)
             print(f"{number + 1} {deed} {made[0].victim}  {times}  whole after {self.whole_s[-1]:.1f} s", file=sys.stderr, flush=True)
+
+    async def _everybody(self, at: Cluster) -> None:
+        """Wait until every node is there: one that is still starting after a kill would be what a change is waited for."""
+        end = time.monotonic() + _WHOLE_S
+        while missing := set(self.cluster.nodes) - set(await at.beats(_HEARD_S)):
+            if time.monotonic() > end:
+                logs = f"see the logs in {self.cluster.options.folder}"
+                raise NotWhole(_WHOLE_S, f"nothing is heard of {', '.join(sorted(missing))}", logs)
 
     async def _strike(self, number: int, deed: Deed, shards: list[Shard], arrivals: Arrivals) -> list[Change]:
         """Kill, pause, cut off or terminate the leader of a shard."""

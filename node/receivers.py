@@ -476,8 +476,11 @@ class MulticastReceiver(Receiver):
         records, number = self.context.table.arrays.records[: len(self.context.table)], self.context.number
         mine = np.flatnonzero((records["source"] == number) & (records["code"] != 0))
         bind_codes(self.feed, self.context.table, {int(i): int(records["code"][i]) for i in mine})
-        self.feed.arbiter.state[START_SEQUENCE] = before.feed.arbiter.state[EXPECTED]
-        self._goes_on_for_another = bool(before.feed.arbiter.state[EXPECTED])
+        expected = int(before.feed.arbiter.state[EXPECTED])
+        self.feed.arbiter.state[START_SEQUENCE] = expected
+        self._goes_on_for_another = expected > 0 and before.feed.ladders.size == self.feed.ladders.size
+        if not self._goes_on_for_another:
+            self._expected = expected
         take_memory(self.feed, before.feed, self.context.table)
         if before.feed.arbiter.state[EXPECTED]:
             go_on(self.router.clock)

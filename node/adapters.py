@@ -27,12 +27,13 @@ import uvloop
 from tickmesh.control.config import Config, Source
 from tickmesh.node.calculation import CalculationError, load_source
 from tickmesh.node.continuation import Place
+from tickmesh.node.decoder import since_when
 from tickmesh.node.event import EVENT, EventArray, Kind
 from tickmesh.node.feed import SINCE
 from tickmesh.node.intake import Data, Intake, codes_of, make_intake, whole_source
 from tickmesh.node.json_feed import MappedFeed, VenueFeed
 from tickmesh.node.reader import SourceError
-from tickmesh.node.receivers import Receiver, ReceiverContext, bind_codes, since_when, take_memory
+from tickmesh.node.receivers import Receiver, ReceiverContext, bind_codes, take_memory
 from tickmesh.node.recovery import NEVER
 from tickmesh.node.router import ROUTE_EVENTS
 from tickmesh.node.routing_loop import routing_loop

@@ -23,11 +23,11 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from tickmesh.node import arbiter, feed
+from tickmesh.node import arbiter, feed, recovery
 from tickmesh.node.event import NO_PRICE, NO_SIDE, PRICE_DECIMALS
 from tickmesh.node.feed import REASONS, Feed
 from tickmesh.node.instruments import FILTERED, InstrumentTable
@@ -266,6 +266,31 @@ def malformed(state: Feed) -> dict[str, int]:
 def filtered(state: Feed) -> int:
     """How many messages belonged to symbols that the source's filter does not let through."""
     return int(state.state[feed.FILTERED_MESSAGES])
+
+
+def since_when(state: Feed, instruments: Any) -> Any:
+    """From which sequence of the source on the decoder has followed each of these books by position, or NEVER; i64."""
+    own = state.known[instruments] if state.known.size > 1 else np.zeros(len(instruments), np.int64)
+    return np.where(own != 0, own, state.state[feed.SINCE])
+
+
+def snapshot_counters(state: Feed, instruments: InstrumentTable) -> dict[str, int]:
+    """What a snapshot channel has brought, by the names of :class:`tickmesh.node.telemetry.SourceCounter`; nothing if there is none."""
+    if state.recovery.words[recovery.LINE] < 0:
+        return {}
+    found = recovery.recovery_counters(state.recovery)
+    mine = np.flatnonzero(instruments.arrays.records["source"][: len(instruments)] == state.state[feed.SOURCE])
+    return {
+        "books_waiting": int(np.count_nonzero(since_when(state, mine) == recovery.NEVER)),
+        "snapshots": found["snapshots"],
+        "books_recovered": found["recovered"],
+        "snapshots_too_old": found["too_old"],
+        "snapshots_ahead": found["ahead"],
+        "snapshots_not_kept": found["not_kept"],
+        "snapshots_too_large": found["overflows"],
+        "snapshot_turns": found["turns"],
+        "snapshot_turns_broken": found["broken_turns"],
+    }
 
 
 def arbitration(state: Feed) -> dict[str, int]:
@@ -1162,4 +1187,5 @@ def decode_flush(now_ns, feed, out):
     return flush_events(now_ns, feed, out)
 '''
 __all__ = ["FILTERED", "Decoder", "MappingError", "arbitration", "bind_symbol", "configured", "dbn_symbols", "decoder_parts",
-           "decoder_source", "end_of_stream", "filtered", "load_decoder", "make_feed", "malformed", "message_counts", "select"]  # fmt: skip
+           "decoder_source", "end_of_stream", "filtered", "load_decoder", "make_feed", "malformed", "message_counts", "select",
+           "since_when", "snapshot_counters"]  # fmt: skip

@@ -31,6 +31,7 @@ from tickmesh.node.decoder import (
     make_feed,
     malformed,
     message_counts,
+    snapshot_counters,
 )
 from tickmesh.node.event import EventArray
 from tickmesh.node.event_batch import EventBatch
@@ -132,6 +133,7 @@ class _SpecReader(Reader):
             load_decoder(spec, framing, fields=fields, progress=progress) if alone else decoder_parts(spec, framing, fields=fields)
         )
         table.let_through(source, options.symbols, options.exclude)
+        self._table = table
         self.feed = make_feed(
             spec, table, source, framing=framing, midnight_ns=options.midnight_ns(), gap_wait_ns=int(options.gap_wait_ms * 1e6),
             recovery_line=recovery_line(name, options, spec, SNAPSHOT_LINE),
@@ -153,7 +155,8 @@ class _SpecReader(Reader):
 
     def counters(self) -> dict[str, int]:
         lines = arbitration(self.feed)
-        return {**super().counters(), "filtered": filtered(self.feed), **{name: lines[name] for name in ("packets", "gaps", "missing")}}
+        more = {name: lines[name] for name in ("packets", "gaps", "missing")} | snapshot_counters(self.feed, self._table)
+        return {**super().counters(), "filtered": filtered(self.feed), **more}
 
 
 class StreamReader(_SpecReader):

@@ -32,7 +32,17 @@ from tickmesh.node.arbiter import (
     START_SEQUENCE,
 )  # fmt: skip
 from tickmesh.node.continuation import Place
-from tickmesh.node.decoder import arbitration, decoder_parts, filtered, load_decoder, make_feed, malformed, message_counts
+from tickmesh.node.decoder import (
+    arbitration,
+    decoder_parts,
+    filtered,
+    load_decoder,
+    make_feed,
+    malformed,
+    message_counts,
+    since_when,
+    snapshot_counters,
+)
 from tickmesh.node.event import EVENT, EventArray
 from tickmesh.node.feed import (
     BAD_SEQUENCE,
@@ -52,7 +62,7 @@ from tickmesh.node.loops import receive_loop
 from tickmesh.node.order_map import take_orders
 from tickmesh.node.protocol import Field, load_framing, load_spec
 from tickmesh.node.reader import Reader, SourceError, open_reader, protocol_fields, recovery_line, spec_and_framing
-from tickmesh.node.recovery import LINE, NEVER, ask_for_books, recovery_counters, want_books
+from tickmesh.node.recovery import LINE, NEVER, ask_for_books, want_books
 from tickmesh.node.rerequest import FOREVER_NS, Rerequest, RerequestCounters, can_rerequest
 from tickmesh.node.router import ROUTE_EVENTS, S_MARKS, Router, make_router, route_now
 from tickmesh.node.timers import C_EVENT, NOT_LIVE, go_on
@@ -476,8 +486,11 @@ class MulticastReceiver(Receiver):
         records, number = self.context.table.arrays.records[: len(self.context.table)], self.context.number
         mine = np.flatnonzero((records["source"] == number) & (records["code"] != 0))
         bind_codes(self.feed, self.context.table, {int(i): int(records["code"][i]) for i in mine})
-        self.feed.arbiter.state[START_SEQUENCE] = before.feed.arbiter.state[EXPECTED]
-        self._goes_on_for_another = bool(before.feed.arbiter.state[EXPECTED])
+        expected = int(before.feed.arbiter.state[EXPECTED])
+        self.feed.arbiter.state[START_SEQUENCE] = expected
+        self._goes_on_for_another = expected > 0 and before.feed.ladders.size == self.feed.ladders.size
+        if not self._goes_on_for_another:
+            self._expected = expected
         take_memory(self.feed, before.feed, self.context.table)
         if before.feed.arbiter.state[EXPECTED]:
             go_on(self.router.clock)
@@ -616,25 +629,7 @@ class MulticastReceiver(Receiver):
             "requests": asked.requests,
             "recovered": asked.recovered,
             "given_up": asked.given_up,
-            **self._of_snapshots(),
-        }
-
-    def _of_snapshots(self) -> dict[str, int]:
-        """What the snapshot channel has brought."""
-        if not self.has_snapshots:
-            return {}
-        found, records = recovery_counters(self.feed.recovery), self.context.table.arrays.records[: len(self.context.table)]
-        mine = np.flatnonzero(records["source"] == self.context.number)
-        return {
-            "books_waiting": int(np.count_nonzero(since_when(self.feed, mine) == NEVER)),
-            "snapshots": found["snapshots"],
-            "books_recovered": found["recovered"],
-            "snapshots_too_old": found["too_old"],
-            "snapshots_ahead": found["ahead"],
-            "snapshots_not_kept": found["not_kept"],
-            "snapshots_too_large": found["overflows"],
-            "snapshot_turns": found["turns"],
-            "snapshot_turns_broken": found["broken_turns"],
+            **snapshot_counters(self.feed, self.context.table),
         }
 
     def close(self) -> None:
@@ -669,12 +664,6 @@ def bind_codes(feed: Feed, table: InstrumentTable, codes: Mapping[int, int]) -> 
     bound = feed.codes != UNBOUND
     feed.codes[:] = np.where(bound & np.isin(resolved, known), resolved, feed.codes)
     feed.codes[:] = np.where(bound & np.isin(resolved, left_out), FILTERED, feed.codes)
-
-
-def since_when(feed: Feed, instruments: Any) -> Any:
-    """From which sequence of the source on the decoder has followed each of these books by position, or NEVER; i64."""
-    own = feed.known[instruments] if feed.known.size > 1 else np.zeros(len(instruments), np.int64)
-    return np.where(own != 0, own, feed.state[SINCE])
 
 
 def take_memory(feed: Feed, before: Feed, table: InstrumentTable) -> None:

@@ -22,7 +22,7 @@ from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.reader import SourceError, open_reader
 from tickmesh.node.recovery import ask_for_books, recovery_counters
 from tickmesh.node.sbe_encoder import Encoder
-from tickmesh.transports.capture import PACKET
+from tickmesh.transports.capture import PACKET, write_pcap
 
 pytestmark = need_data
 SNAPSHOTS, LEVELS = 2, 10
@@ -506,6 +506,43 @@ def test_captures_with_lost_packets(path: Path, first: int) -> None:
     recovered = [name for name in truth.names if name not in client.stale]
     assert len(recovered) >= len(shown[first + 5]) > 0
     check_equal(client, truth, recovered)
+
+
+def test_a_recording_of_lines_and_snapshots(tmp_path: Path) -> None:
+    """Packets of venues' captures, numbered anew, on two lines that lose the same one, and the loop of snapshots on a third group."""
+    raws, seen = [], set()
+    for path in CME_AB:
+        buf, packets = captured(path)
+        for p in packets:
+            raw = bytes(buf[p["offset"] : p["offset"] + p["length"]])
+            if raw not in seen:
+                seen.add(raw)
+                raws.append(struct.pack("<I", len(raws) + 1) + raw[4:])
+    truth, datagrams = Client(recovers=False), []
+    for seq, raw in enumerate(raws, 1):
+        truth.take(raw)
+        datagrams += [(seq * 10**7, f"239.1.1.{line}", 26400, raw) for line in (1, 2) if seq not in (len(raws) // 3, 5 + line)]
+    codes = sorted({int(truth.table.record(i)["code"]) & ~(1 << 62) for i in range(len(truth.table))})
+    for turn in range(2):
+        for place, code in enumerate(codes, 1):
+            when = (len(raws) + 1000 * (turn + 1) + place) * 10**7
+            datagrams.append((when, "239.1.1.3", 26400, packet(place, truth.snapshot(code, len(raws), len(codes)))))
+    write_pcap(tmp_path / "x.pcap", datagrams)
+    source = f'type = "pcap"\npath = ["{tmp_path / "x.pcap"}"]\ndata_format = "cme_mdp3:{CME_XML}"\n'
+    source += 'snapshot_endpoint = "udp://239.1.1.3:26400"'
+    text = f'[cluster]\nname = "t"\n[data_sources.x]\n{source}\n'
+    table, client = InstrumentTable(512), Client()
+    reader = open_reader("x", parse_config(text).data_sources["x"], [tmp_path / "x.pcap"], table, alone=True)
+    client.table = table
+    out = np.zeros(256, EVENT)
+    while n := reader.read(out):
+        for e in out[:n].copy():
+            client.apply(e)
+    check_equal(client, truth, truth.names)
+    counters = reader.counters()
+    assert (counters["gaps"], counters["missing"], counters["books_waiting"]) == (1, 1, 0)
+    assert counters["books_recovered"] == len(codes) > 1
+    assert (counters["snapshot_turns"], counters["malformed"]) == (2, 0)
 
 
 # ---------------------------------------------------------------- configuration

@@ -308,6 +308,32 @@ def test_losses_again_and_again_beside_a_loop_that_never_rests(
         assert counters["books_recovered"] >= len(SECURITIES)
 
 
+def test_another_configuration_in_the_middle_of_a_recovery(
+    nats_server: NatsServer,  # noqa: F811
+    cluster: str,  # noqa: F811
+    tmp_path: Path,
+    venue: Venue,
+) -> None:
+    """The source's next receiver knows what the one before it knew, and looks for what that one looked for."""
+    config = config_of(venue, cluster, tmp_path)
+    with running(config, nats_server.url) as node:
+        venue.trade(40)
+        until_equal(node, venue)
+        source = config.data_sources["cme"].model_copy(update={"gap_wait_ms": 30.0})
+        node.apply(config.model_copy(update={"data_sources": {"cme": source}}), node.version + 1)
+        venue.trade(20)
+        until_equal(node, venue)
+        venue.trade(20, lost={0: (5,), 1: (5,)})
+        until(lambda: is_caught_up(node, venue), "what was sent")
+        until_stale(node, set(books_of(node)))
+        node.apply(config, node.version + 1)
+        venue.trade(20)
+        until(lambda: is_caught_up(node, venue), "what was sent")
+        until_stale(node, set(books_of(node)))
+        recover(node, venue, "all books")
+        until_equal(node, venue)
+
+
 # ---------------------------------------------------------------- restarts
 
 

@@ -116,15 +116,13 @@ class _Session(Session):
         self._limit_lock = threading.Lock()
         self._channel: RdmaChannel | None = None
         self._served: Published | None = None
+        self._gate: ReleaseGate | None = None
         self._reader: Reader | None = None
 
     def release(self) -> None:
         """See :class:`Session`."""
-        served = self._served
-        with self._limit_lock:  # whoever is being told of more has done with the ring then
-            self._served = None
-        if served is not None and served.gate is not None:
-            served.gate.listeners.discard(self._note_released)
+        if self._gate is not None:
+            self._gate.listeners.discard(self._note_released)
         if self._channel is not None:
             self._channel.close()
         if self._reader is not None:
@@ -217,9 +215,9 @@ class _Session(Session):
 
     def _note_released(self) -> None:
         """The gate may let more go now. Called in the thread that has said so, and here."""
+        assert self._gate is not None
         with self._limit_lock:  # or an older answer might be written after a newer one
-            if self._served is not None:
-                self._cursor[C_LIMIT] = _released(self._served)
+            self._cursor[C_LIMIT] = self._gate.released()
 
     def _publish(self, channel: RdmaChannel, served: Published) -> None:
         options, arrays = self.publisher.options, served.output.arrays
@@ -231,9 +229,10 @@ class _Session(Session):
         if served.gate is None:
             self._cursor[C_LIMIT] = _EVERYTHING
         else:
-            served.gate.listeners.add(self._note_released)
+            self._gate = served.gate
+            self._gate.listeners.add(self._note_released)
         while not self.ended[0] and not ended.poll(0):
-            if served.gate is not None:
+            if self._gate is not None:
                 self._note_released()  # time releases too
             written = channel.beats_written
             if channel.poster is not None:

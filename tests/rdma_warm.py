@@ -10,6 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import test_rdma_takeover as takeover
+from rdma_support import wait_until
 from replicas import pair
 
 from tickmesh.node.event import EVENT
@@ -32,12 +34,29 @@ def main() -> None:
     routing_loop(1, print)
     for compiled in (True, False):
         receiving_loop(1, compiled, print)
+    warm_takeover()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:  # journals and what carries them
         both = stack.enter_context(pair(Path(folder), 100))
         both.follow()
         both.caught_up()
         both.append(1000)
         both.finish()
+
+
+def warm_takeover() -> None:
+    """What :mod:`test_rdma_takeover` runs in its processes, by TCP."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        node, server = takeover.leading("warm", Path(folder) / "leader", "none")
+        stack.callback(node.stop)
+        stack.callback(server.stop)
+        standby = takeover.standing_by("warm", Path(folder) / "standby", "none", server.address, stack)
+        wait_until(lambda: standby.taken > 1000, 60)
+        server.stop()
+        journal, built = standby.take_over(60)
+        stack.callback(built.output.close)
+        stack.callback(journal.close)
+        takeover.go_on(journal, built)
+        takeover.outputs_from(built, 1)
 
 
 def warm_bench() -> None:

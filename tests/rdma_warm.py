@@ -17,8 +17,10 @@ from replicas import pair
 from tickmesh.node.event import EVENT
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.rdma_source import receiving_loop
+from tickmesh.node.release_marks import make_marks, put_mark_now
 from tickmesh.node.routing_loop import routing_loop
 from tickmesh.ops import bench_rdma
+from tickmesh.transports import ring as ring_module
 from tickmesh.transports.codecache import load_compiled
 from tickmesh.transports.ring import Ring
 from tickmesh.transports.toolbox import zeros_aligned
@@ -74,6 +76,8 @@ def warm_rings() -> None:
     reader.hold_from(2)
     ring.reader("again", start="oldest").close()
     ring.release_dead_readers()
+    ring_module._release_stale_now(ring._plain)
+    put_mark_now(make_marks(), np.uint64(0), np.uint64(0))
     ring.close()
 
 

@@ -46,7 +46,7 @@ from tickmesh.node.replication_link import (
 from tickmesh.transports.codecache import load_compiled
 from tickmesh.transports.rdma import (
     RECORDS_MIN,
-    Heartbeats,
+    ChannelHeartbeats,
     RdmaChannel,
     shared_device,
 )
@@ -224,7 +224,7 @@ class _Session(Session):
         words, slots = arrays.words, arrays.slots.view(RECORD)
         ended = select.poll()
         ended.register(self._connection, select.POLLIN)
-        heartbeats = Heartbeats(channel, options.heartbeat_s, options.timeout_s)
+        heartbeats = ChannelHeartbeats(channel, options.heartbeat_s, options.timeout_s)
         shard, epoch, turn_ns = np.uint64(self.shard), np.uint64(served.epoch), np.int64(_TURN_NS if served.gate is None else _GATED_NS)
         if served.gate is None:
             self._cursor[C_LIMIT] = _EVERYTHING

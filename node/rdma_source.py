@@ -71,7 +71,7 @@ from tickmesh.node.routing_loop import routing_loop
 from tickmesh.node.timers import go_on
 from tickmesh.transports.codecache import load_compiled, load_generated
 from tickmesh.transports.connection import Backoff, SecretMissing, read_secret
-from tickmesh.transports.rdma import RECORDS_MAX, RECORDS_MIN, ChannelError, Heartbeats, RdmaChannel, shared_device
+from tickmesh.transports.rdma import RECORDS_MAX, RECORDS_MIN, ChannelError, ChannelHeartbeats, RdmaChannel, shared_device
 from tickmesh.transports.ring import RECORD_BYTES
 from tickmesh.transports.toolbox import zeros_aligned
 from tickmesh.transports.verbs import VerbsError
@@ -368,7 +368,7 @@ class RdmaReceiver(Receiver):
         assert isinstance(link.wire, SocketWire)
         ended = select.poll()
         ended.register(link.wire.socket, select.POLLIN)
-        heartbeats, mode = Heartbeats(channel, HEARTBEAT_S, TIMEOUT_S), self.context.idle_mode
+        heartbeats, mode = ChannelHeartbeats(channel, HEARTBEAT_S, TIMEOUT_S), self.context.idle_mode
         ns = np.int64(_TURN_NS if channel.poster is not None else _SHORT_TURN_NS)
         damaged_since: float | None = None
         while self.stop[0] == 0:

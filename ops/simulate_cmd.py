@@ -179,9 +179,7 @@ def simulate(
     interface: Annotated[str, typer.Option(help="Interface that multicast leaves by.")] = "lo",
     ttl: Annotated[int, typer.Option(help="Multicast hops allowed.")] = 1,
     soupbintcp: Annotated[int | None, typer.Option(help="Serve it over SoupBinTCP at this port; 0: any free one.")] = None,
-    fix: Annotated[
-        int | None, typer.Option(help="Serve books and trades over FIX 4.4 at this port, as CompID --session; 0: any free one.")
-    ] = None,
+    fix: Annotated[int | None, typer.Option(help="Serve books and trades over FIX 4.4 at this port; 0: any free one.")] = None,
     fix_client: Annotated[list[str] | None, typer.Option(help="CompID of a client that may log on; CLIENT by default. Repeatable.")] = None,
     fix_store: Annotated[
         Path | None, typer.Option(help="Folder for the sequences and messages of FIX sessions; none: they begin anew with the program.")
@@ -198,7 +196,7 @@ def simulate(
     rerequest: Annotated[
         str | None, typer.Option(help="Answer MoldUDP64 requests for lost messages at udp://ADDRESS:PORT, until 2 s after the end.")
     ] = None,
-    session: Annotated[str, typer.Option(help="Session name, up to 10 characters.")] = "TICKMESH",
+    session: Annotated[str, typer.Option(help="Session name, up to 10 characters; with FIX the CompID.")] = "TICKMESH",
     mtu: Annotated[int, typer.Option(help="Largest IP packet in bytes.")] = 1500,
     speed: Annotated[str, typer.Option(help="realtime, a factor of it, or max (not with FIX).")] = "realtime",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,

@@ -59,8 +59,8 @@ from tickmesh.transports.rdma import (
     T_PUBLISHED,
     WRITE,
     ChannelArrays,
+    ChannelHeartbeats,
     ChannelSilent,
-    Heartbeats,
     channel_available,
     channel_can_post,
     channel_completed,
@@ -427,7 +427,7 @@ def test_a_line_that_cannot_be_ends_the_channel() -> None:
 
 
 class Lines:
-    """What :class:`Heartbeats` looks at."""
+    """What :class:`ChannelHeartbeats` looks at."""
 
     peer, beats_heard, beats_written = "far", 0, 0
 
@@ -437,7 +437,7 @@ class Lines:
 
 def test_heartbeats_are_written_where_nothing_else_is_and_those_of_the_other_side_are_missed() -> None:
     lines: Any = Lines()
-    heartbeats = Heartbeats(lines, 0.1, 2.0)
+    heartbeats = ChannelHeartbeats(lines, 0.1, 2.0)
     begun_s = heartbeats._heard_s
     for step in range(1, 101):  # 10 s, in which each side writes
         lines.beats_heard += 1

@@ -597,7 +597,7 @@ class RdmaChannel:
             self._outbox.close()
 
 
-class Heartbeats:
+class ChannelHeartbeats:
     """Both sides' signs of life: ours are written where nothing else is, the other side's are missed.
 
     Args:

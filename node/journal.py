@@ -410,9 +410,12 @@ def _segments(folder: Path) -> list[Path]:
 
 
 def _is_blank(path: Path) -> bool:
-    """A file that a crash left before it had a header."""
-    with path.open("rb") as file:
-        return not any(file.read(HEADER_BYTES))
+    """A file that a crash left before it had a header, or one that its writer has removed since it was listed."""
+    try:
+        with path.open("rb") as file:
+            return not any(file.read(HEADER_BYTES))
+    except FileNotFoundError:
+        return True
 
 
 def _open_segments(folder: Path) -> Iterator[_Segment]:
@@ -1168,7 +1171,10 @@ class JournalReader:
 
 
 def _segment_has_data(path: Path) -> bool:
-    return path.exists() and not _is_blank(path) and _Segment(path).first_data_after(0) is not None
+    try:
+        return not _is_blank(path) and _Segment(path).first_data_after(0) is not None
+    except FileNotFoundError:  # see _is_blank
+        return False
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,22 @@ def test_read_while_it_is_written(tmp_path: Path) -> None:
             assert JournalReader(tmp_path).first_sequence == 0
 
 
+def test_read_while_its_writer_comes_and_goes(tmp_path: Path) -> None:
+    """Segments made ahead come with it and go with it: what is read ends where it ends, and nobody fails."""
+    make(tmp_path, 10)
+
+    def come_and_go() -> None:
+        for _ in range(100):
+            with Journal.open(tmp_path, 3):
+                pass
+
+    with ThreadPoolExecutor(1) as pool:
+        writer = pool.submit(come_and_go)
+        while not writer.done():
+            assert sequences(tmp_path) == list(range(10))
+        writer.result()
+
+
 def test_first_sequence_and_config_version(tmp_path: Path) -> None:
     with Journal.create(tmp_path, 7, segment_records=SEGMENT, first_sequence=10**12, config_version=4, segments_ahead=2) as journal:
         journal.append(events(0, 100))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import functools
 import math
 import os
 import re
@@ -1310,10 +1311,10 @@ def parse_config(text: str, name: str = "configuration", checks: Checks | None =
         ConfigError: with every problem.
     """
     reading = _Reading(name)
-    document = _read_toml(reading, text)
-    if document is None:
+    found = _read_toml(reading, text)
+    if found is None:
         raise ConfigError(reading.problems, name)
-    reading.document, reading.lines = document, key_lines(text)
+    reading.document, reading.lines = found
     config = _checked(reading, checks)
     config._file = file
     _check_guarded(config, config, name)
@@ -1342,11 +1343,11 @@ def parse_parts(parts: Mapping[str, Part], own: Config, checks: Checks | None = 
     """
     reading = _Reading("configuration", parts={section: part.name for section, part in parts.items()})
     for section, part in parts.items():
-        document = _read_toml(reading, part.text, part.name)
-        if document is not None:
-            reading.document[section] = document
+        found = _read_toml(reading, part.text, part.name)
+        if found is not None:
+            reading.document[section], lines = found
             reading.lines[(section,)] = 1
-            reading.lines |= {(section, *path): line for path, line in key_lines(part.text).items()}
+            reading.lines |= {(section, *path): line for path, line in lines.items()}
     if reading.problems:
         raise ConfigError(reading.problems, reading.name)
     _check_own(reading, own)
@@ -1385,10 +1386,26 @@ def _check_own(reading: _Reading, own: Config) -> None:
             reading.add(("cluster", name), "is each node's own", "put it into the file of that node")
 
 
-def _read_toml(reading: _Reading, text: str, part: str = "") -> dict[str, Any] | None:
-    """The document, or None with a problem added."""
+_KEPT_TEXT = 1 << 16
+
+
+@functools.lru_cache(maxsize=4 * len(SECTIONS))
+def _toml_of(text: str) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+    """A document and its lines, which are the caller's to read only: of a change of one key, the other sections were read before."""
+    return tomllib.loads(text), key_lines(text)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _copied(inner) for name, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _read_toml(reading: _Reading, text: str, part: str = "") -> tuple[dict[str, Any], dict[KeyPath, int]] | None:
+    """The document and the lines of its keys, or None with a problem added."""
     try:
-        return tomllib.loads(text)
+        document, lines = _toml_of(text) if len(text) < _KEPT_TEXT else _toml_of.__wrapped__(text)
+        return _copied(document), lines
     except tomllib.TOMLDecodeError as error:
         where = re.search(r"at line (\d+)", str(error))
         line = int(where[1]) if where else text.count("\n") + 1

@@ -9,8 +9,8 @@ Below ``tickmesh/<cluster>/``:
 * ``canary/<node>``, ``dry_run/<node>``: documents that one node runs, or only tries (:mod:`tickmesh.control.follower`).
 * ``status/<node>``: what a node runs and what it refused.
 
-A change is one transaction that writes every section at the version it was read at: it is made as a whole, or not at all because somebody
-else was faster.
+A change is one transaction that writes the sections that differ, if all of them still have the versions they were read at: it is made as a
+whole, or not at all because somebody else was faster.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import os
 import secrets
 import shutil
 import socket
+import time
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ from tickmesh.control.store import (
     Store,
     StoreError,
     StoreUnavailable,
+    Unchanged,
     ValueTooLarge,
     VersionMismatch,
     check_key,
@@ -64,6 +66,7 @@ HISTORY_MAX = 100
 CODE_FOLDERS_MAX = 64
 _DELETES = 50  # of one transaction that prunes
 _SURE_TRIES = 20
+_FRESH_S = 30.0
 ChecksOf = Callable[[Path], Checks]
 """The hooks that check a configuration whose code lies in a folder."""
 
@@ -369,6 +372,7 @@ class Stored:
         change: who made the newest change; None: it was made by hand.
         versions: of every key below the prefix.
         problems: keys that are no section, and values that are no text.
+        read_s: when it was read, on the monotonic clock.
     """
 
     version: int
@@ -376,6 +380,7 @@ class Stored:
     change: Change | None
     versions: Mapping[str, int]
     problems: tuple[Problem, ...] = ()
+    read_s: float = field(default_factory=time.monotonic, compare=False)
 
     def missing(self, before: Iterable[str], keys: Keys) -> list[Problem]:
         """Sections that are not there although they were there before."""
@@ -512,7 +517,10 @@ class ConfigStore:
         change = Change(who or who_text(), now_text(), comment, secrets.token_hex(8))
         check_documents_size(self.keys, documents)
         try:
-            versions = await self.store.transaction(self._operations(documents, based_on, change))
+            unchanged = Unchanged(self.keys.config, based_on.versions)
+            if time.monotonic() - based_on.read_s > _FRESH_S:  # a removed key may have been forgotten altogether
+                unchanged.check(await self.store.list(self.keys.config))
+            versions = await self.store.transaction(self._operations(documents, based_on, change), unchanged=unchanged)
             version = max(versions.values())
         except VersionMismatch:
             found = await self.read()
@@ -529,7 +537,10 @@ class ConfigStore:
         about = {"who": change.who, "when": change.when, "comment": change.comment, "id": change.id}
         wanted[self.keys.changed] = toml_of(about)  # the last one: in a bucket each key has a version of its own, and this is the highest
         gone: list[Put | Delete] = [Delete(key, version) for key, version in based_on.versions.items() if key not in wanted]
-        return gone + [Put(key, text.encode(), based_on.versions.get(key, 0)) for key, text in wanted.items()]
+        stored = {self.keys.section(name): text for name, text in based_on.documents.sections.items()}
+        stored |= {self.keys.code(name): source for name, source in based_on.documents.code.items()}
+        other = {key: text for key, text in wanted.items() if stored.get(key) != text}  # each one costs every node something
+        return gone + [Put(key, text.encode(), based_on.versions.get(key, 0)) for key, text in other.items()]
 
     async def _found_out(self, change: Change, based_on: Stored, error: StoreUnavailable) -> int:
         """The version of a change whose answer was lost."""

@@ -39,6 +39,7 @@ from tickmesh.control.store import (
     StoreError,
     StoreRefused,
     StoreUnavailable,
+    Unchanged,
     VersionMismatch,
     check_key,
     now_s,
@@ -138,15 +139,20 @@ class ConsulStore(Store):
 
     # ------------------------------------------------------------ changing
 
-    async def _transaction(self, operations: Sequence[Put | Delete], lease: Lease | None) -> dict[str, int]:
-        failed = ""
+    async def _transaction(
+        self, operations: Sequence[Put | Delete], lease: Lease | None, unchanged: Unchanged | None
+    ) -> dict[str, int]:
+        failed, changing = "", {one.key for one in operations}
         for _ in range(_TRIES):
             verbs = [_verb(one) for one in operations]
+            if unchanged is not None:
+                rest = [(key, version) for key, version in unchanged.versions.items() if key not in changing]
+                verbs += [{"Verb": "check-index", "Key": key, "Index": version} for key, version in rest]
             if isinstance(lease, _ConsulLease):
                 verbs.append({"Verb": "check-session", "Key": lease.key, "Session": lease.session})
             rows, failed = await self._commit(verbs)
             if not failed:
-                return {row["Key"]: int(row["ModifyIndex"]) for row in rows}
+                return {row["Key"]: int(row["ModifyIndex"]) for row in rows if row["Key"] in changing}
             if isinstance(lease, _ConsulLease):
                 await lease.confirm()
             for one in operations:
@@ -155,6 +161,8 @@ class ConsulStore(Store):
                     found = entry.version if entry else 0
                     if found != one.expected:
                         raise VersionMismatch(one.key, one.expected, found)
+            if unchanged is not None:
+                unchanged.check((await self._read(unchanged.prefix)).entries, added=False)
         raise StoreUnavailable(self.address, f"other writers were faster every time: {failed}")
 
     async def _commit(self, verbs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:

@@ -56,6 +56,7 @@ Apply = Callable[[Config, int, Documents], Awaitable[Sequence[str] | None]]
 OpenStore = Callable[[], AbstractAsyncContextManager[Store]]
 """Opens a store for one follower: watches need connections of their own."""
 BY_HAND = "by hand"
+_SHOW_S = 0.01
 _TELL_S = 0.1
 """What is applied sooner is not told of before it is done: it would be one more message to everybody."""
 _log = structlog.get_logger("config")
@@ -139,9 +140,10 @@ class ConfigFollower:
             try_out: compiles and checks one, and applies nothing.
             running: version and documents that the node runs already, from its journal.
             facts: further facts for the status; asked at each heartbeat, in the follower's thread.
-            told: told of every other status, also while the store is away.
+            told: told of other statuses, the newest a moment later, also while the store is away.
         """
         self.options, self._apply, self._try_out, self._facts, self._told = options, apply, try_out, facts, told
+        self._showing: asyncio.TimerHandle | None = None
         self.keys, self.node = Keys(options.own.cluster.name), options.own.cluster.node
         self._good: Documents | None = running[1] if running else None
         self._handled: tuple[str, int, str, str] | None = None
@@ -172,7 +174,7 @@ class ConfigFollower:
         Raises:
             StoreUnavailable: it was silent for `reopen_s`: open another one.
         """
-        self._news, self._said = asyncio.Event(), asyncio.Event()
+        self._news, self._said, self._showing = asyncio.Event(), asyncio.Event(), None
         self._heard_s = now_s()
         watches = [store.watch(prefix) for prefix in (self.keys.config, self.keys.canary(), self.keys.dry_run())]
         tasks = [asyncio.create_task(self._wake(watch), name=f"follow {watch.prefix}") for watch in watches]
@@ -337,8 +339,13 @@ class ConfigFollower:
         if made != self.status:
             self.status = made
             self._said.set()
-            if self._told:
-                self._told(made)
+            if self._told and self._showing is None:  # the store first: others wait for that
+                self._showing = asyncio.get_running_loop().call_later(_SHOW_S, self._show)
+
+    def _show(self) -> None:
+        self._showing = None
+        if self._told:
+            self._told(self.status)
 
     async def _keep_status(self, store: Store, watch: Watch) -> None:
         """Write the status when it changes and at each heartbeat; and history that is due."""

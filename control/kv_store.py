@@ -42,6 +42,7 @@ from tickmesh.control.store import (
     StoreRefused,
     StoreUnavailable,
     TooManyKeys,
+    Unchanged,
     VersionMismatch,
     check_key,
     now_s,
@@ -55,6 +56,7 @@ _TRIES = 40
 _SLICE_S = 0.1
 _BATCH_S = 0.02
 """A batch is stored at once: the rest of it comes within this time, or is read."""
+_EXPECTED_OF = "Nats-Expected-Last-Subject-Sequence-Subject"
 _EXPECTED, _BATCH, _EPOCH, _HOLDER, _TTL = "Nats-Expected-Last-Subject-Sequence", "Tm-Batch", "Tm-Epoch", "Tm-Holder", "Nats-TTL"
 _SERVICES = "services/"
 
@@ -242,9 +244,14 @@ class KvStore(Store):
 
     # ------------------------------------------------------------ changing
 
-    async def _transaction(self, operations: Sequence[Put | Delete], lease: Lease | None) -> dict[str, int]:
+    async def _transaction(
+        self, operations: Sequence[Put | Delete], lease: Lease | None, unchanged: Unchanged | None
+    ) -> dict[str, int]:
+        last = max(unchanged.versions.values(), default=0) if unchanged else 0
         for _ in range(_TRIES):
             messages = [await self._prepare(one) for one in operations]
+            if unchanged is not None:  # of the whole prefix, the first message's key included
+                messages[0][2].update({_EXPECTED: str(last), _EXPECTED_OF: self._subject(unchanged.prefix) + ">"})
             if isinstance(lease, _KvLease):
                 messages.insert(0, lease.renewal())  # stored with the rest or not at all: the store checks who holds it
             first = await self._store(messages)
@@ -258,6 +265,9 @@ class KvStore(Store):
             for one in operations:
                 if one.expected is not None:
                     await self._check_version(one.key, one.expected)
+            if unchanged is not None:
+                reading, last = await self._read_to(unchanged.prefix)
+                unchanged.check(reading.entries)
             # a marker came or went between looking and writing: look again
         raise StoreUnavailable(self.address, "other writers were faster every time")
 

@@ -217,6 +217,28 @@ class Delete:
 
 
 @dataclass(frozen=True)
+class Unchanged:
+    """A condition of a transaction: the keys under a prefix are at the versions that were read, which need not be long ago.
+
+    A key that has been added meanwhile is noticed by a bucket, and not by Consul.
+
+    Attributes:
+        prefix: ends with ``/``.
+        versions: of every key under it.
+    """
+
+    prefix: str
+    versions: Mapping[str, int]
+
+    def check(self, found: Mapping[str, Entry], *, added: bool = True) -> None:
+        """Raise VersionMismatch for the first key that is not as it was; `added`: also for one that was not there."""
+        there = {key: entry.version for key, entry in found.items()}
+        for key in sorted({*self.versions, *there} if added else self.versions):
+            if there.get(key, 0) != self.versions.get(key, 0):
+                raise VersionMismatch(key, self.versions.get(key, 0), there.get(key, 0))
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """All keys under a prefix as they were at one moment.
 
@@ -631,12 +653,15 @@ class Store(ABC):
         """Remove a key, if it has the `expected` version (None: in any case, also if it is absent). Raises as :meth:`put` does."""
         await self.transaction([Delete(key, expected)])
 
-    async def transaction(self, operations: Sequence[Put | Delete], *, lease: Lease | None = None) -> dict[str, int]:
+    async def transaction(
+        self, operations: Sequence[Put | Delete], *, lease: Lease | None = None, unchanged: Unchanged | None = None
+    ) -> dict[str, int]:
         """Do all of it or nothing; nobody sees a part of it. Returns the new versions of the keys put.
 
         Args:
             operations: at most 64, each of another key, with at most 320 KiB of values together.
             lease: do it only while this lease is held, which the store itself checks: a deposed holder changes nothing.
+            unchanged: do it only if these keys are as they were; with those of the operations at most 64.
 
         Raises:
             VersionMismatch: a key does not have its expected version; nothing was changed.
@@ -644,10 +669,10 @@ class Store(ABC):
             TransactionRefused: it is empty, too long, or names a key twice.
             BadKey, ValueTooLarge, StoreUnavailable, StoreRefused: see there.
         """
-        _check_transaction(operations, lease)
+        _check_transaction(operations, lease, unchanged)
         if lease is not None:
             lease.check()
-        return await self._transaction(operations, lease)
+        return await self._transaction(operations, lease, unchanged)
 
     def watch(self, prefix: str) -> Watch:
         """Follow all keys under a prefix (it ends with ``/``; empty: all). It starts at once, also while the store cannot be reached.
@@ -729,7 +754,9 @@ class Store(ABC):
     async def _keys(self, prefix: str) -> builtins.list[str]: ...
 
     @abstractmethod
-    async def _transaction(self, operations: Sequence[Put | Delete], lease: Lease | None) -> dict[str, int]: ...
+    async def _transaction(
+        self, operations: Sequence[Put | Delete], lease: Lease | None, unchanged: Unchanged | None
+    ) -> dict[str, int]: ...
 
     @abstractmethod
     def _open_feed(self, prefix: str) -> Feed: ...
@@ -775,8 +802,11 @@ def check_size(key: str, size: int) -> None:
         raise ValueTooLarge(key, size)
 
 
-def _check_transaction(operations: Sequence[Put | Delete], lease: Lease | None) -> None:
+def _check_transaction(operations: Sequence[Put | Delete], lease: Lease | None, unchanged: Unchanged | None) -> None:
     keys = [check_key(one.key) for one in operations] + ([lease.key] if lease is not None else [])
+    if unchanged is not None:
+        check_prefix(unchanged.prefix)
+        keys += [key for key in unchanged.versions if key not in keys]
     if not operations:
         raise TransactionRefused("it changes nothing")
     if len(keys) > OPERATIONS_MAX:

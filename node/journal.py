@@ -18,6 +18,7 @@ altered the journal: that is an error (:class:`JournalCorrupt`), not a tail, exc
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -418,6 +419,23 @@ def _is_blank(path: Path) -> bool:
         return True
 
 
+def _begun_segments(folder: Path) -> list[Path]:
+    paths = _segments(folder) if folder.is_dir() else []
+    while paths and _is_blank(paths[-1]):
+        paths.pop()
+    if not paths:
+        raise JournalNotFound(folder, "there is no journal here")
+    return paths
+
+
+def _first_header(folder: Path) -> SegmentHeader:
+    """Of the oldest segment; its events are not looked at. Raises as :func:`_open_segments` does."""
+    for path in _begun_segments(folder):
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:  # a live node may let it go just now
+            return _decode_header(path, file.read(HEADER_BYTES))
+    raise JournalNotFound(folder, "there is no journal here")
+
+
 def _open_segments(folder: Path) -> Iterator[_Segment]:
     """The folder's segments in order.
 
@@ -425,11 +443,7 @@ def _open_segments(folder: Path) -> Iterator[_Segment]:
         JournalNotFound: there are none.
         JournalForeignFile: one is missing in between, or belongs to another journal.
     """
-    paths = _segments(folder) if folder.is_dir() else []
-    while paths and _is_blank(paths[-1]):
-        paths.pop()
-    if not paths:
-        raise JournalNotFound(folder, "there is no journal here")
+    paths = _begun_segments(folder)
     before: SegmentHeader | None = None
     for path in paths:
         try:
@@ -555,7 +569,7 @@ def truncate(folder: str | Path, sequence: int) -> Recovery:
     lock = _take_folder(folder)
     try:
         found = recover(folder)
-        oldest = next(_open_segments(folder)).header
+        oldest = _first_header(folder)
         if not oldest.first_sequence <= sequence <= found.next_sequence:
             raise ValueError(f"{folder} holds sequences {oldest.first_sequence} to {found.next_sequence}, so it cannot end at {sequence}")
         index = max(oldest.index, (sequence - oldest.journal_first_sequence - 1) // oldest.segment_records)
@@ -1096,7 +1110,7 @@ class JournalReader:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._first = next(_open_segments(self.folder)).header
+        self._first = _first_header(self.folder)
         self.shard = self._first.shard
 
     @property

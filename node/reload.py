@@ -205,8 +205,7 @@ class Reload:
         if not config.data_sources:
             reasons.append(Problem("data_sources", None, None, "is empty", "add a [data_sources.NAME] table"))
         reasons += _source_problems(config)
-        begins_late = any(JournalReader(journal.folder).first_sequence > 0 for journal in node.journals)
-        if goes_on(config) and not goes_on(node.config) and begins_late:
+        if goes_on(config) and not goes_on(node.config) and any(JournalReader(one.folder).first_sequence > 0 for one in node.journals):
             reason, hint = "a restart would go on from the journal, which has lost its beginning", "start the node anew with this source"
             reasons.append(Problem("data_sources", None, None, reason, hint))
         behind = max((gateway.changes_behind for gateway in node.gateways.values()), default=0)
@@ -342,13 +341,15 @@ class _Change:
         self.sources.ending = [receiver for receiver in self.node.receivers if receiver.name not in kept]
 
     def _write_documents(self) -> None:
-        """Beside every journal, all at once: each waits for the disk."""
+        """Beside every journal, several at once: each waits for the disk."""
         wanted = [
             (thread.documents, replace(self.document, version=self.versions[thread.number]))
             for thread in self.threads
             if thread.documents is not None
         ]
-        if wanted:
+        if len(wanted) == 1:
+            wanted[0][0].write(wanted[0][1])
+        elif wanted:
             with ThreadPoolExecutor(len(wanted), thread_name_prefix="documents") as pool:
                 list(pool.map(lambda pair: pair[0].write(pair[1]), wanted))
 

@@ -161,15 +161,18 @@ class Documents:
             DocumentError: the disk does not take it.
         """
         path = self._path(document.version)
-        temporary = path.with_suffix(".new")
+        temporary, content = path.with_suffix(".new"), document.text().encode()
         try:
             is_new = not self.folder.is_dir()
             self.folder.mkdir(exist_ok=True)
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(document.text())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            try:
+                while content:  # few calls: after each one other threads of a busy node take the interpreter
+                    content = content[os.write(fd, content) :]
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.replace(temporary, path)
             for folder in (self.folder, self.folder.parent) if is_new else (self.folder,):
                 fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
                 try:

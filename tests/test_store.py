@@ -22,6 +22,7 @@ from tickmesh.control.store import (
     Store,
     StoreUnavailable,
     TransactionRefused,
+    Unchanged,
     ValueTooLarge,
     VersionMismatch,
 )
@@ -113,6 +114,35 @@ async def test_a_transaction_is_all_or_nothing(server: StoreServer, root: str) -
         assert {key: entry.value for key, entry in (await store.list(root)).items()} == {a: b"1", b: b"1"}
         await store.transaction([Put(c, b"2", 0), Delete(b, versions[b]), Put(a, b"2", versions[a])])
         assert {key: entry.value for key, entry in (await store.list(root)).items()} == {a: b"2", c: b"2"}
+
+
+@contract
+async def test_a_transaction_while_a_prefix_is_unchanged(server: StoreServer, root: str) -> None:
+    a, b, c, prefix = root + "in/a", root + "in/b", root + "in/c", root + "in/"
+
+    async def versions() -> Unchanged:
+        return Unchanged(prefix, {key: entry.version for key, entry in (await store.list(prefix)).items()})
+
+    async with server.store() as store:
+        nothing = Unchanged(prefix, {})
+        await store.transaction([Put(a, b"1", 0), Put(b, b"1", 0)], unchanged=nothing)
+        await store.transaction([Put(c, b"1", 0)], unchanged=await versions())
+        before = await versions()
+        await store.put(root + "beside", b"1")
+        made = await store.transaction([Put(a, b"2", before.versions[a])], unchanged=before)
+        assert made.keys() == {a}
+        with pytest.raises(VersionMismatch) as caught:  # a is not as it was
+            await store.transaction([Put(b, b"2"), Put(c, b"2")], unchanged=before)
+        assert (caught.value.key, caught.value.expected, caught.value.found) == (a, before.versions[a], made[a])
+        before = await versions()
+        await store.delete(c)
+        with pytest.raises(VersionMismatch) as caught:
+            await store.transaction([Put(b, b"2")], unchanged=before)
+        assert (caught.value.key, caught.value.found) == (c, 0)
+        await store.transaction([Put(b, b"3"), Put(root + "beside", b"2")], unchanged=await versions())
+        assert {key: entry.value for key, entry in (await store.list(root)).items()} == {a: b"2", b: b"3", root + "beside": b"2"}
+        with pytest.raises(TransactionRefused):
+            await store.transaction([Put(a, b"")], unchanged=Unchanged(prefix, {f"{prefix}{n}": 1 for n in range(64)}))
 
 
 @contract

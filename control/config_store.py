@@ -5,7 +5,7 @@ Below ``tickmesh/<cluster>/``:
 * ``config/<section>``: TOML of a section's inside; ``config/code/<file>``: a calculation's source that the configuration names;
   ``config/changed``: who changed it, when and why. The highest version among them is the **config version**. If ``changed`` does not have
   it, the newest change was made by hand.
-* ``history/<version>``: the documents of a version, the newest :data:`HISTORY_MAX`.
+* ``history/<version>``: the documents of a version, at least the newest :data:`HISTORY_MAX`.
 * ``canary/<node>``, ``dry_run/<node>``: documents that one node runs, or only tries (:mod:`tickmesh.control.follower`).
 * ``status/<node>``: what a node runs and what it refused.
 
@@ -28,6 +28,7 @@ import shutil
 import socket
 import time
 import tomllib
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -67,6 +68,7 @@ CODE_FOLDERS_MAX = 64
 _DELETES = 50  # of one transaction that prunes
 _SURE_TRIES = 20
 _FRESH_S = 30.0
+_SPARE = 16  # versions beyond HISTORY_MAX that stay on average: only every so many changes one looks for old ones
 ChecksOf = Callable[[Path], Checks]
 """The hooks that check a configuration whose code lies in a folder."""
 
@@ -561,24 +563,27 @@ class ConfigStore:
     # -- history
 
     async def remember(self, entry: HistoryEntry) -> bool:
-        """Put a version into the history, and the oldest beyond :data:`HISTORY_MAX` away; False if it is there. Raises StoreError."""
+        """Put a version into the history, and now and then the oldest beyond :data:`HISTORY_MAX` away; False if it is there.
+
+        Raises:
+            StoreError: see there.
+        """
         key = self.keys.history(entry.version)
         value = entry.encoded()
         try:
             await self.store.put(key, value, expected=0)
         except VersionMismatch:
             return False
-        if len(await self.store.keys(self.keys.history())) > HISTORY_MAX:
+        if zlib.crc32(key.encode()) % _SPARE == 0:
             await self.prune()
         return True
 
-    async def prune(self, keep: int = HISTORY_MAX) -> int:
-        """Remove the oldest versions beyond the newest `keep`; returns how many went. Raises StoreError."""
-        kept = sorted(await self.store.list(self.keys.history()))
+    async def prune(self, keep: int = HISTORY_MAX) -> None:
+        """Remove the oldest versions beyond the newest `keep`. Raises StoreError."""
+        kept = sorted(await self.store.keys(self.keys.history()))
         gone = kept[: max(0, len(kept) - keep)]
         for first in range(0, len(gone), _DELETES):
             await self.store.transaction([Delete(key) for key in gone[first : first + _DELETES]])
-        return len(gone)
 
     async def history(self) -> list[HistoryEntry]:
         """Every version that is kept, the oldest first. Raises StoreError."""

@@ -13,6 +13,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import json
+import random
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -57,6 +58,7 @@ OpenStore = Callable[[], AbstractAsyncContextManager[Store]]
 """Opens a store for one follower: watches need connections of their own."""
 BY_HAND = "by hand"
 _SHOW_S = 0.01
+_HISTORY_S = (0.1, 0.5)
 _TELL_S = 0.1
 """What is applied sooner is not told of before it is done: it would be one more message to everybody."""
 _log = structlog.get_logger("config")
@@ -151,7 +153,7 @@ class ConfigFollower:
         self._tried = ""
         self._refused_canary = ""
         self._due: dict[int, HistoryEntry] = {}
-        self._news, self._said = asyncio.Event(), asyncio.Event()
+        self._news, self._said, self._accepted = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._heard_s = 0.0
         self.status: dict[str, Any] = {
             "node": self.node,
@@ -174,12 +176,15 @@ class ConfigFollower:
         Raises:
             StoreUnavailable: it was silent for `reopen_s`: open another one.
         """
-        self._news, self._said, self._showing = asyncio.Event(), asyncio.Event(), None
+        self._news, self._said, self._accepted, self._showing = asyncio.Event(), asyncio.Event(), asyncio.Event(), None
+        if self._due:
+            self._accepted.set()
         self._heard_s = now_s()
         watches = [store.watch(prefix) for prefix in (self.keys.config, self.keys.canary(), self.keys.dry_run())]
         tasks = [asyncio.create_task(self._wake(watch), name=f"follow {watch.prefix}") for watch in watches]
         tasks += [
             asyncio.create_task(self._keep_status(store, watches[0]), name="status"),
+            asyncio.create_task(self._keep_history(store), name="history"),
             asyncio.create_task(self._keep_registered(store), name="registration"),
         ]
         follow = asyncio.create_task(self._follow(store, watches), name="follow")
@@ -296,6 +301,7 @@ class ConfigFollower:
             self._good = target.documents
             by = target.stored.change or Change(BY_HAND, now_text())
             self._due[target.version] = HistoryEntry(target.version, by, target.documents)
+            self._accepted.set()
             self._tell(state="running", applying=None, refused=None, **done)
         else:
             self._tell(state="running", applying=None, canary={"id": target.id, "state": "applied", "reasons": []}, **done)
@@ -348,7 +354,7 @@ class ConfigFollower:
             self._told(self.status)
 
     async def _keep_status(self, store: Store, watch: Watch) -> None:
-        """Write the status when it changes and at each heartbeat; and history that is due."""
+        """Write the status when it changes and at each heartbeat."""
         backoff, written = Backoff(), True
         while True:
             if written:
@@ -360,7 +366,6 @@ class ConfigFollower:
             try:
                 await store.put(self.keys.status(self.node), self._encoded())
                 self._heard_s = now_s()
-                await self._remember(store)
                 written = True
                 backoff.reset()
             except StoreError:
@@ -381,6 +386,20 @@ class ConfigFollower:
         except Exception as error:  # a status with less in it is better than none
             _log.warning("no further facts for the status", error=repr(error))
         return json.dumps({**facts, **self.status, "at": now_text()}, ensure_ascii=False, default=str).encode()
+
+    async def _keep_history(self, store: Store) -> None:
+        """Put accepted versions into the history, if nobody else does before: not while all are busy with the change, nor all at once."""
+        backoff = Backoff()
+        while True:
+            await self._accepted.wait()
+            await asyncio.sleep(random.uniform(*_HISTORY_S))
+            self._accepted.clear()
+            try:
+                await self._remember(store)
+                backoff.reset()
+            except StoreError:
+                self._accepted.set()
+                await backoff.wait()
 
     async def _remember(self, store: Store) -> None:
         kept = ConfigStore(store, self.keys.cluster)

@@ -106,7 +106,6 @@ class Rollout:
         async with self.store.watch(self.keys.status()) as watch:
             began_s = asyncio.get_running_loop().time()
             made = await self.config.write(documents, based_on, comment)
-            remembering = asyncio.create_task(self._remember(made))
             try:
                 # only now: in between a node would fall back to what was before
                 withdrawn = [key.rpartition("/")[2] for key in canaries if key != self.keys.canary(keep_canary)]
@@ -114,7 +113,7 @@ class Rollout:
                     await self._end_order(self.keys.canary(node), canaries[self.keys.canary(node)].version)
                 answers = await self._answers(asked, _judge_of(made.version, documents.digest), watch, began_s)
             finally:
-                await remembering
+                await self._remember(made)
         return Outcome(made.version, answers, withdrawn)
 
     async def _remember(self, made: HistoryEntry) -> None:

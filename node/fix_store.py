@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from tickmesh.transports.durable import sync_folder
+
 MESSAGE_BYTES_MAX = 1 << 24
 """Longest message that is kept."""
 _HEAD = struct.Struct("<IIQ")
@@ -266,9 +268,7 @@ class FileStore:
         self._end, self._dirty = len(record), True
         if self._force:
             os.fdatasync(file)
-            folder = os.open(self._folder, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            sync_folder(self._folder)
 
     def _path(self, segment: int) -> Path:
         return self._folder / f"{segment:012}.log"

@@ -52,6 +52,7 @@ from tickmesh.node.replication_link import (
     proof,
     proves,
 )
+from tickmesh.transports.durable import sync_folder, write_durably
 
 SNAPSHOTS = "snapshots"
 """Folder beside the segments for the snapshots that a leader sends."""
@@ -459,7 +460,8 @@ class JournalFollower:
         if frame.kind != FrameKind.SNAPSHOT_END or frame.a != size or bytes(frame.payload) != digest.digest():
             temporary.unlink()
             raise FrameDamaged("a snapshot is not whole")
-        _put_in_place(temporary, path)
+        temporary.replace(path)
+        sync_folder(path.parent)
         return path
 
     # -- following
@@ -519,12 +521,7 @@ class JournalFollower:
             content += bytes(more.payload)
         folder = self.folder / DOCUMENTS
         folder.mkdir(exist_ok=True)
-        temporary = folder / f".{version}.json.part"
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        _put_in_place(temporary, folder / f"{version}.json")
+        write_durably(folder / f"{version}.json", content)
         self.counters.documents += 1
 
     # -- frames and epochs
@@ -561,12 +558,7 @@ class JournalFollower:
         with self._epoch_lock:
             if epoch <= self.epoch:
                 return
-            temporary = self.folder / f".{_EPOCH_FILE}.part"
-            with temporary.open("w") as file:
-                file.write(f"{epoch}\n")
-                file.flush()
-                os.fsync(file.fileno())
-            _put_in_place(temporary, self.folder / _EPOCH_FILE)
+            write_durably(self.folder / _EPOCH_FILE, f"{epoch}\n".encode())
             self.epoch = epoch
 
 
@@ -596,16 +588,6 @@ def write_agreed(folder: Path, epoch: int) -> None:
     temporary = folder / f".{_AGREED_FILE}.part"
     temporary.write_text(f"{epoch}\n")
     temporary.replace(folder / _AGREED_FILE)
-
-
-def _put_in_place(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, on disk."""
-    temporary.replace(path)
-    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _header_of(said: dict[str, Any]) -> tuple[SegmentHeader, int]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ import structlog
 
 from tickmesh.control.changes import restart_needed
 from tickmesh.control.config import Config, Problem
-from tickmesh.control.turns import undisturbed
+from tickmesh.control.turns import undisturbed, waiting
 from tickmesh.node.beginning import goes_on
 from tickmesh.node.book import numbering_of
 from tickmesh.node.calculation import PlanError, compile_problems
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 _LOOK_S = 0.0002
 _CATCH_UP_S = 1.0
+_WRITERS = 8
 _REASON_LINES = 3
 _log = structlog.get_logger("node")
 
@@ -99,6 +100,7 @@ class Reload:
         self._closed = threading.Event()
         self._helper: ReadyHelper | None = None
         self._numbered: dict[str, int] = {}
+        self._writers = ThreadPoolExecutor(_WRITERS, thread_name_prefix="documents")
 
     @property
     def under_way(self) -> int | None:
@@ -133,7 +135,7 @@ class Reload:
         """Change shards (None: all), with no role changing before it is in force, also if that takes longer than `wait_s`."""
         with ExitStack() as held:
             held.enter_context(self._node.changing.configuration())
-            change = _Change(self._node, document, plan, self._node.shards if threads is None else threads)
+            change = _Change(self._node, document, plan, self._node.shards if threads is None else threads, self._writers)
             with undisturbed():
                 change.prepare()
             self._change, self._steps, self._version, self._held = change, change.carry_out(), document.version, held.pop_all()
@@ -172,6 +174,7 @@ class Reload:
             self._end()
             if self._helper is not None:
                 self._helper.close()
+        self._writers.shutdown()
 
     def _end(self) -> None:
         self._steps = None
@@ -299,8 +302,10 @@ class _Sources:
 class _Change:
     """One change on its way."""
 
-    def __init__(self, node: Node, document: Document, plan: ShardPlan, threads: Sequence[ShardThread]) -> None:
-        self.node, self.document, self.plan, self.threads = node, document, plan, list(threads)
+    def __init__(
+        self, node: Node, document: Document, plan: ShardPlan, threads: Sequence[ShardThread], pool: ThreadPoolExecutor
+    ) -> None:
+        self.node, self.document, self.plan, self.threads, self.pool = node, document, plan, list(threads), pool
         self.versions = {thread.number: max(document.version, thread.version + 1) for thread in self.threads}
         self.config, self.old = document.config, node.config
         self.limits = risk_limits(self.config)
@@ -341,17 +346,21 @@ class _Change:
         self.sources.ending = [receiver for receiver in self.node.receivers if receiver.name not in kept]
 
     def _write_documents(self) -> None:
-        """Beside every journal, several at once: each waits for the disk."""
+        """Beside every journal, all at once: each waits for the disk."""
         wanted = [
             (thread.documents, replace(self.document, version=self.versions[thread.number]))
             for thread in self.threads
             if thread.documents is not None
         ]
-        if len(wanted) == 1:
-            wanted[0][0].write(wanted[0][1])
-        elif wanted:
-            with ThreadPoolExecutor(len(wanted), thread_name_prefix="documents") as pool:
-                list(pool.map(lambda pair: pair[0].write(pair[1]), wanted))
+        others = [self.pool.submit(documents.write, document) for documents, document in wanted[1:]]
+        try:
+            with waiting():
+                for documents, document in wanted[:1]:
+                    documents.write(document)
+        finally:
+            wait(others)
+        for other in others:
+            other.result()
 
     def _prepare_source(self, name: str) -> None:
         old = self.old.data_sources.get(name)

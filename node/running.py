@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -78,6 +79,7 @@ def _follow(
 
 
 def _watch(node: Node, stop: threading.Event, ready: Callable[[], None] | None, each: Callable[[Node], None] | None) -> None:
+    gc.freeze()  # the compiler's half a million objects stay: to look through them would hold the threads up for a tenth of a second
     try:
         if ready and not stop.is_set():
             ready()

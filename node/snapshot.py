@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from tickmesh.transports.durable import sync_folder
 from tickmesh.transports.ring import RingArrays
 
 _MAGIC, _VERSION = b"tmsnapsh", 2
@@ -117,7 +118,7 @@ def write_snapshot(folder: Path, arrays: Any, facts: SnapshotFacts) -> Path:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(folder)
+        sync_folder(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -144,14 +145,6 @@ def _chunks(array: npt.NDArray[Any]) -> Iterator[tuple[int, Bytes]]:
 
 def _described(dtype: np.dtype[Any]) -> Any:
     return json.loads(json.dumps(np.lib.format.dtype_to_descr(dtype)))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------- reading

@@ -22,6 +22,7 @@ from tickmesh.node.journal import JournalReader
 from tickmesh.node.pipeline import make_plan
 from tickmesh.node.shard import ShardPlan
 from tickmesh.transports.codecache import cache_dir
+from tickmesh.transports.durable import sync_folder, write_durably
 
 _FOLDER = "configs"
 
@@ -161,24 +162,11 @@ class Documents:
             DocumentError: the disk does not take it.
         """
         path = self._path(document.version)
-        temporary, content = path.with_suffix(".new"), document.text().encode()
         try:
-            is_new = not self.folder.is_dir()
-            self.folder.mkdir(exist_ok=True)
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-            try:
-                while content:  # few calls: after each one other threads of a busy node take the interpreter
-                    content = content[os.write(fd, content) :]
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            os.replace(temporary, path)
-            for folder in (self.folder, self.folder.parent) if is_new else (self.folder,):
-                fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-                try:
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
+            if not self.folder.is_dir():
+                self.folder.mkdir()
+                sync_folder(self.folder.parent)
+            write_durably(path, document.text().encode())
         except OSError as error:
             raise DocumentError(f"{path} cannot be written ({error.strerror}): free space, or look at its permissions") from error
 

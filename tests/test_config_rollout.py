@@ -89,12 +89,15 @@ async def test_of_two_changes_of_one_version_one_is_refused(server: StoreServer,
 async def test_history_keeps_the_newest(server: StoreServer, cluster: str) -> None:
     async with server.store() as store:
         config = ConfigStore(store, cluster)
-        for number in range(1, HISTORY_MAX + 4):
+        for number in range(1, HISTORY_MAX + 101):
             await config.remember(HistoryEntry(number, Change("me", "now", str(number)), Documents({"risk": f"max_qty = {number}"})))
-        kept = await config.history()
-        assert [entry.version for entry in kept] == list(range(4, HISTORY_MAX + 4))
-        assert not await config.remember(HistoryEntry(50, Change("other", "later"), Documents({})))
-        assert (await config.version(50)).change.comment == "50"
+        kept = [entry.version for entry in await config.history()]
+        assert HISTORY_MAX <= len(kept) < HISTORY_MAX + 100
+        assert kept == list(range(HISTORY_MAX + 101 - len(kept), HISTORY_MAX + 101))
+        await config.prune()
+        assert len(await config.history()) == HISTORY_MAX
+        assert not await config.remember(HistoryEntry(150, Change("other", "later"), Documents({})))
+        assert (await config.version(150)).change.comment == "150"
 
 
 @contract

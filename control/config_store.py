@@ -26,7 +26,6 @@ import os
 import secrets
 import shutil
 import socket
-import time
 import tomllib
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -60,6 +59,7 @@ from tickmesh.control.store import (
     ValueTooLarge,
     VersionMismatch,
     check_key,
+    now_s,
 )
 from tickmesh.control.toml_text import join_sections, remove_value, split_sections, toml_of
 
@@ -374,7 +374,7 @@ class Stored:
         change: who made the newest change; None: it was made by hand.
         versions: of every key below the prefix.
         problems: keys that are no section, and values that are no text.
-        read_s: when it was read, on the monotonic clock.
+        read_s: when it was read, see :func:`tickmesh.control.store.now_s`.
     """
 
     version: int
@@ -382,7 +382,7 @@ class Stored:
     change: Change | None
     versions: Mapping[str, int]
     problems: tuple[Problem, ...] = ()
-    read_s: float = field(default_factory=time.monotonic, compare=False)
+    read_s: float = field(default_factory=now_s, compare=False)
 
     def missing(self, before: Iterable[str], keys: Keys) -> list[Problem]:
         """Sections that are not there although they were there before."""
@@ -520,7 +520,7 @@ class ConfigStore:
         check_documents_size(self.keys, documents)
         try:
             unchanged = Unchanged(self.keys.config, based_on.versions)
-            if time.monotonic() - based_on.read_s > _FRESH_S:  # a removed key may have been forgotten altogether
+            if now_s() - based_on.read_s > _FRESH_S:  # a removed key may have been forgotten altogether
                 unchanged.check(await self.store.list(self.keys.config))
             versions = await self.store.transaction(self._operations(documents, based_on, change), unchanged=unchanged)
             version = max(versions.values())

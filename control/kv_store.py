@@ -250,8 +250,8 @@ class KvStore(Store):
         last = max(unchanged.versions.values(), default=0) if unchanged else 0
         for _ in range(_TRIES):
             messages = [await self._prepare(one) for one in operations]
-            if unchanged is not None:  # of the whole prefix, the first message's key included
-                messages[0][2].update({_EXPECTED: str(last), _EXPECTED_OF: self._subject(unchanged.prefix) + ">"})
+            if unchanged is not None:
+                messages.insert(0, self._guard(unchanged.prefix, last))
             if isinstance(lease, _KvLease):
                 messages.insert(0, lease.renewal())  # stored with the rest or not at all: the store checks who holds it
             first = await self._store(messages)
@@ -283,6 +283,12 @@ class KvStore(Store):
         if isinstance(operation, Put):
             return subject, operation.value, headers
         return subject, b"", headers | {"KV-Operation": "DEL", _TTL: f"{_MARKER_TTL_S}s"}
+
+    def _guard(self, prefix: str, last: int) -> tuple[str, bytes, dict[str, str]]:
+        """A marker that is stored only if the last message below a prefix is `last`; the others keep the conditions of their own keys."""
+        subject = self._subject(prefix)
+        headers = {_EXPECTED: str(last), _EXPECTED_OF: f"{subject}>", "KV-Operation": "DEL", _TTL: f"{_MARKER_TTL_S}s"}
+        return subject.rstrip("."), b"", headers
 
     async def _check_version(self, key: str, expected: int) -> None:
         last = await self._last(self._subject(key))

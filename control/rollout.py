@@ -88,7 +88,7 @@ class Rollout:
         """Make documents the configuration, end what canaries there are, and wait for the nodes.
 
         Args:
-            documents, based_on, comment: see :meth:`ConfigStore.apply`.
+            documents, based_on, comment: see :meth:`ConfigStore.apply`; the history gets the version when the nodes have answered.
             nodes: whom to wait for; None: every member.
             keep_canary: a node whose canary is the caller's to end.
 

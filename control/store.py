@@ -220,7 +220,8 @@ class Delete:
 class Unchanged:
     """A condition of a transaction: the keys under a prefix are at the versions that were read, which need not be long ago.
 
-    A key that has been added meanwhile is noticed by a bucket, and not by Consul.
+    A key that has been added meanwhile is noticed by a bucket, and not by Consul. A bucket with replicas does not notice a plain put of
+    another key that its servers are agreeing on at that very moment; keys of the transaction itself have their own versions for that.
 
     Attributes:
         prefix: ends with ``/``.
@@ -806,6 +807,7 @@ def _check_transaction(operations: Sequence[Put | Delete], lease: Lease | None, 
     keys = [check_key(one.key) for one in operations] + ([lease.key] if lease is not None else [])
     if unchanged is not None:
         check_prefix(unchanged.prefix)
+        check_key(unchanged.prefix[:-1])
         keys += [key for key in unchanged.versions if key not in keys]
     if not operations:
         raise TransactionRefused("it changes nothing")

@@ -472,6 +472,12 @@ def _header(buf: Any, at: Any, counter: Any, ts_recv: Any, feed: Any, out: Any, 
         if wrong != 0:
             _refuse(feed, BAD_TIME)
             ts = sent
+    elif _has(mask, M.ORIGINAL_TIME) and _is_yes(buf, feed, at, mask, M.POSS_DUP):  # sent again: when it was sent first
+        p, e = _cell(feed, at, 0, M.ORIGINAL_TIME)
+        ts, wrong = timestamp(buf, p, e, s[DATE_TEXT : DATE_NS + 1])
+        if wrong != 0:
+            _refuse(feed, BAD_TIME)
+            ts = sent
     wanted = True
     if next_one and counter < _CLASSES:
         s[EXPECTED] = seq + 1

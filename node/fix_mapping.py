@@ -124,6 +124,9 @@ def check_fix_source(name: str, options: Source, folder: Path = Path()) -> list[
     ]
     if options.type in ("pcap", "multicast"):
         bad.append(Refusal("type", f"a {options.type} source has packets, and FIX is a stream", 'use type = "file"'))
+    if options.fix and options.fix.reset == "never" and options.fix.store is None:
+        reason = 'is missing, which reset = "never" needs: after a restart the session would begin at 1, and the venue refuse it'
+        bad.append(Refusal("fix.store", reason, 'name a folder: store = "sessions/venue"'))
     if bad:
         return bad
     try:
@@ -244,7 +247,7 @@ def _own_tags(fields: Mapping[Any, FieldOptions], dictionary: Dictionary | None)
         if tag in taken and not set(_WHERE[name]).isdisjoint(_WHERE[taken[tag]]):
             problems.append(Refusal(f"fields.{name}", f"tag {tag} feeds {taken[tag]} already", "one tag feeds one field"))
         taken[tag] = name
-        if tag in (8, 9, 10, 35, *HEADER, 268, 269, 279, 146) and not (name == "ts_event" and tag == 52):
+        if tag in (8, 9, 10, 35, *HEADER, 268, 269, 279, 146) and not (name == "ts_event" and tag in (52, 122)):
             problems.append(Refusal(f"fields.{name}", f"tag {tag} has a meaning of its own", "choose another tag"))
         if tag >= CODES:
             problems.append(Refusal(f"fields.{name}", f"tag {tag} is too large", f"tags below {CODES} can be mapped"))

@@ -15,7 +15,8 @@ import numpy.typing as npt
 (
     SKIP, KNOWN, SYMBOL, SIDE, PRICE, QTY, ID, AUX, ACTION, TYPE, SEQ, SENDING_TIME, TIME, ENTRY_DATE, ENTRY_TIME, STATUS, TICK_SIZE,
     EXEC_TYPE, EXEC_TRANS, REF_ID, COUNT, POSS_DUP, SENDER, NEW_SEQ, ORDERS, ASK, ASK_QTY, OWN_SEQ, GAP_FILL, TRADE_ID, DATA_LENGTH,
-) = range(31)  # fmt: skip
+    ORIGINAL_TIME,
+) = range(32)  # fmt: skip
 """Slots: the part that a field plays. SKIP: the dictionary does not have it; KNOWN: it means nothing to us."""
 SLOTS = 32
 SLOT_MASK, SPECIAL, FREE, MEMBER = 31, 64, 32, 128
@@ -28,7 +29,7 @@ CODES = 1 << 16
 ROLES = 2 * CODES
 """Roles of a class: first by the digits of a tag of up to four, then by the number of a longer one."""
 
-HEADER = {34: SEQ, 49: SENDER, 52: SENDING_TIME, 43: POSS_DUP}
+HEADER = {34: SEQ, 49: SENDER, 52: SENDING_TIME, 43: POSS_DUP, 122: ORIGINAL_TIME}
 
 
 @dataclass(frozen=True)

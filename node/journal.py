@@ -451,6 +451,8 @@ def _open_segments(folder: Path) -> Iterator[_Segment]:
         except FileNotFoundError:
             if before is None and path is not paths[-1]:
                 continue  # the oldest, which a live node has just let go
+            if before is not None and not any(later.exists() for later in paths[paths.index(path) :]):
+                return  # made ahead, not begun, and removed by the writer that ended
             raise JournalNotFound(path, "was removed while the journal was read; read it again") from None
         header = segment.header
         if before and header.journal_id != before.journal_id:
@@ -525,7 +527,7 @@ def recover(folder: Path) -> Recovery:
     header = found.header
     _clear_from(segment_path(folder, header.index), header, found.records)
     _complete_headers(folder)
-    for surplus in [*found.surplus, *(p for p in _segments(folder) if int(p.stem) > header.index and p not in found.surplus)]:
+    for surplus in reversed([path for path in _segments(folder) if int(path.stem) > header.index]):  # a crash in between leaves no hole
         surplus.unlink()
     return found
 
@@ -935,7 +937,7 @@ class Journal:
         if self._sync != "none":
             self._sync_files()
         self._release_files()
-        for index in range(self._oldest + 1, self._prepared):
+        for index in reversed(range(self._oldest + 1, self._prepared)):  # a crash in between leaves no hole
             segment_path(self.folder, index).unlink()
         self.arrays.words[W_LIMIT] = self.arrays.words[W_NEXT]
         self._checksum_range.detach()

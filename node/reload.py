@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -43,7 +43,7 @@ from tickmesh.node.shard_state import CHANGES_KEPT
 from tickmesh.node.shard_thread import Input, Leg, ShardThread, inputs_room
 from tickmesh.node.store_link import source_numbers
 from tickmesh.node.succession import common_numbering, numbering_after, same_loop, set_parameters, succeed
-from tickmesh.node.versions import Document, DocumentError
+from tickmesh.node.versions import Document, DocumentError, Documents
 from tickmesh.transports.codecache import CompileError, CompileStopped, ReadyHelper, import_generated, watched_compiles, write_generated
 from tickmesh.transports.ring import Ring
 from tickmesh.transports.toolbox import zeros_aligned
@@ -128,14 +128,22 @@ class Reload:
                 reason = f"configuration {self._version} is accepted and not in force yet: the shards wait"
                 hint = "look at their output rings and deliveries, and apply it again then"
                 raise ChangeRefused(version, [Problem("", None, None, reason, hint)], passing=True)
-            document, plan = self._checked(config, version)
-            self._carry_out(document, plan, None, wait_s)
+            writing = _Writing(self._writers)
+            try:
+                document, plan = self._checked(config, version, lambda made: writing.begin(made, self._node.shards))
+            except BaseException:
+                with self._node.changing.configuration():  # no shard comes or goes meanwhile
+                    writing.call_off(self._node.shards)
+                raise
+            self._carry_out(document, plan, None, wait_s, writing)
 
-    def _carry_out(self, document: Document, plan: ShardPlan, threads: Sequence[ShardThread] | None, wait_s: float) -> None:
+    def _carry_out(
+        self, document: Document, plan: ShardPlan, threads: Sequence[ShardThread] | None, wait_s: float, writing: _Writing
+    ) -> None:
         """Change shards (None: all), with no role changing before it is in force, also if that takes longer than `wait_s`."""
         with ExitStack() as held:
             held.enter_context(self._node.changing.configuration())
-            change = _Change(self._node, document, plan, self._node.shards if threads is None else threads, self._writers)
+            change = _Change(self._node, document, plan, self._node.shards if threads is None else threads, writing)
             with undisturbed():
                 change.prepare()
             self._change, self._steps, self._version, self._held = change, change.carry_out(), document.version, held.pop_all()
@@ -151,7 +159,7 @@ class Reload:
             with self._compiles():
                 behind = [thread for thread in node.shards if thread.version < node.document.version and thread.running]
                 if behind and self._steps is None and node.plan is not None:
-                    self._carry_out(node.document, node.plan, behind, _CATCH_UP_S)
+                    self._carry_out(node.document, node.plan, behind, _CATCH_UP_S, _Writing(self._writers))
         except (ChangeRefused, ChangeUnderWay) as error:
             _log.warning("a shard stays under an older configuration for now", reason=str(error))
         finally:
@@ -199,8 +207,10 @@ class Reload:
 
     # -- checks
 
-    def _checked(self, config: Config, version: int | None) -> tuple[Document, ShardPlan]:
-        """Everything that can be known beforehand."""
+    def _checked(
+        self, config: Config, version: int | None, made: Callable[[Document], None] | None = None
+    ) -> tuple[Document, ShardPlan]:
+        """Everything that can be known beforehand; `made` is told of the document once nothing but the code is left to be checked."""
         node = self._node
         reasons = restart_needed(node.config, config)
         if version is not None and version <= node.version:
@@ -220,6 +230,8 @@ class Reload:
             with undisturbed():
                 document = Document.of(config, node.version if version is None else version, self._numbers(config), known.order_ids)
                 risk_limits(config)
+                if made and not reasons:
+                    made(document)
                 plan = document.plan()
             if not reasons:
                 self._compile(plan, len(config.data_sources))
@@ -289,6 +301,55 @@ def _explained(config: Config, plan: ShardPlan | None, error: CompileError) -> l
 # ---------------------------------------------------------------- one change
 
 
+class _Writing:
+    """A change's documents on their way to the disk, beside every journal at once, while the rest of it is checked and prepared.
+
+    Args:
+        pool: whose threads wait for the disk.
+    """
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._begun: list[tuple[Documents, Document, Future[None]]] = []
+
+    def begin(self, document: Document, threads: Iterable[ShardThread]) -> None:
+        """Write a document beside the journals of these shards, with the versions that it gets there."""
+        for thread in threads:
+            if thread.documents is not None:
+                mine = replace(document, version=version_for(thread, document))
+                self._begun.append((thread.documents, mine, self._pool.submit(thread.documents.write, mine)))
+
+    def finish(self, document: Document, threads: Iterable[ShardThread]) -> None:
+        """Wait until that is done: for these shards and this document, whatever was begun.
+
+        Raises:
+            DocumentError: the disk does not take one.
+        """
+        with waiting():
+            wait(future for _, _, future in self._begun)  # before another text may go to the same place
+            self.begin(document, [thread for thread in threads if not self._has(thread, document)])
+            wait(future for _, _, future in self._begun)
+        for _, _, future in self._begun:
+            future.result()
+
+    def _has(self, thread: ShardThread, document: Document) -> bool:
+        mine = replace(document, version=version_for(thread, document))
+        return any(documents is thread.documents and begun == mine for documents, begun, _ in self._begun)
+
+    def call_off(self, threads: Iterable[ShardThread]) -> None:
+        """Remove what was written; not where a shard is run no more, whose new leader may have sent a document of that number."""
+        wait(future for _, _, future in self._begun)
+        ours = [thread.documents for thread in threads]
+        for documents, mine, _ in self._begun:
+            if any(documents is one for one in ours):
+                documents.remove(mine.version)
+
+
+def version_for(thread: ShardThread, document: Document) -> int:
+    """The number that a configuration gets in a shard's journal, where numbers only rise."""
+    return max(document.version, thread.version + 1)
+
+
 @dataclass
 class _Sources:
     """What happens to sources: new receivers by name, their rings, and who ends."""
@@ -303,10 +364,10 @@ class _Change:
     """One change on its way."""
 
     def __init__(
-        self, node: Node, document: Document, plan: ShardPlan, threads: Sequence[ShardThread], pool: ThreadPoolExecutor
+        self, node: Node, document: Document, plan: ShardPlan, threads: Sequence[ShardThread], writing: _Writing
     ) -> None:
-        self.node, self.document, self.plan, self.threads, self.pool = node, document, plan, list(threads), pool
-        self.versions = {thread.number: max(document.version, thread.version + 1) for thread in self.threads}
+        self.node, self.document, self.plan, self.threads, self.writing = node, document, plan, list(threads), writing
+        self.versions = {thread.number: version_for(thread, document) for thread in self.threads}
         self.config, self.old = document.config, node.config
         self.limits = risk_limits(self.config)
         self.sources = _Sources()
@@ -334,7 +395,7 @@ class _Change:
             where = "processing"
             self._prepare_legs()
             where = "journal"
-            self._write_documents()
+            self.writing.finish(self.document, self.threads)
         except CompileStopped:
             self.call_off()
             raise
@@ -344,23 +405,6 @@ class _Change:
             raise ChangeRefused(self.document.version, [reason]) from error
         kept = set(self.config.data_sources) - set(self.sources.made)
         self.sources.ending = [receiver for receiver in self.node.receivers if receiver.name not in kept]
-
-    def _write_documents(self) -> None:
-        """Beside every journal, all at once: each waits for the disk."""
-        wanted = [
-            (thread.documents, replace(self.document, version=self.versions[thread.number]))
-            for thread in self.threads
-            if thread.documents is not None
-        ]
-        others = [self.pool.submit(documents.write, document) for documents, document in wanted[1:]]
-        try:
-            with waiting():
-                for documents, document in wanted[:1]:
-                    documents.write(document)
-        finally:
-            wait(others)
-        for other in others:
-            other.result()
 
     def _prepare_source(self, name: str) -> None:
         old = self.old.data_sources.get(name)
@@ -434,9 +478,8 @@ class _Change:
         """Let go of everything that was prepared."""
         if self.relabelled:
             self._relabel(self.old)
+        self.writing.call_off(self.node.shards)
         for thread in self.threads:
-            if thread.documents is not None:
-                thread.documents.remove(self.versions[thread.number])
             if thread.number in self.legs:
                 thread.call_off(self.legs[thread.number])
         for receiver in self.sources.made.values():
@@ -464,8 +507,14 @@ class _Change:
         """Do it; yields where it has to wait for the shards."""
         node = self.node
         yield from self._end_receivers()
+        quick = [thread for thread in self.threads if thread.number not in self.legs]
+        for thread in quick:
+            yield from self._tell(thread)
+        for thread in quick:
+            yield from self._heeded(thread)
         for thread in self.threads:
-            yield from self._turn(thread, self.legs.get(thread.number))
+            if thread.number in self.legs:
+                yield from self._hand_over(thread, self.legs[thread.number])
         for thread in self.threads:
             node.exchange(thread, self.plan, self.config)
         yield from self._begin_receivers()
@@ -493,29 +542,36 @@ class _Change:
         self.node.check()
         return not thread.stop[0]
 
-    def _turn(self, thread: ShardThread, leg: Leg | None) -> Iterator[None]:
-        """One shard's CONFIG event, and what follows from it."""
-        version, now_ns = self.versions[thread.number], time.time_ns()
+    def _tell(self, thread: ShardThread) -> Iterator[None]:
+        """The CONFIG event of a shard whose loop stays."""
+        version = self.versions[thread.number]
         if thread.journal is not None:
             thread.journal.config_version = version
-        if leg is None:
-            slot = 1 - int(thread.shard.arrays.core["parameters"][0])
-            set_parameters(thread.shard, self.plan, self.limits, slot)
-            yield from self._send(thread, config_event(version, slot, False, now_ns))
-            while thread.version != version:
-                if not self._runs(thread):
-                    return
-                yield
-            thread.shard.plan = self.plan
-        else:
-            thread.wake(leg)
-            yield from self._send(thread, config_event(version, int(thread.shard.arrays.core["parameters"][0]), True, now_ns))
-            while not thread.handed_over(leg):
-                if not self._runs(thread):
-                    return
-                yield
-            with self.node.swap:
-                thread.complete(leg)
+        slot = 1 - int(thread.shard.arrays.core["parameters"][0])
+        set_parameters(thread.shard, self.plan, self.limits, slot)
+        yield from self._send(thread, config_event(version, slot, False, time.time_ns()))
+
+    def _heeded(self, thread: ShardThread) -> Iterator[None]:
+        while thread.version != self.versions[thread.number]:
+            if not self._runs(thread):
+                return
+            yield
+        thread.shard.plan = self.plan
+
+    def _hand_over(self, thread: ShardThread, leg: Leg) -> Iterator[None]:
+        """The CONFIG event of a shard that gets its next loop."""
+        version = self.versions[thread.number]
+        if thread.journal is not None:
+            thread.journal.config_version = version
+        thread.wake(leg)
+        slot = int(thread.shard.arrays.core["parameters"][0])
+        yield from self._send(thread, config_event(version, slot, True, time.time_ns()))
+        while not thread.handed_over(leg):
+            if not self._runs(thread):
+                return
+            yield
+        with self.node.swap:
+            thread.complete(leg)
 
     # -- sources
 

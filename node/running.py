@@ -13,6 +13,7 @@ from tickmesh.control.turns import short_turns
 from tickmesh.node.following import following
 from tickmesh.node.process import Node, Progress
 from tickmesh.node.receivers import BlockSourceMaker
+from tickmesh.transports import durable
 from tickmesh.transports.codecache import CompileStopped
 
 
@@ -40,6 +41,9 @@ def run_node(
 
     def start(chosen: Config, version: int | None) -> Node:
         node = Node(chosen, generators, targets, progress, stop, version)
+        gc.collect()
+        gc.freeze()  # the compiler's half a million objects stay: to look through them would hold the threads up for a tenth of a second
+        durable.warm()
         try:
             node.start(stop)
         except BaseException:
@@ -79,7 +83,6 @@ def _follow(
 
 
 def _watch(node: Node, stop: threading.Event, ready: Callable[[], None] | None, each: Callable[[Node], None] | None) -> None:
-    gc.freeze()  # the compiler's half a million objects stay: to look through them would hold the threads up for a tenth of a second
     try:
         if ready and not stop.is_set():
             ready()

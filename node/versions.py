@@ -164,7 +164,7 @@ class Documents:
         path = self._path(document.version)
         try:
             if not self.folder.is_dir():
-                self.folder.mkdir()
+                self.folder.mkdir(exist_ok=True)
                 sync_folder(self.folder.parent)
             write_durably(path, document.text().encode())
         except OSError as error:

@@ -102,6 +102,8 @@ def bodies(draw: st.DrawFn, seq: int) -> bytes:
     fields = [(35, kind), (49, sender), (34, str(seq)), (52, draw(st.one_of(st.just("20260102-10:00:00.123"), TIMES)))]
     if draw(st.integers(0, 9)) == 0:
         fields.append((43, draw(st.sampled_from("YN"))))
+        if draw(st.booleans()):
+            fields.append((122, draw(TIMES)))
     if kind == "4":
         fields += [(123, draw(st.sampled_from("YYN"))), (36, str(max(1, seq + draw(st.sampled_from([2, 2, 0, -3])))))]
     if kind in ("W", "X") and draw(st.booleans()):

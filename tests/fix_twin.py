@@ -18,7 +18,7 @@ TYPES = {"W": "snapshot", "X": "incremental", "8": "execution_report", "f": "sec
          "y": "security_list", "S": "quote", "AE": "trade_report", "0": "heartbeat", "1": "test_request", "2": "resend_request",
          "3": "reject", "4": "sequence_reset", "5": "logout", "A": "logon"}  # fmt: skip
 CLASSES = ("W", "X", "8", "f", "d", "y", "S", "AE")
-HEADER = {34, 49, 52, 43}
+HEADER = {34, 49, 52, 43, 122}
 MEMBERS = {"W": {269, 270, 271, 272, 273, 346, 54, 278}, "X": {269, 270, 271, 272, 273, 346, 54, 278, 279, 55, 280}, "y": {55, 969}}
 DELIMITER = {"W": 269, "X": 279, "y": 55}
 COUNT = {"W": 268, "X": 268, "y": 146}
@@ -237,6 +237,11 @@ class FixTwin:
         if 60 in body and kind in CLASSES:
             try:
                 self.ts = timestamp(body[60])
+            except Bad as error:
+                self.malformed[str(error)] += 1
+        elif 122 in body and body.get(43, b"")[:1] == b"Y":
+            try:
+                self.ts = timestamp(body[122])
             except Bad as error:
                 self.malformed[str(error)] += 1
         if self._sequence(kind, sender, body) and kind in CLASSES:

@@ -9,6 +9,7 @@ import json
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,43 @@ async def test_of_two_changes_of_one_version_one_is_refused(server: StoreServer,
         await edit(server, a.keys.section("risk"), b"max_qty = 77")
         with pytest.raises(ConfigChanged, match="by hand"):
             await a.apply(documents(), seen)
+
+
+@contract
+async def test_only_what_differs_is_written_and_all_has_to_be_as_it_was(server: StoreServer, cluster: str) -> None:
+    async with server.store() as store:
+        config = ConfigStore(store, cluster)
+        await applied(config)
+        before = await config.read()
+        await config.apply(before.documents.with_section("risk", "max_qty = 5"), before)
+        after = await config.read()
+        differ = {key for key, version in after.versions.items() if before.versions[key] != version}
+        assert differ == {config.keys.section("risk"), config.keys.changed}
+        assert after.change is not None
+        await edit(server, config.keys.section("logging"), b'level = "debug"')  # a section that the change below leaves alone
+        with pytest.raises(ConfigChanged, match="by hand"):
+            await config.apply(after.documents.with_section("risk", "max_qty = 6"), after)
+        await edit(server, config.keys.section("logging"), None)
+        with pytest.raises(ConfigChanged):
+            await config.apply(after.documents.with_section("risk", "max_qty = 6"), after)
+        seen = await config.read()
+        with pytest.raises(ConfigChanged):  # read so long ago that the store may have forgotten what was removed since
+            await config.apply(after.documents.with_section("risk", "max_qty = 6"), replace(after, read_s=after.read_s - 3600))
+        await config.apply(after.documents.with_section("risk", "max_qty = 7"), seen)
+        assert (await config.read()).documents.sections["risk"] == "max_qty = 7"
+
+
+@contract
+async def test_of_changes_of_two_sections_at_once_one_is_refused(server: StoreServer, cluster: str) -> None:
+    async with server.store() as one, server.store() as other:
+        a, b = ConfigStore(one, cluster), ConfigStore(other, cluster)
+        await applied(a)
+        for number in range(5):
+            seen = await a.read()
+            wishes = ((a, "risk", f"max_qty = {number}"), (b, "logging", f'level = "{"info" if number % 2 else "debug"}"'))
+            tries = (c.apply(seen.documents.with_section(section, text), seen) for c, section, text in wishes)
+            results = await asyncio.gather(*tries, return_exceptions=True)
+            assert [type(result) for result in results].count(ConfigChanged) == 1
 
 
 @contract

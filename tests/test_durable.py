@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tickmesh.transports import durable
 from tickmesh.transports.durable import write_durably
 
 
@@ -43,14 +45,25 @@ def test_what_the_system_says_is_raised(tmp_path: Path) -> None:
     assert long.value.errno == errno.ENAMETOOLONG
 
 
-def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("there is no /dev/full here")
     path = tmp_path / "a"
     write_durably(path, b"before")
-    (tmp_path / "a.new").symlink_to(full)
+    monkeypatch.setattr(durable, "_numbers", iter([7]))
+    (tmp_path / f"a.{os.getpid()}-7.new").symlink_to(full)
     with pytest.raises(OSError, match="space") as caught:
         write_durably(path, b"after")
     assert caught.value.errno == errno.ENOSPC
     assert path.read_bytes() == b"before"
+    assert [one.name for one in tmp_path.iterdir()] == ["a"]
+
+
+def test_threads_that_write_one_file_leave_it_whole(tmp_path: Path) -> None:
+    contents = [bytes([65 + number]) * 50_000 for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            list(pool.map(lambda content: write_durably(tmp_path / "a", content), contents))
+            assert (tmp_path / "a").read_bytes() in contents
+    assert [one.name for one in tmp_path.iterdir()] == ["a"]

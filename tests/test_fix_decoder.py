@@ -162,6 +162,23 @@ def test_missing_messages_are_a_gap_and_a_new_session_too() -> None:
     assert (counters["gaps"], counters["missing"], counters["duplicates"], counters["restarts"]) == (1, 3, 1, 1)
 
 
+def test_what_is_sent_again_has_the_time_at_which_it_was_sent_first() -> None:
+    entry, first = "268=1|279=0|269=0|55=ABC|270=1|271=2", "20260102-09:59:58.5"
+    feed = feed_of()
+    events = read_all(feed, [
+        of_type("X", 1, entry),
+        of_type("X", 2, f"43=Y|122={first}|{entry}"),
+        of_type("X", 3, f"43=N|122={first}|{entry}"),  # it says itself that it was not sent before
+        of_type("X", 4, f"43=Y|122={first}|60=20260102-09:59:59|{entry}"),
+        of_type("X", 5, f"43=Y|122=yesterday|{entry}"),
+    ])  # fmt: skip
+    levels = events[events["kind"] == Kind.LEVEL]
+    sent, original, transact = 123_456_000, -1_500_000_000, -1_000_000_000
+    begun = int(levels["ts_event"][0]) - sent
+    assert [int(ts) - begun for ts in levels["ts_event"]] == [sent, original, sent, transact, sent]
+    assert feed.malformed == {"bad_time": 1}
+
+
 def test_sequence_resets_hide_nothing() -> None:
     """A gap fill that is sent again does not turn the sequence back; one that comes late, and a reset that jumps, are gaps."""
     level = "268=1|279=0|269=0|55=ABC|270=1|271=2"

@@ -293,6 +293,7 @@ def test_drop_copies_through_a_node(nats_server: NatsServer, cluster: str, tmp_p
         ('"fix44"', '"itch50"', "is no FIX"),
         ("tcp://127.0.0.1:1", "http://127.0.0.1:1", "must be tcp://HOST:PORT or tls://HOST:PORT"),
         ('"CLIENT"', '"WITH SPACE"', "sender"),
+        ('target = "VENUE"', 'target = "VENUE", reset = "never"', "which reset = \"never\" needs"),
     ],
 )
 def test_configurations_that_are_refused(old: str, new: str, reason: str) -> None:

@@ -1,5 +1,6 @@
 """The journal: what goes in comes out, crashes cut cleanly, and no altered bit goes unseen."""
 
+import contextlib
 import errno
 import os
 import random
@@ -7,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -168,6 +169,41 @@ def test_read_while_its_writer_comes_and_goes(tmp_path: Path) -> None:
         while not writer.done():
             assert sequences(tmp_path) == list(range(10))
         writer.result()
+
+
+def test_segments_that_go_while_they_are_read_end_the_reading(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path, 3, segment_records=SEGMENT)
+    journal.append(events(0, 10))
+    until(lambda: len(list(tmp_path.glob("*.journal"))) == 4, "segments made ahead")
+    segments = journals._open_segments(tmp_path)
+    found = [next(segments).header.index]
+    journal.close()
+    assert found + [segment.header.index for segment in segments] == [0]
+
+
+def test_a_writer_that_is_killed_while_it_removes_segments_leaves_a_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of the removals it comes to: what is left has no hole."""
+    for removed in range(1, 4):
+        folder, left = tmp_path / str(removed), iter(range(removed))
+
+        def unlink(path: Path, missing_ok: bool = False, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            os.unlink(path)
+
+        journal = Journal.create(folder, 3, segment_records=SEGMENT)
+        journal.append(events(0, 10))
+        until(lambda: len(list(folder.glob("*.journal"))) == 4, "segments made ahead")  # noqa: B023
+        shutil.copytree(folder, tmp_path / "crashed", dirs_exist_ok=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", unlink)
+            with contextlib.suppress(KeyboardInterrupt):
+                recover(tmp_path / "crashed")
+        assert sequences(tmp_path / "crashed") == list(range(10))
+        with Journal.open(tmp_path / "crashed", 3) as again:
+            assert again.next_sequence == 10
+        shutil.rmtree(tmp_path / "crashed")
+        journal.close()
 
 
 def test_first_sequence_and_config_version(tmp_path: Path) -> None:

@@ -250,15 +250,15 @@ class KvStore(Store):
         last = max(unchanged.versions.values(), default=0) if unchanged else 0
         for _ in range(_TRIES):
             messages = [await self._prepare(one) for one in operations]
-            if unchanged is not None:
-                messages.insert(0, self._guard(unchanged.prefix, last))
             if isinstance(lease, _KvLease):
                 messages.insert(0, lease.renewal())  # stored with the rest or not at all: the store checks who holds it
+            if unchanged is not None:
+                messages.insert(0, self._guard(unchanged.prefix, last))
             first = await self._store(messages)
             if first is not None:
                 versions = {message[0]: first + number for number, message in enumerate(messages)}
                 if isinstance(lease, _KvLease):
-                    lease.version = first
+                    lease.version = versions[self._subject(lease.key)]
                 return {one.key: versions[self._subject(one.key)] for one in operations if isinstance(one, Put)}
             if isinstance(lease, _KvLease):
                 await lease.confirm()
@@ -296,16 +296,22 @@ class KvStore(Store):
             raise VersionMismatch(key, expected, last.seq if last.live else 0)
 
     async def _store(self, messages: Sequence[tuple[str, bytes, dict[str, str]]]) -> int | None:
-        """Store all messages in one step; returns the sequence of the first, or None if one was not at its expected sequence."""
-        count = len(messages)
+        """Store all messages in one step; returns the sequence of the first, or None if one was not at its expected sequence.
+
+        A guard, which is the first then, is no part of what watches wait for: its key is another one than theirs.
+        """
+        count, guards = len(messages), int(_EXPECTED_OF in messages[0][2])
         batch: dict[str, str] = {"Nats-Batch-Id": os.urandom(9).hex()} if count > 1 else {}
         async with self._asking(changes=True):
             for number, (subject, value, headers) in enumerate(messages[:-1], 1):
-                place = {"Nats-Batch-Sequence": str(number), _BATCH: f"{number}/{count}"}
+                place = {"Nats-Batch-Sequence": str(number)}
+                if number > guards:
+                    place[_BATCH] = f"{number - guards}/{count - guards}"
                 await self._client.publish(subject, value, headers=headers | batch | place)
             subject, value, headers = messages[-1]
             if batch:
-                batch |= {"Nats-Batch-Sequence": str(count), _BATCH: f"{count}/{count}", "Nats-Batch-Commit": "1"}
+                whole = f"{count - guards}/{count - guards}"
+                batch |= {"Nats-Batch-Sequence": str(count), _BATCH: whole, "Nats-Batch-Commit": "1"}
             answer = await self._client.request(subject, value, timeout=self._timeout_s, headers=(headers | batch) or None)
         reply = json.loads(answer.data)
         error = reply.get("error")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from typing import Any
 
 import nats
 import pytest
@@ -11,7 +12,7 @@ from nats_fixtures import ConfiguredServer, cluster, nats_cluster, nats_server
 from store_servers import contract, until
 
 from tickmesh.control.kv_store import KvStore, _KvFeed, _Message
-from tickmesh.control.store import Put, StoreUnavailable, TooManyKeys
+from tickmesh.control.store import Put, StoreUnavailable, TooManyKeys, Unchanged
 from tickmesh.ops.servers import NatsServer
 from tickmesh.transports.nats import Login, connect
 
@@ -40,6 +41,31 @@ def test_only_whole_batches_are_taken_from_what_is_brought(pushed: list[_Message
     feed = _KvFeed.__new__(_KvFeed)
     feed._pushed, feed._last_seq = deque(pushed), 100
     assert feed._whole() == whole
+
+
+@contract
+async def test_a_watch_takes_a_change_under_a_condition_as_it_is_pushed(nats_server: NatsServer, cluster: str) -> None:
+    """It waits for no part of it that has another prefix, and reads nothing again."""
+    link = await connect(nats_server.url, login=Login())
+    store = await KvStore.open(link.client, cluster)
+    try:
+        made = await store.transaction([Put("c/a", b"1"), Put("c/b", b"1")])
+        reads, read_to = [], store._read_to
+
+        async def counted(prefix: str) -> Any:
+            reads.append(prefix)
+            return await read_to(prefix)
+
+        store._read_to = counted  # type: ignore[method-assign]
+        async with store.watch("c/") as watch:
+            await until(watch, lambda s: len(s.entries) == 2)
+            for number in range(5):
+                puts = [Put("c/a", str(number).encode(), made["c/a"]), Put("c/b", str(number).encode(), made["c/b"])]
+                made = await store.transaction(puts, unchanged=Unchanged("c/", made))
+                await until(watch, lambda s, number=number: {e.value for e in s.entries.values()} == {str(number).encode()})
+        assert reads == ["c/"]
+    finally:
+        await link.close()
 
 
 @contract

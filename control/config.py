@@ -506,6 +506,13 @@ class Source(Table):
         live=True,
         only=("websocket", "multicast", "pcap"),
     )
+    definition_endpoint: str | None = key(
+        None,
+        "SBE: the group of the instrument definition (CME: instrument replay) channel, udp://GROUP:PORT, which tells names, tick sizes and "
+        "how many levels books have.",
+        live=True,
+        only=("multicast", "pcap"),
+    )
     snapshot_interval_ms: float = key(
         500.0, "Least time between two requests for snapshots.", live=True, unit="ms", ge=0, le=600_000, only=("websocket",)
     )
@@ -692,7 +699,7 @@ class Source(Table):
             )
             bad += _check_server("rerequest", self.rerequest)
         if self.type in ("multicast", "pcap"):
-            bad += self._check_snapshots()
+            bad += self._check_beside()
         bad += self._check_connected()
         if self.type == "simulator" and not self.symbols:
             bad.append(Refusal("symbols", "is missing", "name the symbols to simulate"))
@@ -708,12 +715,23 @@ class Source(Table):
         _refused(bad)
         return self
 
-    def _check_snapshots(self) -> list[Refusal]:
-        bad = _check_endpoint("snapshot_endpoint", self.snapshot_endpoint, required=False)
-        if self.snapshot_endpoint and self.bypass not in ("auto", "none"):
-            bad.append(Refusal("bypass", "goes with snapshot_endpoint only as none or auto", "snapshots are received by sockets"))
-        if self.snapshot_endpoint and self.rerequest:
-            bad.append(Refusal("rerequest", "goes without snapshot_endpoint", "a venue has the one or the other"))
+    def _check_beside(self) -> list[Refusal]:
+        """The channels beside the lines."""
+        bad: list[Refusal] = []
+        others = [self.endpoint, self.endpoint_b]
+        for name in ("snapshot_endpoint", "definition_endpoint"):
+            endpoint = getattr(self, name)
+            if endpoint is None:
+                continue
+            bad += _check_endpoint(name, endpoint, required=False)
+            if endpoint in others:
+                bad.append(Refusal(name, "is the group of another line", "what comes on the source's own lines needs no key"))
+            if self.bypass not in ("auto", "none"):
+                what = f"{name.removesuffix('_endpoint')}s are received by sockets"
+                bad.append(Refusal("bypass", f"goes with {name} only as none or auto", what))
+            if self.rerequest:
+                bad.append(Refusal("rerequest", f"goes without {name}", "a venue has the one or the other"))
+            others.append(endpoint)
         return bad
 
     @property

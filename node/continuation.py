@@ -158,12 +158,21 @@ def first_lacking(position: Any) -> int:
     return int(position["sequence"]) + int(position["same"] == 0)
 
 
+@inlined
+def _introduces(ids: Any, event: Any) -> Any:
+    """Whether it is a definition of an instrument that the shard has not met, or says that its book is not known."""
+    met = event.instrument >= np.uint32(ids.size) or ids[event.instrument] != UNSEEN
+    return not met and (event.kind == _REFERENCE or event.kind == _CODE or event.kind == _GAP)
+
+
 @outlined
-def resume(position: Any, batch: Any, count: Any) -> Any:
+def resume(position: Any, ids: Any, batch: Any, count: Any) -> Any:
     """Take out of ``batch[:count]``, events of one source as its receiver gave them, what the journal has already; returns how many stay.
 
-    `position` is POSITION[1]. A gap that begins before the place and ends after it is cut; a session that is newer than the place is
-    taken from its beginning. A gap of unknown size stays wherever it is. From the first other event that stays, everything stays.
+    `position` is POSITION[1], `ids` the shard's by the node's. A gap that begins before the place and ends after it is cut; a session that
+    is newer than the place is taken from its beginning. A gap of unknown size stays wherever it is, and so does what introduces an
+    instrument: a definition channel goes round beside the feed, and not at the same place on every node. From the first other event that
+    stays, everything stays.
     """
     at = position[0]
     kept = np.int64(0)
@@ -173,6 +182,8 @@ def resume(position: Any, batch: Any, count: Any) -> Any:
             if event.kind == _TIMER:
                 if event.ts_event <= at.timer_ns:
                     continue
+            elif _introduces(ids, event):
+                pass
             elif at.own_session != at.session:
                 if _is_session(event):
                     at.own_session = event.id

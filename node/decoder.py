@@ -27,10 +27,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tickmesh.node import arbiter, feed, recovery
+from tickmesh.node import arbiter, definitions, feed, recovery
 from tickmesh.node.event import NO_PRICE, NO_SIDE, PRICE_DECIMALS
 from tickmesh.node.feed import REASONS, Feed
-from tickmesh.node.instruments import FILTERED, InstrumentTable
+from tickmesh.node.instruments import FILTERED, InstrumentTable, outlived
 from tickmesh.node.layout import NEVER, Column, Layout, common_layout
 from tickmesh.node.protocol import KINDS, OF_ORDER, Case, Field, FlagRule, Framing, MappingError, Message, Spec, fields_of
 from tickmesh.node.sbe_mapping import SbeSpec, select_sbe
@@ -214,6 +214,7 @@ def make_feed(
     restart_distance: int = 65536,
     order_slots: int = 1 << 22,
     recovery_line: int = -1,
+    definition_line: int = -1,
 ) -> Feed:
     """State of one source's decoder.
 
@@ -226,6 +227,7 @@ def make_feed(
         restart_distance: see :mod:`tickmesh.node.arbiter`; only for framings without a session id.
         recovery_line: the line by which snapshots come, for mappings with ``[recovery]``: then a feed that does not begin with sequence 1
             begins with a gap. -1: there are none.
+        definition_line: the line by which definitions come, for SBE mappings that have any. -1: there is none.
         order_slots: for protocols that follow orders, a power of two: three quarters of it may rest at once.
     """
     size = spec.code_bytes
@@ -247,6 +249,7 @@ def make_feed(
         hold_bytes=hold_bytes if packets else 0,
         start_sequence=max(start_sequence, arbiter.FIRST_SEQUENCE) if recovery_line >= 0 else start_sequence,
         recovery_line=recovery_line,
+        definition_line=definition_line,
         restart_distance=0 if framing is None or framing.session else restart_distance,
         order_slots=order_slots if spec.follow_orders else 1,
         time_told=spec.timestamp_since != "time_message",
@@ -279,7 +282,9 @@ def snapshot_counters(state: Feed, instruments: InstrumentTable) -> dict[str, in
     if state.recovery.words[recovery.LINE] < 0:
         return {}
     found = recovery.recovery_counters(state.recovery)
-    mine = np.flatnonzero(instruments.arrays.records["source"][: len(instruments)] == state.state[feed.SOURCE])
+    records = instruments.arrays.records[: len(instruments)]
+    mine = np.flatnonzero(records["source"] == state.state[feed.SOURCE])
+    mine = mine[~outlived(records[mine])]
     return {
         "books_waiting": int(np.count_nonzero(since_when(state, mine) == recovery.NEVER)),
         "snapshots": found["snapshots"],
@@ -290,6 +295,18 @@ def snapshot_counters(state: Feed, instruments: InstrumentTable) -> dict[str, in
         "snapshots_too_large": found["overflows"],
         "snapshot_turns": found["turns"],
         "snapshot_turns_broken": found["broken_turns"],
+    }
+
+
+def definition_counters(state: Feed) -> dict[str, int]:
+    """What a definition channel has brought, by the names of :class:`tickmesh.node.telemetry.SourceCounter`; nothing if there is none."""
+    words = state.definitions
+    if words[definitions.LINE] < 0:
+        return {}
+    return {
+        "definition_packets": int(state.arbiter.lines[words[definitions.LINE], arbiter.LINE_PACKETS]),
+        "definition_turns": int(words[definitions.TURNS]),
+        "definitions_new": int(words[definitions.NEW]),
     }
 
 
@@ -945,9 +962,9 @@ class _DecoderWriter:
         return "\n            forget_orders(feed)\n            feed.state[SINCE] = 0" if self.spec.follow_orders else ""
 
     def recovering(self) -> dict[str, str]:
-        """What a decoder with a snapshot channel does between packets: statements by their place in the loop, or nothing."""
+        """What a decoder with channels beside the feed does between packets: statements by their place in the loop, or nothing."""
         lost = "\n            feed.state[SINCE] = NEVER" if self.spec.follow_orders else ""
-        return {"told": "", "gapped": lost, "snapshot": ""}
+        return {"told": "", "gapped": lost, "beside": ""}
 
     def keeping(self) -> str:
         """What is done with a packet's sequence before it is arbitrated: a statement, or nothing."""
@@ -1158,7 +1175,7 @@ def packet_events(buf, packets, first, count, feed, out):
         elif i >= count:
             break
         else:
-            line = np.int64(packets[np.uint64(i)].line) & 3{snapshot}
+            line = np.int64(packets[np.uint64(i)].line) & 3{beside}
             if _accept(buf, packets[np.uint64(i)], feed):
                 arb.lines[line, A.LINE_PACKETS] += _ONE
                 i += 1
@@ -1187,5 +1204,5 @@ def decode_flush(now_ns, feed, out):
     return flush_events(now_ns, feed, out)
 '''
 __all__ = ["FILTERED", "Decoder", "MappingError", "arbitration", "bind_symbol", "configured", "dbn_symbols", "decoder_parts",
-           "decoder_source", "end_of_stream", "filtered", "load_decoder", "make_feed", "malformed", "message_counts", "select",
-           "since_when", "snapshot_counters"]  # fmt: skip
+           "decoder_source", "definition_counters", "end_of_stream", "filtered", "load_decoder", "make_feed", "malformed", "message_counts",
+           "select", "since_when", "snapshot_counters"]  # fmt: skip

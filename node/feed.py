@@ -12,17 +12,21 @@ from typing import Any
 import numpy as np
 
 from tickmesh.node.arbiter import make_arbiter
+from tickmesh.node.definitions import make_definitions
 from tickmesh.node.event import EVENT, NO_INSTRUMENT, NO_PRICE, Kind
 from tickmesh.node.instruments import FILTERED, code_words, intern
 from tickmesh.node.recovery import make_recovery
 from tickmesh.transports.toolbox import inlined, le64, outlined, quick
 
-Feed = namedtuple("Feed", "instruments codes code_keys state counts malformed arbiter ladders depths held orders recovery known")
+Feed = namedtuple(
+    "Feed", "instruments codes code_keys state counts malformed arbiter ladders depths held orders recovery known definitions"
+)  # fmt: skip
 """`instruments` see :class:`tickmesh.node.instruments.Instruments`; `codes` u32: numeric code -> instrument (direct, or by the hash of
 `code_keys` u64); `state` i64; `counts` u64, one per name in ``spec.counters``; `malformed` u64, one per name in :data:`REASONS`;
 `arbiter` see :mod:`tickmesh.node.arbiter`; `ladders` i64, `depths` i64 by instrument, `held` EVENT[1]: see
 :mod:`tickmesh.node.sbe_kernels`; `orders` ORDER, see :mod:`tickmesh.node.order_map`; `recovery`, and `known` i64 by instrument, see
-:mod:`tickmesh.node.recovery`: from which packet on the ladders of a book are known, 0: from ``state[SINCE]`` on."""
+:mod:`tickmesh.node.recovery`: from which packet on the ladders of a book are known, 0: from ``state[SINCE]`` on; `definitions` i64, see
+:mod:`tickmesh.node.definitions`."""
 
 NEXT_SEQ, MIDNIGHT_NS, TIME_BASE_NS, SOURCE, TICK_SIZE, QTY_EXPONENT, FILTERED_MESSAGES, ENDS, MESSAGES, STARTED, CODES, REBIND = range(12)
 """Indices of ``Feed.state``. REBIND is 1 where a message's symbol text may later name an instrument known by its code only."""
@@ -64,13 +68,13 @@ def make_arrays(
     instruments: Any, *, source: int, counters: int, direct_codes: int, hashed_codes: int, header_bytes: int = 0, midnight_ns: int = 0,
     tick_size: int = 10_000_000, qty_exponent: int = 0, rebind: bool = False, gap_wait_ns: int = 0, hold_packets: int = 0,
     hold_bytes: int = 0, start_sequence: int = 0, restart_distance: int = 0, ladder_levels: int = 0, order_slots: int = 1,
-    time_told: bool = True, recovery_line: int = -1,
+    time_told: bool = True, recovery_line: int = -1, definition_line: int = -1,
 ) -> Feed:  # fmt: skip
     """A feed's arrays; `direct_codes` entries by code, or `hashed_codes` (a power of two) entries by hash, or neither.
 
     `ladder_levels` > 0: ladders of so many levels for every instrument.
     `order_slots` (a power of two): room for orders, where messages name nothing else. `time_told`: no message has to give the time base.
-    `recovery_line`: the line that brings snapshots; -1: none does.
+    `recovery_line`, `definition_line`: the lines that bring snapshots and definitions; -1: none does.
     """
     state = np.zeros(STATE_WORDS, np.int64)
     state[NEXT_SEQ], state[MIDNIGHT_NS], state[TIME_BASE_NS], state[SOURCE] = 1, midnight_ns, midnight_ns, source
@@ -89,7 +93,8 @@ def make_arrays(
     counts, refused = np.zeros(max(1, counters), np.uint64), np.zeros(len(REASONS), np.uint64)
     recovery = make_recovery(recovery_line, with_ladder, ladders.size, counts.size, refused.size)
     known = np.zeros(with_ladder, np.int64)
-    return Feed(instruments, codes, keys, state, counts, refused, arbiter, ladders, depths, held, orders, recovery, known)
+    definitions = make_definitions(definition_line)
+    return Feed(instruments, codes, keys, state, counts, refused, arbiter, ladders, depths, held, orders, recovery, known, definitions)
 
 
 @inlined

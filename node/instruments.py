@@ -170,6 +170,12 @@ def code_words(code: Any) -> Any:
     return w0, w1, w2
 
 
+def outlived(records: Any) -> Any:
+    """Which of a source's instruments stand under their code, ``#123``, that a definition has named by now: nothing more comes of them."""
+    by_code = records["w0"] & np.uint64(255) == np.uint64(ord("#"))
+    return by_code & np.isin(records["code"], records["code"][~by_code & (records["code"] != 0)])
+
+
 # ---------------------------------------------------------------- look-up and intern
 
 

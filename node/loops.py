@@ -65,7 +65,7 @@ def run(
             source = sources[s]
             if source >= 0:
                 if positions[source].resuming != 0:
-                    count = resume(positions[source : source + 1], batch, count)
+                    count = resume(positions[source : source + 1], ids, batch, count)
                 localize(ids, given, batch, count)
             histogram_record(batch_events, count)
             failure = np.int64(0)

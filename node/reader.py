@@ -25,6 +25,7 @@ from tickmesh.node.decoder import (
     configured,
     dbn_symbols,
     decoder_parts,
+    definition_counters,
     end_of_stream,
     filtered,
     load_decoder,
@@ -137,6 +138,7 @@ class _SpecReader(Reader):
         self.feed = make_feed(
             spec, table, source, framing=framing, midnight_ns=options.midnight_ns(), gap_wait_ns=int(options.gap_wait_ms * 1e6),
             recovery_line=recovery_line(name, options, spec, SNAPSHOT_LINE),
+            definition_line=definition_line(name, options, spec, framing, DEFINITION_LINE),
         )  # fmt: skip
         self.problems: list[Problem] = []
 
@@ -156,7 +158,7 @@ class _SpecReader(Reader):
     def counters(self) -> dict[str, int]:
         lines = arbitration(self.feed)
         more = {name: lines[name] for name in ("packets", "gaps", "missing")} | snapshot_counters(self.feed, self._table)
-        return {**super().counters(), "filtered": filtered(self.feed), **more}
+        return {**super().counters(), "filtered": filtered(self.feed), **more, **definition_counters(self.feed)}
 
 
 class StreamReader(_SpecReader):
@@ -271,7 +273,7 @@ class PacketReader(_SpecReader):
     def __init__(self, files: Sequence[Path], spec: Spec, framing: Framing, options: Source, table: InstrumentTable, *more: Any) -> None:
         super().__init__(spec, framing, options, table, *more)
         lines = capture_lines(options)
-        self._snapshots = _destination(options.snapshot_endpoint) if options.snapshot_endpoint else None
+        self._beside = _lines_beside(options)
         self._batches = (batch for path in files for batch in self._file(path, lines))
         self.buffer: Any = None
         self.packets: Any = None
@@ -283,9 +285,8 @@ class PacketReader(_SpecReader):
         capture = read_capture(path, problems=self.problems)
         self.bytes += path.stat().st_size
         for packets in capture.batches(lines):
-            if self._snapshots is not None:
-                address, port = self._snapshots
-                packets["line"][(packets["address"] == address) & (packets["port"] == port)] = SNAPSHOT_LINE
+            for (address, port), line in self._beside.items():
+                packets["line"][(packets["address"] == int(ipaddress.IPv4Address(address))) & (packets["port"] == port)] = line
             yield capture.buffer, packets
 
     def next_batch(self) -> bool:
@@ -378,24 +379,26 @@ def protocol_fields(options: Source) -> dict[str, str] | list[str]:
     return {wanted.path: event for event, wanted in options.fields.items()}
 
 
-def _destination(endpoint: str) -> tuple[int, int]:
-    """Address and port of ``udp://ADDRESS:PORT`` as a PACKET has them."""
+SNAPSHOT_LINE, DEFINITION_LINE = 2, 3
+"""The lines of a capture's snapshots and definitions; what is on no line of its own is A."""
+
+
+def _destination(endpoint: str) -> tuple[str, int]:
+    """Address and port of ``udp://ADDRESS:PORT``."""
     address, port = endpoint.removeprefix("udp://").rsplit(":", 1)
-    return int(ipaddress.IPv4Address(address)), int(port)
+    return address, int(port)
+
+
+def _lines_beside(options: Source) -> dict[tuple[str, int], int]:
+    """Destination -> line of what a capture holds beside the feed."""
+    beside = ((options.snapshot_endpoint, SNAPSHOT_LINE), (options.definition_endpoint, DEFINITION_LINE))
+    return {_destination(endpoint): line for endpoint, line in beside if endpoint}
 
 
 def capture_lines(options: Source) -> dict[tuple[str, int], int] | None:
-    """Destination -> line (0 = A, 1 = B) of a packet capture; None takes every datagram as line A."""
-    lines = {}
-    for line, endpoint in enumerate((options.endpoint, options.endpoint_b)):
-        if endpoint:
-            address, port = endpoint.removeprefix("udp://").rsplit(":", 1)
-            lines[address, int(port)] = line
-    return lines or None
-
-
-SNAPSHOT_LINE = 2
-"""The line of a capture's snapshots; what is on no line of its own is A."""
+    """Destination -> line (0 = A, 1 = B, and what is beside the feed) of a packet capture; None takes every datagram as line A."""
+    lines = {_destination(endpoint): line for line, endpoint in enumerate((options.endpoint, options.endpoint_b)) if endpoint}
+    return {**lines, **_lines_beside(options)} if lines else None
 
 
 def recovery_line(name: str, options: Source, spec: Spec, line: int) -> int:
@@ -409,6 +412,20 @@ def recovery_line(name: str, options: Source, spec: Spec, line: int) -> int:
     if not isinstance(spec, SbeSpec) or not spec.processed:
         reason = f"snapshot_endpoint needs a mapping with [recovery], such as cme_mdp3, and {spec.name!r} has none; remove the key"
         raise SourceError(name, reason)
+    return line
+
+
+def definition_line(name: str, options: Source, spec: Spec, framing: Framing, line: int) -> int:
+    """`line`, the one of the definitions, if the source has a definition channel; else -1.
+
+    Raises:
+        SourceError: the protocol does not define instruments in messages of their own, or the packets have no sequence.
+    """
+    if not options.definition_endpoint:
+        return -1
+    if not isinstance(spec, SbeSpec) or not spec.defines or not framing.packets or framing.sequence is None:
+        reason = f"definition_endpoint needs an SBE mapping with events of kind \"reference\", in packets, and {spec.name!r} in"
+        raise SourceError(name, f"{reason} {framing.name!r} is none; remove the key")
     return line
 
 

@@ -35,6 +35,7 @@ from tickmesh.node.continuation import Place
 from tickmesh.node.decoder import (
     arbitration,
     decoder_parts,
+    definition_counters,
     filtered,
     load_decoder,
     make_feed,
@@ -61,7 +62,7 @@ from tickmesh.node.instruments import EXCLUDED, FILTERED, InstrumentTable
 from tickmesh.node.loops import receive_loop
 from tickmesh.node.order_map import take_orders
 from tickmesh.node.protocol import Field, load_framing, load_spec
-from tickmesh.node.reader import Reader, SourceError, open_reader, protocol_fields, recovery_line, spec_and_framing
+from tickmesh.node.reader import Reader, SourceError, definition_line, open_reader, protocol_fields, recovery_line, spec_and_framing
 from tickmesh.node.recovery import LINE, NEVER, ask_for_books, want_books
 from tickmesh.node.rerequest import FOREVER_NS, Rerequest, RerequestCounters, can_rerequest
 from tickmesh.node.router import ROUTE_EVENTS, S_MARKS, Router, make_router, route_now
@@ -234,6 +235,11 @@ class Receiver(ABC):
         """Whether books come from a snapshot channel beside the feed."""
         return False
 
+    @property
+    def has_definitions(self) -> bool:
+        """Whether instruments get their names from a channel beside the feed: not at the same place on every node."""
+        return False
+
     def bring_back(self, instruments: Any) -> None:  # noqa: B027 (only some can)
         """From another thread, while it runs: bring these books from the venue's snapshots, known or not."""
 
@@ -380,9 +386,11 @@ class MulticastReceiver(Receiver):
         decoder = decoder_parts(self.spec, framing, fields=protocol_fields(options))
         context.table.let_through(context.number, options.symbols, options.exclude)
         midnight_ns, wait_ns = options.midnight_ns(), FOREVER_NS if options.rerequest else gap_wait_ns
+        beside = len(_lines(options))
         self.feed = make_feed(
             self.spec, context.table, context.number, framing=framing, midnight_ns=midnight_ns, gap_wait_ns=wait_ns,
-            recovery_line=recovery_line(name, options, self.spec, len(_lines(options))),
+            recovery_line=recovery_line(name, options, self.spec, beside),
+            definition_line=definition_line(name, options, self.spec, framing, beside + bool(options.snapshot_endpoint)),
         )  # fmt: skip
         self.path, self._module = self._open(decoder)
         self.request: Rerequest | None = None
@@ -401,14 +409,14 @@ class MulticastReceiver(Receiver):
         """
         options = self.options
         wish = Wish(
-            endpoints=(*_lines(options), *([options.snapshot_endpoint] if options.snapshot_endpoint else [])),
+            endpoints=(*_lines(options), *_beside(options)),
             interface=options.interface,
             owner=self.name,
             buffer_bytes=options.recv_buffer_kb * 1024,
             kernel_stamps=options.receive_stamps == "kernel",
             busy_poll_us=options.busy_poll_us,
         )
-        ways, self.refusals = ways_of("none" if options.snapshot_endpoint else options.bypass), list[Refusal]()
+        ways, self.refusals = ways_of("none" if _beside(options) else options.bypass), list[Refusal]()
         for way in ways:
             insisted = len(ways) == 1
             refusal = None if way == SOCKETS else lacking(way, wish.interface_name(), wish.buffer_bytes, insisted=insisted)
@@ -471,6 +479,10 @@ class MulticastReceiver(Receiver):
     @property
     def has_snapshots(self) -> bool:
         return bool(self.feed.recovery.words[LINE] >= 0)
+
+    @property
+    def has_definitions(self) -> bool:
+        return self.options.definition_endpoint is not None
 
     def bring_back(self, instruments: Any) -> None:
         if len(instruments):
@@ -536,7 +548,7 @@ class MulticastReceiver(Receiver):
         if sequence is None:
             return True
         descriptors = self.path.face.descriptors()
-        if self.options.snapshot_endpoint:  # whose sequence is another one
+        if _beside(self.options):  # whose sequences are other ones
             descriptors = descriptors[: len(_lines(self.options))]
         while self.stop[0] == 0:
             for ready in select.select(descriptors, [], [], _PACE_SLICE_S)[0]:
@@ -630,6 +642,7 @@ class MulticastReceiver(Receiver):
             "recovered": asked.recovered,
             "given_up": asked.given_up,
             **snapshot_counters(self.feed, self.context.table),
+            **definition_counters(self.feed),
         }
 
     def close(self) -> None:
@@ -641,6 +654,11 @@ class MulticastReceiver(Receiver):
 def _lines(options: Source) -> list[str]:
     """The endpoints of the lines that are arbitrated, A first."""
     return [endpoint for endpoint in (options.endpoint, options.endpoint_b) if endpoint]
+
+
+def _beside(options: Source) -> list[str]:
+    """The endpoints of what comes beside them, snapshots first; by sockets only, where each has a place of its own."""
+    return [endpoint for endpoint in (options.snapshot_endpoint, options.definition_endpoint) if endpoint]
 
 
 def _number(head: bytes, field: Field) -> int:

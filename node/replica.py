@@ -37,7 +37,7 @@ from tickmesh.node.release import ReleaseGate
 from tickmesh.node.release_marks import make_marks, put_mark_now, take_marks
 from tickmesh.node.replication import Leading, ReplicationServer, SnapshotFile, release_gate
 from tickmesh.node.replication_link import LinkOptions
-from tickmesh.node.restore import RestoredShard
+from tickmesh.node.restore import RestoredShard, not_by_name
 from tickmesh.node.retention import Retention
 from tickmesh.node.shard import BATCH_EVENTS
 from tickmesh.node.shard_thread import Input, ShardThread
@@ -466,7 +466,9 @@ class Replica:
         Raises:
             TakeoverRefused: the outputs of what comes first find no room, or the journal cannot be written.
         """
-        self._put_first(thread, journal, known, [*self._breaks(known), *self._introduce(thread), *self._not_followed(thread, known)])
+        self._put_first(thread, journal, known, [
+            *self._breaks(known), *self._introduce(thread), *self._renamed(thread, known), *self._not_followed(thread, known)
+        ])  # fmt: skip
         self._bring_back(thread)
         for source in (buffer.source for buffer in self._buffers.values()):
             thread.positions[source] = known.positions[source]
@@ -524,12 +526,17 @@ class Replica:
             last = int(known.positions[source]["sequence"])
             half = np.isin(thread.ids[mine], list(known.half_told)) & receiver.has_snapshots
             unknown = mine[(receiver.followed_since(mine) > last) | half]
-            if len(unknown):
-                stale = zeros_aligned(len(unknown), EVENT)
-                stale["ts_recv"], stale["kind"], stale["side"] = time.time_ns(), Kind.GAP, NO_SIDE
-                stale["instrument"], stale["seq"] = thread.ids[unknown], last
-                events.append(stale)
-        return events
+            events.append(_of_books(Kind.GAP, thread.ids[unknown]))
+        return [one for one in events if len(one)]
+
+    def _renamed(self, thread: ShardThread, known: RestoredShard) -> list[EventArray]:
+        """CLEAR and GAP of books that our receiver calls otherwise than the journal: only one of them had heard the definition."""
+        events = []
+        for receiver, source, _ in self._books(thread):
+            if receiver.has_definitions:
+                ended, stale = not_by_name(known, self.node.table, source, thread.ids)
+                events += [_of_books(Kind.CLEAR, ended), _of_books(Kind.GAP, stale)]
+        return [one for one in events if len(one)]
 
     def _bring_back(self, thread: ShardThread) -> None:
         """Books that the journal calls stale, and that our decoder may know all about: they come from the venue's next snapshots."""
@@ -686,6 +693,13 @@ def warm_takeover(node: Node) -> None:
     marks = make_marks()
     put_mark_now(marks, np.uint64(0), np.uint64(1))
     take_marks(marks, np.uint64(0), np.zeros(HISTOGRAM_WORDS, np.int64))
+
+
+def _of_books(kind: Kind, instruments: Any) -> EventArray:
+    """CLEAR or GAP of single books, by the shard's ids. They have no sequence: the source's place is counted by events that it has sent."""
+    events = zeros_aligned(len(instruments), EVENT)
+    events["ts_recv"], events["kind"], events["side"], events["instrument"] = time.time_ns(), kind, NO_SIDE, instruments
+    return events
 
 
 def _definition(table: Any, node_id: int, number: int) -> list[EventArray]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tickmesh.node.continuation import MADE_HERE, POSITION, Place, begin_resuming, first_lacking, follow_positions, make_positions
+from tickmesh.node.continuation import MADE_HERE, POSITION, UNSEEN, Place, begin_resuming, first_lacking, follow_positions, make_positions
 from tickmesh.node.event import ALL_INSTRUMENTS, DERIVED, EVENT, PEERS, EventArray, Flag, Kind
 from tickmesh.node.instruments import InstrumentTable, InstrumentTableFull, SymbolFiltered
 from tickmesh.node.journal import JournalReader
@@ -94,6 +94,8 @@ class RestoredShard:
             return
         source, sequence = int(self._owners[int(event["instrument"])]), int(event["seq"])
         before, count = self.defined.get(source, (sequence, 0))
+        if sequence < before:
+            return  # what a new leader's receiver had met earlier than the one before
         self.defined[source] = (sequence, count + 1 if before == sequence else 1)
 
     def resuming(self, source: int) -> Any:
@@ -221,6 +223,39 @@ class Restored:
             for source, by_id in found.items():
                 codes.setdefault(source, {}).update(by_id)
         return ids, codes
+
+
+def not_by_name(known: RestoredShard, table: InstrumentTable, source: int, ids: Any) -> tuple[Any, Any]:
+    """Books of a source that its receiver on this node may call otherwise than a shard's journal: one of both had not heard a definition.
+
+    A definition channel goes round beside the feed: until it has come by, a book stands under its code, ``#123``, and under its name from
+    then on, which may be on another shard.
+
+    Args:
+        ids: the shard's ids by the node's, those of instruments included that the journal is about to be told of.
+
+    Returns:
+        By the shard's ids: books under a code that end, as the receiver knows the name; and books of which nobody knows what rests in them:
+        those under a code that the receiver has no name for, names that the journal has not, and names that the receiver has not.
+    """
+    records = table.arrays.records[: len(table)]
+    own, number, code = records["source"] == source, ids[: len(records)], records["code"]
+    met, by_code = own & (number != UNSEEN), own & (records["w0"] & np.uint64(255) == ord("#"))
+    names = code[own & ~by_code & (code != 0)]
+    nameless = np.setdiff1d(code[by_code & (code != 0)], names)
+    ended = met & by_code & np.isin(_codes_in(known, number, met & by_code, code), names)
+    lost = met & (by_code | (number >= max(known.references, default=-1) + 1))
+    if len(nameless):
+        lost |= met & np.isin(_codes_in(known, number, met & ~by_code, np.zeros_like(code)), nameless)
+    return number[ended], number[lost & ~ended]
+
+
+def _codes_in(known: RestoredShard, number: Any, where: Any, otherwise: Any) -> Any:
+    """The venue's codes of some of the instruments as the journal has them, else `otherwise`, by the node's ids."""
+    found = otherwise.copy()
+    for node in np.flatnonzero(where):
+        found[node] = known.codes.get(int(number[node]), found[node])
+    return found
 
 
 def _intern(table: InstrumentTable, shard: int, event: Any, source: int, symbol: str) -> int:

@@ -12,12 +12,12 @@ The rest, framing, arbitration, instruments, is that of every decoder (:mod:`tic
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tickmesh.node.decoder import _DecoderWriter, _equals, _load, _Source, _words
 from tickmesh.node.event import NO_SIDE, PRICE_DECIMALS, Kind
 from tickmesh.node.protocol import KINDS, Field, Framing
-from tickmesh.node.sbe_mapping import Condition, FlagTest, SbeCase, SbeSpec, Source, Template, Text, leaf_field
+from tickmesh.node.sbe_mapping import Condition, FlagTest, SbeCase, SbeSpec, Source, Template, Text, definition_part, leaf_field
 from tickmesh.node.sbe_schema import Data, Encoding, Enum, Group, Leaf, Level, Member
 
 _IMPORTS = """
@@ -35,6 +35,10 @@ from tickmesh.node.recovery import (
     wants_packet,
 )
 """
+_DEFINITION_IMPORTS = """
+from tickmesh.node import definitions as D
+from tickmesh.node.definitions import begin_definitions, take_definitions
+"""
 _RECOVERY = '''
 
 @outlined
@@ -42,7 +46,7 @@ def _decode_aside(buf, pos, end, seq, ts_recv, feed):
     """Decode messages up to `end`, staging what belongs to the book that is recovered, with ladders and counters aside."""
     r, zero = feed.recovery, np.int64(0)
     aside = Feed(feed.instruments, feed.codes, feed.code_keys, feed.state, r.counts, r.malformed, feed.arbiter, r.ladders, feed.depths,
-                 feed.held, feed.orders, r, r.known)
+                 feed.held, feed.orders, r, r.known, feed.definitions)
     while pos < end:
         before = pos
         pos, left, last, n = _decode(buf, pos, end, np.int64(1 << 62), seq, ts_recv, aside, r.scratch, zero)
@@ -108,6 +112,32 @@ def _recover(buf, packet, feed):
     w[R.POSITION] = 0
     return True
 '''
+_DEFINITIONS = '''
+
+@outlined
+def _define(buf, packet, feed, out, n):
+    """Read a packet of the definition channel; returns (n, whether it is done with): if not, it goes on with more room."""
+    w, s = feed.definitions, feed.arbiter.state
+    p, size = np.int64(packet.offset), np.int64(packet.length)
+    end, room = p + size, np.int64(out.size) - {reserve}
+    if size < {header} or end > np.int64(buf.size):
+        feed.malformed[SHORT_PACKET] += _ONE
+        return n, True
+    if w[D.POSITION] == 0:
+        begin_definitions(w, np.int64({sequence}))
+        w[D.POSITION] = {messages_at}
+    first, seq = n, max(s[A.EXPECTED] - 1, 0)
+    pos, left, seq, n = _decode_definitions(buf, p + w[D.POSITION], end, np.int64(1 << 62), seq, packet.ts_recv, feed, out, n)
+    take_definitions(w, feed.instruments.records, out, first, n, IMPLIED)
+    if pos < end and n > room:
+        w[D.POSITION] = pos - p
+        return n, False
+    if pos < end:
+        feed.malformed[LENGTH_PAST_END if pos + {prefix} <= end else TRUNCATED] += _ONE
+    w[D.POSITION] = 0
+    s[A.NOW] = max(s[A.NOW], packet.ts_recv)  # not before: nothing may become due in the middle of a message
+    return n, True
+'''
 _MORE_OF_BOOKS = 3
 """Events that say that a book is known, or that it ended or begins under another name."""
 _MADE_HERE = 1
@@ -138,6 +168,8 @@ class SbeDecoderWriter(_DecoderWriter):
         self.out(_IMPORTS.strip("\n"))
         if self._recovers:
             self.out(_RECOVERY_IMPORTS.strip("\n"))
+        if self._defines:
+            self.out(_DEFINITION_IMPORTS.strip("\n"))
         ordered = list(enumerate(message.id for message in self.spec.ordered))
         ordered.sort(key=lambda item: item[1])
         self.out(f"_TEMPLATES = np.array({[template for _, template in ordered]}, np.int64)")
@@ -153,17 +185,30 @@ class SbeDecoderWriter(_DecoderWriter):
         """Whether the feed may have a snapshot channel: a packet has one sequence, by which snapshots say what they contain."""
         return bool(self.spec.processed) and self.framing.packets and self.framing.by_packet
 
+    @property
+    def _defines(self) -> bool:
+        """Whether the feed may have a definition channel."""
+        return self.spec.defines and self.framing.packets and self.framing.sequence is not None
+
     def recovering(self) -> dict[str, str]:
         lost = "\n            lose_ladders(feed)" if self.spec.levels else ""
-        if not self._recovers:
-            return {**super().recovering(), "gapped": lost}
-        return {
-            "told": "\n        if feed.recovery.words[R.COUNT] > 0:\n            n = tell(feed.recovery, out, n)\n            continue",
-            "gapped": lost + "\n            begin_recovery(feed.recovery, s[A.EXPECTED] - 1)",
-            "snapshot": "\n            if line == feed.recovery.words[R.LINE]:\n"
-            "                if _recover(buf, packets[np.uint64(i)], feed):\n                    arb.lines[line, A.LINE_PACKETS] += _ONE\n"
-            "                    i += 1\n                continue",
-        }
+        found = {**super().recovering(), "gapped": lost}
+        done = "arb.lines[line, A.LINE_PACKETS] += _ONE\n                    i += 1\n                continue"
+        if self._recovers:
+            tell = "n = tell(feed.recovery, out, n)\n            continue"
+            found["told"] = f"\n        if feed.recovery.words[R.COUNT] > 0:\n            {tell}"
+            found["gapped"] += "\n            begin_recovery(feed.recovery, s[A.EXPECTED] - 1)"
+            found["beside"] += (
+                "\n            if line == feed.recovery.words[R.LINE]:\n"
+                f"                if _recover(buf, packets[np.uint64(i)], feed):\n                    {done}"
+            )
+        if self._defines:
+            found["beside"] += (
+                "\n            if line == feed.definitions[D.LINE]:\n"
+                "                n, whole = _define(buf, packets[np.uint64(i)], feed, out, n)\n"
+                f"                if whole:\n                    {done}"
+            )
+        return found
 
     def keeping(self) -> str:
         if not self._recovers:
@@ -177,10 +222,29 @@ class SbeDecoderWriter(_DecoderWriter):
         self._instruments()
         for counter, template in enumerate(self.spec.templates):
             if template.cases:
-                _TemplateWriter(self, template, counter).write()
-        self._loop()
+                _TemplateWriter(self, template, counter).write(f"_{template.message.name}")
+        whole = {template.message.id: f"_{template.message.name}" for template in self.spec.templates if template.cases}
+        self._loop("inlined", "_decode", whole)
         if self._recovers:
             self._recovery()
+        if self._defines:
+            self._definitions()
+
+    def _definitions(self) -> None:
+        """``_define``: a packet of the definition channel (:mod:`tickmesh.node.definitions`)."""
+        fr, functions = self.framing, {}
+        for counter, template in enumerate(self.spec.templates):
+            part = definition_part(template)
+            if part.cases:
+                functions[part.message.id] = f"_{part.message.name}"
+            if part.cases and part != template:
+                functions[part.message.id] = f"_definitions_in_{part.message.name}"
+                _TemplateWriter(self, part, counter).write(functions[part.message.id])
+        self._loop("outlined", "_decode_definitions", functions, counts=False)
+        prefix = fr.length.offset + fr.length.size
+        assert fr.sequence is not None
+        self.out(_DEFINITIONS.format(header=fr.header_bytes, messages_at=fr.messages_at, prefix=prefix, reserve=self.reserve,
+                                     sequence=_load(fr.sequence, "p")))  # fmt: skip
 
     def _recovery(self) -> None:
         """``_recover``: a packet of the snapshot channel (:mod:`tickmesh.node.recovery`)."""
@@ -226,16 +290,17 @@ def _by_symbol(feed, w0, w1, w2, tick, seq, stamp, ts_recv, out, n):
     return instrument, n
 ''')
 
-    def _loop(self) -> None:
+    def _loop(self, kind: str, name: str, functions: Mapping[int, str], *, counts: bool = True) -> None:
+        """A loop over messages that calls the functions of some, by template id; `counts`: each has a sequence, if the framing says so."""
         fr, out, header = self.framing, self.out, self.spec.schema.header
         prefix = fr.length.offset + fr.length.size
-        out("\n@inlined\ndef _decode(buf, pos, end, left, seq, ts_recv, feed, out, n):")
+        out(f"\n@{kind}\ndef {name}(buf, pos, end, left, seq, ts_recv, feed, out, n):")
         out.indent()
         out('"""Decode up to `left` messages; returns (pos, left, seq, n) where it stopped."""')
         out(f"room = np.int64(out.size) - {self.reserve}\nmalformed = feed.malformed")
         out(f"while left > 0 and n <= room:\n    if pos + {prefix} > end:\n        break\n    total = _total(buf, pos)")
         out.indent()
-        step = "" if fr.by_packet else "\n    seq += 1"
+        step = "" if fr.by_packet or not counts else "\n    seq += 1"
         out(f"if total <= {fr.message_offset}:")
         if fr.zero_length_is_end:
             out(f"    feed.state[ENDS] += 1\n    pos += {max(fr.message_offset, prefix)}\n    continue")
@@ -249,7 +314,7 @@ def _by_symbol(feed, w0, w1, w2, tick, seq, stamp, ts_recv, out, n):
             out(f"elif not ({_equals(_load(fr.encoding[0], 'pos'), fr.encoding[0], fr.encoding[1])}):\n    malformed[BAD_ENCODING] += _ONE")
         out("else:")
         out.indent()
-        self._dispatch_template()
+        self._dispatch_template(functions)
         out.indent(-1)
         out("if not done:\n    break  # in the middle of a message: it goes on here with more room")
         out(f"pos += total\nleft -= 1{step.replace('    ', '')}")
@@ -258,17 +323,15 @@ def _by_symbol(feed, w0, w1, w2, tick, seq, stamp, ts_recv, out, n):
         out.indent(-1)
         out()
 
-    def _dispatch_template(self) -> None:
+    def _dispatch_template(self, functions: Mapping[int, str]) -> None:
         out, schema = self.out, self.spec.schema
         part = {name: self._header_part(name) for name in ("blockLength", "templateId", "schemaId", "version")}
         out(f"block, template, version = {part['blockLength']}, {part['templateId']}, {part['version']}")
         out(f"if {part['schemaId']} != {schema.id}:\n    malformed[OTHER_SCHEMA] += _ONE")
         out(f"elif block + {schema.header.size} > length:\n    malformed[BAD_LENGTH] += _ONE")
-        for template in self.spec.templates:
-            if template.cases:
-                name = template.message.name
-                out(f"elif template == {template.message.id}:")
-                out(f"    n, done = _{name}(buf, m + {schema.header.size}, m + length, block, version, seq, ts_recv, feed, out, n)")
+        for template, name in functions.items():
+            out(f"elif template == {template}:")
+            out(f"    n, done = {name}(buf, m + {schema.header.size}, m + length, block, version, seq, ts_recv, feed, out, n)")
         out("else:")
         out("    found = find_template(_TEMPLATES, template)")
         out("    if found < 0:\n        malformed[UNKNOWN_MESSAGE] += _ONE")
@@ -337,11 +400,11 @@ class _TemplateWriter:
             return "code"
         return "symbol" if not any(codes) and all(text and text.depth == 0 for text in symbols) else ""
 
-    def write(self) -> None:
-        out, name = self.out, self.message.name
-        out(f"\n@inlined\ndef _{name}(buf, b0, end, k0, version, seq, ts_recv, feed, out, n):")
+    def write(self, name: str) -> None:
+        out, rare = self.out, self.cases == definition_part(Template(self.message, self.cases)).cases
+        out(f"\n@{'outlined' if rare else 'inlined'}\ndef {name}(buf, b0, end, k0, version, seq, ts_recv, feed, out, n):")
         out.indent()
-        out(f'"""{name}: returns (n, whether all of it is decoded)."""')
+        out(f'"""{self.message.name}: returns (n, whether all of it is decoded)."""')
         out(f"state, malformed, room = feed.state, feed.malformed, np.int64(out.size) - {self.writer.reserve - 1}")
         out("done, first = state[RESUME], n")
         least = self._least(())

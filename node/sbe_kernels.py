@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from tickmesh.node.event import NO_PRICE, NO_SIDE, Flag, Kind
-from tickmesh.node.feed import BAD_FIELD, RESOLVED_BELOW, SINCE, SOURCE, UNBOUND, bind_code, find_code, resolve_code
-from tickmesh.node.instruments import code_words
+from tickmesh.node.event import NO_INSTRUMENT, NO_PRICE, NO_SIDE, Flag, Kind
+from tickmesh.node.feed import BAD_FIELD, FILTERED_MESSAGES, RESOLVED_BELOW, SINCE, SOURCE, UNBOUND, bind_code, find_code, resolve_code
+from tickmesh.node.instruments import FILTERED, code_words
 from tickmesh.node.recovery import NEVER, known_since, want_books
 from tickmesh.transports.toolbox import copy_record, count_leading_zeros, inlined, outlined
 
@@ -45,6 +45,7 @@ _INSERT, _SET, _REMOVE, _REMOVE_ALL, _REMOVE_TO = (np.int64(change) for change i
 _MORE, _SNAPSHOT = np.uint16(Flag.MORE), np.uint16(Flag.SNAPSHOT)
 _LEVEL, _CLEAR, _GAP, _CODE = np.uint8(Kind.LEVEL), np.uint8(Kind.CLEAR), np.uint8(Kind.GAP), np.uint8(Kind.CODE)
 _NO_SIDE = np.uint8(NO_SIDE)
+_FILTERED, _NONE = np.uint32(FILTERED), np.uint32(NO_INSTRUMENT)
 _HOLE = np.int64(NO_PRICE)
 _ONE, _ZERO, _EIGHT = np.uint64(1), np.uint64(0), np.uint64(8)
 _SUFFIX = np.uint64(int.from_bytes(IMPLIED_SUFFIX.encode(), "little"))
@@ -167,6 +168,9 @@ def resolve_book(feed: Any, entry: Any, number: Any, tick: Any, seq: Any, ts_eve
         return resolve_code(feed, entry, number, _ZERO, _ZERO, _ZERO, tick, seq, ts_event, ts_recv, out, n)
     real = number & ~IMPLIED
     found = find_code(feed, real)
+    if found == _FILTERED:
+        feed.state[FILTERED_MESSAGES] += 1
+        return found, n
     if found < np.uint32(feed.instruments.records.size):
         record = feed.instruments.records[found]
         w0, w1, w2 = record.w0, record.w1, record.w2
@@ -184,7 +188,7 @@ def define(
     """A directory message binds a code to a symbol; its implied book is named anew when it comes. Returns ``(instrument, n)``.
 
     A book by position that had another name so far has ended: what rests in it is not known under the new name, whose book is therefore
-    stale until a snapshot brings it.
+    stale until a snapshot brings it. So is one of which nothing has been let through as long as it had no name.
     """
     before, implied = find_code(feed, number), find_code(feed, number | IMPLIED)
     instrument, n = resolve_code(feed, UNBOUND, number, w0, w1, w2, tick, seq, ts_event, ts_recv, out, n)
@@ -192,31 +196,34 @@ def define(
         return instrument, n
     if implied != UNBOUND:
         bind_code(feed, number | IMPLIED, UNBOUND)
-    if instrument >= RESOLVED_BELOW or feed.known.size == 1:
+    if instrument == _NONE or feed.known.size == 1:
         return instrument, n
     told = n
     if before < RESOLVED_BELOW:
         told = _end_book(feed, before, seq, ts_event, ts_recv, out, told)
     if implied < RESOLVED_BELOW:
         told = _end_book(feed, implied, seq, ts_event, ts_recv, out, told)
-    since = feed.state[SINCE]
-    if told > n or (before < RESOLVED_BELOW and known_since(feed.known, since, before) == NEVER):
+    if instrument == _FILTERED:
+        return instrument, told
+    if told > n or before == _FILTERED:
         feed.known[instrument] = NEVER
         told = put_event(out, told, told, seq, ts_event, ts_recv, instrument, _GAP, _NO_SIDE, 0, 0, 0, 0, 0)
-    if known_since(feed.known, since, instrument) == NEVER:
+    if known_since(feed.known, feed.state[SINCE], instrument) == NEVER:
         want_books(feed.recovery)
     return instrument, told
 
 
 @outlined
 def _end_book(feed: Any, instrument: Any, seq: Any, ts_event: Any, ts_recv: Any, out: Any, n: Any) -> Any:
-    """CLEAR of a book that has another name from now on, if there is anything in it; returns the new n."""
+    """CLEAR of a book that has another name from now on, if there is anything in it, or may be for those who have kept it over our restart;
+    returns the new n."""
     levels = feed.ladders.size // feed.known.size
-    base, some = np.int64(instrument) * levels, False
+    base, some = np.int64(instrument) * levels, known_since(feed.known, feed.state[SINCE], instrument) == NEVER
     for i in range(levels):
         some = some or feed.ladders[base + i] != _HOLE
         feed.ladders[base + i] = _HOLE
     if some:
+        learn_ladder(feed, instrument, seq)
         n = put_event(out, n, n, seq, ts_event, ts_recv, instrument, _CLEAR, _NO_SIDE, 0, 0, 0, 0, 0)
     return n
 
@@ -390,8 +397,11 @@ def put_level(
 def set_depth(feed: Any, instrument: Any, levels: Any, depth: Any, seq: Any, ts_event: Any, ts_recv: Any, out: Any, n: Any) -> Any:
     """A directory message says how many levels the venue shows of an instrument: told once, for who goes on later. Returns the new n."""
     record = feed.instruments.records[instrument]
-    if not 0 < levels <= depth or record.depth == levels:
+    if not 0 < levels <= depth:
         return n
-    feed.depths[instrument] = record.depth = np.int64(levels)
+    feed.depths[instrument] = np.int64(levels)  # which may be new to the decoder, where a leader's journal has told the node
+    if record.depth == levels:
+        return n
+    record.depth = np.int64(levels)
     source, code = np.uint16(feed.state[SOURCE]), record.code
     return put_event(out, n, n, seq, ts_event, ts_recv, instrument, _CODE, _NO_SIDE, source, 0, 0, code, levels)

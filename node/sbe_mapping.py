@@ -47,6 +47,8 @@ _ALLOWED: dict[str, Mapping[int, str]] = {
     **ALLOWED, "change": {int(change): change.name for change in Change}, "book": {0: "OWN", 1: "IMPLIED"},
     "position": {number: str(number) for number in range(1, DEPTH_MAX + 1)},
 }  # fmt: skip
+OF_DEFINITIONS = ("reference", "depth")
+"""Kinds of what defines instruments."""
 _TARGETS = (*EVENT_FIELDS, "position", "change", "book")
 _JOINED = -1
 
@@ -168,6 +170,11 @@ class SbeSpec(Spec):
     def ladder_levels(self) -> int:
         """Levels that a ladder has room for."""
         return self.levels
+
+    @property
+    def defines(self) -> bool:
+        """Whether some message defines instruments."""
+        return any(case.kind == "reference" for template in self.templates for case in template.cases)
 
 
 # ---------------------------------------------------------------- which mapping, which schema
@@ -757,4 +764,15 @@ def select_sbe(spec: SbeSpec, fields: Mapping[str, str] | Sequence[str], message
 
 def _counted_only(template: Template) -> Template:
     """The message without events, but for what others need: directories and depths."""
-    return dataclasses.replace(template, cases=tuple(case for case in template.cases if case.kind in ("reference", "depth")))
+    return dataclasses.replace(template, cases=tuple(case for case in template.cases if case.kind in OF_DEFINITIONS))
+
+
+def definition_part(template: Template) -> Template:
+    """The message with what defines instruments only, if anything does: other events are nothing, in the same places of their groups."""
+    if not any(case.kind in OF_DEFINITIONS for case in template.cases):
+        return dataclasses.replace(template, cases=())
+    cases = [
+        case if case.kind in (*OF_DEFINITIONS, "nothing") else dataclasses.replace(case, kind="nothing", values={}, tests=())
+        for case in template.cases
+    ]
+    return dataclasses.replace(template, cases=tuple(cases))

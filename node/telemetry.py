@@ -114,6 +114,9 @@ class SourceCounter(IntEnum):
     SNAPSHOTS_TOO_LARGE = 44
     SNAPSHOT_TURNS = 45
     SNAPSHOT_TURNS_BROKEN = 46
+    DEFINITION_PACKETS = 47
+    DEFINITION_TURNS = 48
+    DEFINITIONS_NEW = 49
 
 
 class ShardCounter(IntEnum):
@@ -204,6 +207,9 @@ SOURCE_ABOUT = {
     SourceCounter.SNAPSHOTS_TOO_LARGE: "of the snapshots, books with more levels than there is room for",
     SourceCounter.SNAPSHOT_TURNS: "turns of the snapshot channel's loop that have begun",
     SourceCounter.SNAPSHOT_TURNS_BROKEN: "of those, turns while books were waiting that lacked a packet or a snapshot",
+    SourceCounter.DEFINITION_PACKETS: "of the packets, those of the definition channel",
+    SourceCounter.DEFINITION_TURNS: "turns of the definition channel's loop that have begun",
+    SourceCounter.DEFINITIONS_NEW: "instruments that its definitions have made known",
 }
 SHARD_ABOUT = {
     ShardCounter.EVENTS_IN: "input events taken",

@@ -33,7 +33,8 @@ _WIDTH = 160
 _LATENCIES = ("p50", "p99", "p999", "max")
 _TOLD_OF_WAYS = ("rx_dropped", "rx_ring_full", "truncated", "fragments", "tagged", "bad_checksum", "not_wanted", "requests", "recovered",
                  "given_up", "snapshot_turns", "snapshot_turns_broken", "snapshots", "books_recovered", "snapshots_too_old",
-                 "snapshots_ahead", "snapshots_not_kept", "snapshots_too_large")  # fmt: skip
+                 "snapshots_ahead", "snapshots_not_kept", "snapshots_too_large", "definition_turns", "definition_packets",
+                 "definitions_new")  # fmt: skip
 
 
 class NoSuchNode(Exception):

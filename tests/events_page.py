@@ -39,7 +39,7 @@ MEANINGS = {
 }
 FIELDS = {
     "seq": "input: the source's sequence; output: the shard's output sequence, from 1 without holes",
-    "ts_event": "the venue's time, ns since 1970 (of a feed that counts from midnight without `date`: ns since midnight)",
+    "ts_event": "the venue's time, ns since 1970 (of a feed that counts from midnight without `date`: ns since midnight); 0: it has none",
     "ts_recv": "when this host received it, ns since 1970",
     "instrument": "id of the instrument in its node; 4294967295: all of the source",
     "kind": "see below",

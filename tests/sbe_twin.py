@@ -318,7 +318,7 @@ class Twin:
             self.numbers[name] = number
             self._announce(name, tick)
             if before != name:
-                self._rename([one for one in (before, implied) if one is not None], before, name)
+                self._rename([one for one in (before, implied) if one is not None], name)
             return name
         if values.get("book") == 1:
             if case.kind == "clear" and number | 1 << 62 not in self.codes:
@@ -336,16 +336,17 @@ class Twin:
             self.numbers[f"#{number}"] = number
         return self._announce(self.codes[number], self.spec.tick_size)
 
-    def _rename(self, ended: list[str], before: str | None, name: str) -> None:
+    def _rename(self, ended: list[str], name: str) -> None:
         """Books by position end, and one under another name begins, of which nobody has told what rests in it."""
         if not self.spec.levels:
             return
         rows = len(self.rows)
         for one in ended:
             sides = [self.ladders.pop((one, side), []) for side in (0, 1)]
-            if any(price is not None for side in sides for price in side):
+            if any(price is not None for side in sides for price in side) or self.known.get(one) is False:
+                self.known[one] = True
                 self.rows.append([int(Kind.CLEAR), one, NO_SIDE, 0, 0, 0, 0, 0])
-        if len(self.rows) > rows or self.known.get(before or "") is False:
+        if len(self.rows) > rows:
             self._lose(name)
 
     def _lose(self, name: str) -> None:

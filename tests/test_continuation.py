@@ -38,8 +38,13 @@ def _advance_all(position: Any, batch: Any, count: Any) -> None:
 
 
 @loop
-def _resume_now(position: Any, batch: Any, count: Any) -> Any:
-    return resume(position, batch, count)
+def _resume_compiled(position: Any, ids: Any, batch: Any, count: Any) -> Any:
+    return resume(position, ids, batch, count)
+
+
+def _resume_now(position: Any, batch: EventArray, count: int, ids: Any = None) -> int:
+    """`ids`: of the shard; default: it has met every instrument."""
+    return int(_resume_compiled(position, np.zeros(16, np.uint32) if ids is None else ids, batch, count))
 
 
 @loop
@@ -118,7 +123,7 @@ def test_a_new_leader_goes_on_after_the_last_event_of_the_journal(feed: list[dic
     while at < len(standby):
         size = data.draw(st.integers(1, 8))
         batch = standby[at : at + size].copy()
-        kept.append(batch[: int(_resume_now(position, batch, len(batch)))])
+        kept.append(batch[: _resume_now(position, batch, len(batch))])
         at += size
     assert market(np.concatenate([leader[:cut], *kept])) == market(leader)
     taken = np.concatenate([leader[:cut], *kept])
@@ -145,7 +150,7 @@ def test_a_standby_keeps_everything_that_a_takeover_may_need(feed: list[dict[str
             pass
         begin_resuming(position)
         left = reader.read(512).view(EVENT).copy()
-        left = left[: int(_resume_now(position, left, len(left)))]
+        left = left[: _resume_now(position, left, len(left))]
     assert market(np.concatenate([leader[:cut], left])) == market(leader)
 
 
@@ -172,7 +177,7 @@ def test_a_restarted_node_gives_each_shard_what_its_journal_lacks(feed: list[dic
             and not (row["kind"] in (Kind.REFERENCE, Kind.CODE) and row["instrument"] in known)
         ]
         position, batch = shard.resuming(0), events(again)
-        kept = batch[: int(_resume_now(position, batch, len(batch)))]
+        kept = batch[: _resume_now(position, batch, len(batch))]
         journal = events(rows[: cut - 1 if shard.unfinished >= 0 else cut])  # an unfinished definition comes again
         assert market(np.concatenate([journal, kept])) == market(events(rows))
 
@@ -225,7 +230,33 @@ def test_what_a_journalled_gap_has_told_does_not_come_again() -> None:
     assert place is not None
     assert place.sequence == 5
     batch = events([{"kind": Kind.ADD, "seq": seq} for seq in (3, 4, 4, 5, 5)])
-    assert batch[: int(_resume_now(shard.resuming(0), batch, 5))]["seq"].tolist() == [5, 5]
+    assert batch[: _resume_now(shard.resuming(0), batch, 5)]["seq"].tolist() == [5, 5]
+
+
+def test_what_introduces_an_instrument_is_taken_wherever_it_is() -> None:
+    """A definition channel goes round beside the feed: our receiver may have come by a definition before the journal's end, and later than
+    the takeover."""
+    position = make_positions(1)
+    journal = events([{"kind": Kind.ADD, "seq": 20, "instrument": 0}])
+    _advance_all(position, journal, 1)
+    begin_resuming(position)
+    ids, given = make_ids(8)
+    ids[5], given[0] = 0, 1
+    rows = [
+        {"kind": Kind.REFERENCE, "seq": 18, "instrument": 5}, {"kind": Kind.CODE, "seq": 18, "instrument": 5},
+        {"kind": Kind.GAP, "seq": 18, "instrument": 5}, {"kind": Kind.REFERENCE, "seq": 18, "instrument": 6},
+        {"kind": Kind.CODE, "seq": 18, "instrument": 6}, {"kind": Kind.GAP, "seq": 18, "instrument": 6},
+        {"kind": Kind.ADD, "seq": 19, "instrument": 6}, {"kind": Kind.ADD, "seq": 20, "instrument": 5},
+        {"kind": Kind.ADD, "seq": 21, "instrument": 6}, {"kind": Kind.GAP, "seq": 21, "instrument": 5},
+    ]  # fmt: skip
+    mine = events(rows)
+    kept = mine[: _resume_now(position, mine, len(mine), ids)]
+    assert [(Kind(int(e["kind"])), int(e["seq"]), int(e["instrument"])) for e in kept] == [
+        (Kind.REFERENCE, 18, 6), (Kind.CODE, 18, 6), (Kind.GAP, 18, 6), (Kind.ADD, 21, 6), (Kind.GAP, 21, 5)
+    ]  # fmt: skip
+    place = position.copy()
+    _advance_all(position, kept[:3], 3)
+    assert position.tolist() == place.tolist(), "the journal stands where it stood"
 
 
 def test_a_snapshot_of_an_earlier_release_loses_nothing() -> None:
@@ -248,7 +279,7 @@ def test_a_gap_of_unknown_size_stays_and_what_the_journal_has_behind_it_goes() -
     begin_resuming(position)
     rows = [{"kind": Kind.ADD, "seq": seq, "id": seq} for seq in (9, 10, 11)]
     batch = events([{"kind": Kind.GAP, "instrument": ALL_INSTRUMENTS}, *rows])
-    kept = batch[: int(_resume_now(position, batch, len(batch)))]
+    kept = batch[: _resume_now(position, batch, len(batch))]
     assert kept["seq"].tolist() == [0, 11]
 
 
@@ -322,6 +353,6 @@ def test_a_receiver_that_started_in_a_later_session_finds_its_place(feed: list[d
     position["own_session"] = session or position["session"]
     begin_resuming(position)
     mine = leader[begun:].copy()
-    mine = mine[: int(_resume_now(position, mine, len(mine)))]
+    mine = mine[: _resume_now(position, mine, len(mine))]
     if session or not position["session"][0]:
         assert market(np.concatenate([leader[:cut], mine])) == market(leader)

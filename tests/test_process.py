@@ -82,6 +82,7 @@ STILL = {
         "books_waiting", "snapshots_asked", "snapshots_failed", "checksums_failed", "restarts", "errors", "unchanged", "skipped",
         "empty_messages", "rotations", "truncations", "counted", "snapshots", "books_recovered", "snapshots_too_old", "snapshots_ahead",
         "snapshots_not_kept", "snapshots_too_large", "snapshot_turns", "snapshot_turns_broken",
+        "definition_packets", "definition_turns", "definitions_new",
     },
     "shard": {"refused", "blocked", "alerts", "crossed", "config_version", "output_lag", "journal_dropped", "from_shards", "not_waited"},
     "delivery": {"retries", "reconnects", "skipped", "lag"},

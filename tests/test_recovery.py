@@ -25,7 +25,7 @@ from tickmesh.node.sbe_encoder import Encoder
 from tickmesh.transports.capture import PACKET, write_pcap
 
 pytestmark = need_data
-SNAPSHOTS, LEVELS = 2, 10
+SNAPSHOTS, DEFINITIONS, LEVELS = 2, 3, 10
 Level = tuple[int, int, int]
 _made: dict[str, Encoder] = {}
 
@@ -60,7 +60,7 @@ class Client:
         spec, framing, self.decoder = venue("cme_mdp3", CME_XML)
         self.table = InstrumentTable(512)
         line = SNAPSHOTS if self.recovers else -1
-        self.feed = D.make_feed(spec, self.table, framing=framing, gap_wait_ns=1000, recovery_line=line)
+        self.feed = D.make_feed(spec, self.table, framing=framing, gap_wait_ns=1000, recovery_line=line, definition_line=DEFINITIONS)
         self.now = 0
         self.wrong_state = 0
 

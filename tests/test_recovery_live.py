@@ -1,4 +1,4 @@
-"""CME's snapshot channel on real sockets: a node gets lines A and B and the loop of snapshots, and its books equal a feed without loss."""
+"""CME's snapshot and definition channels on real sockets: a node gets lines A, B and both loops; its books equal a feed without loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from nats_fixtures import nats_server  # noqa: F401
 from nodes import cluster, node_config, running, until  # noqa: F401
-from test_recovery import SECURITIES, Client, Market, definition, encoder, packet
+from test_definitions import NAMES, SHOWN, turn_of
+from test_recovery import DEFINITIONS, SECURITIES, Client, Market, definition, encoder, packet
 from test_roles import command
 from test_sbe import CME_XML, need_data
 
@@ -37,7 +38,7 @@ TICK = 10_000_000
 
 @dataclass
 class Venue:
-    """Both lines and the snapshot channel of a market whose true books are known.
+    """Both lines, the snapshot and the definition channel of a market whose true books are known.
 
     Attributes:
         truth: a client that gets every packet.
@@ -45,7 +46,7 @@ class Venue:
         shown: each security's snapshot after the last packet, whatever was lost of it.
     """
 
-    endpoints: tuple[str, str, str]
+    endpoints: tuple[str, str, str, str]
     send_to: socket.socket
     securities: tuple[int, ...] = SECURITIES
     truth: Client = field(default_factory=lambda: Client(recovers=False))
@@ -70,6 +71,18 @@ class Venue:
                 if number not in gone.get(line, ()):
                     self._send(line, raw)
         self.shown = [self.truth.snapshot(one, self.sent, len(self.securities)) for one in self.securities]
+
+    def open_listed(self) -> None:
+        """Every security has a name and shows few levels, of which the truth has heard before the session begins with empty books."""
+        for raw in turn_of():
+            self.truth.take(raw, DEFINITIONS)
+        self.market.depths = SHOWN
+        self.reset()
+
+    def define(self) -> None:
+        """A turn of the loop of definitions."""
+        for raw in turn_of():
+            self._send(3, raw)
 
     def reset(self) -> None:
         """Empty all books."""
@@ -98,19 +111,20 @@ def venue() -> Iterator[Venue]:
     group, port = f"239.{77 + secrets.randbelow(100)}.{1 + secrets.randbelow(250)}", 20_000 + secrets.randbelow(20_000)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         sender.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
-        yield Venue(tuple(f"udp://{group}.{1 + i}:{port + i}" for i in range(3)), sender)  # type: ignore[arg-type]
+        yield Venue(tuple(f"udp://{group}.{1 + i}:{port + i}" for i in range(4)), sender)  # type: ignore[arg-type]
 
 
-def source_of(venue: Venue, *, snapshots: bool = True) -> str:
+def source_of(venue: Venue, *, snapshots: bool = True, definitions: bool = False) -> str:
     channel = f'snapshot_endpoint = "{venue.endpoints[2]}"\n' if snapshots else ""
+    channel += f'definition_endpoint = "{venue.endpoints[3]}"\n' if definitions else ""
     return (
         f'type = "multicast"\nendpoint = "{venue.endpoints[0]}"\nendpoint_b = "{venue.endpoints[1]}"\n{channel}'
         f'interface = "lo"\ndata_format = "cme_mdp3:{CME_XML}"\ngap_wait_ms = 20\n'
     )
 
 
-def config_of(venue: Venue, name: str, data: Path, *, more: str = "", snapshots: bool = True) -> Config:
-    return node_config(name, data, f"[data_sources.cme]\n{source_of(venue, snapshots=snapshots)}", cluster_extra=more)
+def config_of(venue: Venue, name: str, data: Path, **channels: bool) -> Config:
+    return node_config(name, data, f"[data_sources.cme]\n{source_of(venue, **channels)}")
 
 
 Side = list[tuple[int, int]]
@@ -334,6 +348,104 @@ def test_another_configuration_in_the_middle_of_a_recovery(
         until_equal(node, venue)
 
 
+# ---------------------------------------------------------------- definitions
+
+
+def named_books(node: Node, venue: Venue) -> dict[str, State]:
+    """Books under the names that the truth has; there is nothing in any other."""
+    found, names = books_of(node), true_books(venue).keys()
+    assert all(not bids and not asks for name, (_, bids, asks) in found.items() if name not in names), found
+    return {name: state for name, state in found.items() if name in names}
+
+
+def until_named(node: Node, venue: Venue) -> None:
+    """Wait until every book is the true one under its name, and trusted."""
+    true = {name: (False, *sides) for name, sides in true_books(venue).items()}
+    until(lambda: is_caught_up(node, venue) and named_books(node, venue) == true, "true books under their names", 20)
+
+
+def test_names_and_depths_come_from_a_group_of_their_own(
+    nats_server: NatsServer,  # noqa: F811
+    cluster: str,  # noqa: F811
+    tmp_path: Path,
+    venue: Venue,
+) -> None:
+    """Books of three levels from the first one on; over a loss of the feed, and over a restart, which knows all names."""
+    config = config_of(venue, cluster, tmp_path, definitions=True)
+    with running(config, nats_server.url) as node:
+        counters = node.receivers[0].counters
+        venue.open_listed()
+        venue.define()
+        until(lambda: counters().get("definitions_new") == len(NAMES), "all names")
+        venue.trade(60)
+        until_equal(node, venue)
+        assert set(books_of(node)) >= set(NAMES.values())
+        assert all(len(side) <= 3 for _, *sides in books_of(node).values() for side in sides)
+        events = counters()["events"]
+        for _ in range(3):
+            venue.define()
+        until(lambda: counters()["definition_turns"] == 4, "more turns")
+        assert (counters()["events"], counters()["definition_packets"], counters()["gaps"]) == (events, 8, 0)
+        venue.trade(20, lost={0: (5,), 1: (5,)})
+        venue.define()
+        until(lambda: is_caught_up(node, venue), "what was sent")
+        until_stale(node, set(books_of(node)))
+        recover(node, venue, "all books")
+        until_equal(node, venue)
+        node.mirror()
+        shown = read_telemetry(telemetry_path(cluster, "n1"))["sources"]["cme"]
+        assert (shown["definition_turns"], shown["definitions_new"], shown["malformed"]) == (5, 4, 0)
+    with running(config, nats_server.url) as node:
+        venue.trade(10)
+        venue.define()
+        until(lambda: is_caught_up(node, venue), "what was sent")
+        recover(node, venue, "all books")
+        venue.trade(40)
+        until_equal(node, venue)
+        assert (node.receivers[0].counters()["definition_turns"], node.receivers[0].counters()["definitions_new"]) == (1, 0)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_names_that_come_late(
+    nats_server: NatsServer,  # noqa: F811
+    cluster: str,  # noqa: F811
+    tmp_path: Path,
+    venue: Venue,
+    live: bool,
+) -> None:
+    """Books under codes end, those under names come with the next snapshots; also where the configuration gets the key while we run."""
+    config = config_of(venue, cluster, tmp_path, definitions=True)
+    without = config_of(venue, cluster, tmp_path)
+    with running(without if live else config, nats_server.url) as node:
+        venue.open_listed()
+        venue.trade(40)
+        until(lambda: is_caught_up(node, venue), "what was sent")
+        assert all(name.startswith("#") for name in books_of(node))
+        assert not stale(node)
+        if live:
+            node.apply(config, node.version + 1)
+            venue.trade(20)
+            until(lambda: is_caught_up(node, venue), "what was sent")
+            assert not stale(node)
+        venue.define()
+        until(lambda: len(named_books(node, venue)) == len(true_books(venue)), "all names")
+        venue.trade(20)
+        until(lambda: is_caught_up(node, venue), "what was sent")
+        assert stale(node) >= set(NAMES.values())
+        recover(node, venue, "all books")
+        until_named(node, venue)
+        assert node.receivers[0].counters()["books_waiting"] == 0
+        venue.trade(40)
+        until_named(node, venue)
+    with running(config, nats_server.url) as node:
+        venue.trade(20)
+        until(lambda: is_caught_up(node, venue), "what was sent")
+        for _ in range(2):
+            venue.turn()
+        until(lambda: node.receivers[0].counters()["books_waiting"] == 0, "all books that are still anybody's")
+        until_named(node, venue)
+
+
 # ---------------------------------------------------------------- restarts
 
 
@@ -413,12 +525,13 @@ class CmeCluster(LocalCluster):
     """A local cluster whose market comes from a :class:`Venue` of the test."""
 
     venue: Venue
+    definitions = False
 
     def start_feed(self) -> None:
         """The test sends."""
 
     def configuration(self) -> str:
-        source = f"[data_sources.cme]\n{source_of(self.venue)}\n"
+        source = f"[data_sources.cme]\n{source_of(self.venue, definitions=self.definitions)}\n"
         text = re.sub(r"\[data_sources\.market\]\n.*?\n\n", source, super().configuration(), flags=re.DOTALL)
         text = re.sub(r"\[processing\.calculations\.(pair|all)\][^\n]*\n(?:[^\[\n][^\n]*\n)+", "", text)
         return re.sub(r"shard_overrides = [^\n]*\n", "", text)
@@ -452,14 +565,16 @@ def books_in(journal: Path) -> dict[str, State]:
 @pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.timeout(900)
-def test_a_standby_that_has_not_followed_a_book_says_so_when_it_takes_over(tmp_path: Path, venue: Venue) -> None:
+@pytest.mark.parametrize("definitions", [False, True])
+def test_a_standby_that_has_not_followed_a_book_says_so_when_it_takes_over(tmp_path: Path, venue: Venue, definitions: bool) -> None:
     """Two nodes lead in turn: one that has heard all, and one that has joined late, which tells of each book.
 
-    Whose books the journal calls stale, though its own receiver has followed all of them, has them brought by the snapshots too.
+    Whose books the journal calls stale, though its own receiver has followed all of them, has them brought by the snapshots too. With
+    `definitions` books have names and few levels, and the one that joins late has heard of them from the other.
     """
     few = {"shards": 1, "nodes": 2, "nats_servers": 1, "stream_replicas": 1, "suspect_ms": 1000.0}
     mesh = CmeCluster(LocalClusterOptions(tmp_path, f"cm{secrets.token_hex(3)}", "nats", **few))  # type: ignore[arg-type]
-    mesh.venue = venue
+    mesh.venue, mesh.definitions = venue, definitions
 
     def leader() -> str:
         return asyncio.run(mesh.shards())[0].leader
@@ -488,6 +603,9 @@ def test_a_standby_that_has_not_followed_a_book_says_so_when_it_takes_over(tmp_p
         asyncio.run(mesh.whole())
         first = leader()
         second = next(name for name in mesh.nodes if name != first)
+        if definitions:
+            venue.open_listed()
+            until(lambda: venue.define() or len(state()) == 2 * len(NAMES), "all names", 60)
         venue.trade(60)
         until(equal, "the beginning", 60)
         mesh.nodes[second].kill()

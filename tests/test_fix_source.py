@@ -19,7 +19,8 @@ from nats_logins import make_authority, make_certificate
 from nodes import cluster, node_config, outputs_made, running, stream, until  # noqa: F401
 from sources import FAST, receiving, source_config
 
-from tickmesh.control.config import ConfigError
+from tickmesh.control.config import ConfigError, parse_config
+from tickmesh.node.config_checks import config_checks
 from tickmesh.node.event import ASK, EVENT, EventArray, Kind
 from tickmesh.node.fix_session import Ended, Event, SessionOptions
 from tickmesh.node.fix_store import MemoryStore
@@ -293,13 +294,20 @@ def test_drop_copies_through_a_node(nats_server: NatsServer, cluster: str, tmp_p
         ('"fix44"', '"itch50"', "is no FIX"),
         ("tcp://127.0.0.1:1", "http://127.0.0.1:1", "must be tcp://HOST:PORT or tls://HOST:PORT"),
         ('"CLIENT"', '"WITH SPACE"', "sender"),
-        ('target = "VENUE"', 'target = "VENUE", reset = "never"', "which reset = \"never\" needs"),
     ],
 )
 def test_configurations_that_are_refused(old: str, new: str, reason: str) -> None:
     assert old in body(1)
     with pytest.raises(ConfigError, match=reason):
         source_config(body(1).replace(old, new))
+
+
+def test_a_session_that_is_never_reset_needs_a_place_for_its_sequences(tmp_path: Path) -> None:
+    never = 'target = "VENUE", reset = "never"'
+    text = "[data_sources.feed]\n" + body(1).replace('target = "VENUE"', never)
+    with pytest.raises(ConfigError, match=r'data_sources.feed.fix.store.*is missing, which reset = "never" needs'):
+        parse_config(text, checks=config_checks(tmp_path))
+    parse_config(text.replace(never, never + ', store = "sessions"'), checks=config_checks(tmp_path))
 
 
 def test_symbols_to_subscribe_to_must_be_names() -> None:

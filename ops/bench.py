@@ -257,7 +257,7 @@ def number_text(value: float) -> str:
 
 
 def report_text(report: dict[str, Any]) -> str:
-    """A report for people: the machine, the comparisons, what was left out."""
+    """A report for people: the machine, the comparisons, what a benchmark has to say in `lines` of its own, what was left out."""
     rows = [f"{name:<10} {value}" for name, value in report["machine"].items()]
     if report["quick"]:
         rows.append("a quick look: too short to judge a target by, or to publish")
@@ -268,6 +268,7 @@ def report_text(report: dict[str, Any]) -> str:
     for line in lines:
         left = (f"{text:<{width}}" if i in (0, 1, 7) else f"{text:>{width}}" for i, (text, width) in enumerate(zip(line, widths)))
         rows.append("  ".join(left).rstrip())
+    rows += [line for result in report["results"].values() for line in result.get("lines", ())]
     rows += [f"left out: {what}: {why}" for what, why in report["skipped"].items()]
     return "\n".join(rows)
 

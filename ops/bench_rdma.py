@@ -2,7 +2,8 @@
 
 Posting: what it costs the processor to describe and post one write of 64 bytes and an inline write behind it, as every publication of a
 ring is, by each binding and from compiled code; completions are taken between the rounds and not counted. The ring: records of 64 bytes
-through a channel. With Soft-RoCE the kernel is the card, so that only comparisons between bindings say anything.
+through a channel, and outputs, one at a time, from the publisher's output ring until the subscriber's loop has an event of it. With
+Soft-RoCE the kernel is the card, so that only comparisons between bindings say anything; the ring's numbers are there for context.
 """
 
 from __future__ import annotations
@@ -11,18 +12,29 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from statistics import median
 from typing import Any
 
 import numpy as np
 
+from tickmesh.control.config import Config, parse_config
+from tickmesh.node.event import EVENT, REFERENCE, EventArray, Kind
+from tickmesh.node.instruments import InstrumentTable
+from tickmesh.node.rdma_delivery import HEARTBEAT_S, Published, RdmaPublisher
+from tickmesh.node.rdma_source import RdmaReceiver
+from tickmesh.node.receivers import ReceiverContext
+from tickmesh.node.replication_link import LinkOptions
 from tickmesh.transports.rdma import RdmaChannel
-from tickmesh.transports.toolbox import loop, monotonic_ns, zeros_aligned
+from tickmesh.transports.ring import Ring
+from tickmesh.transports.toolbox import IDLE_YIELD, loop, monotonic_ns, zeros_aligned
 from tickmesh.transports.verbs import WRITE, Binding, Device, Poster, Queue, VerbsError, Write, devices, installed, open_device
 from tickmesh.transports.verbs_post import C_POST_SEND, C_QUEUE, make_poster, post_writes
 
 _BYTES, _SENDS = 1 << 16, 128
-_LIMIT_S, _TIMES = 60.0, 30
+_LIMIT_S, _LOOK_S, _TIMES = 60.0, 0.0005, 30
+_WARM_PART = 10
+_TICK = 10_000_000
 
 
 class NoRdma(Exception):
@@ -78,16 +90,17 @@ class _Pair:
             device.close()
 
 
-def bench_rdma(*, rounds: int = 30, records: int = 200_000) -> dict[str, Any]:
+def bench_rdma(*, rounds: int = 30, records: int = 200_000, outputs: int = 2_000) -> dict[str, Any]:
     """Measure; returns plain data.
 
     Args:
         rounds: of each binding, in turn.
         records: through the ring.
+        outputs: from a publisher to a subscriber, one at a time.
 
     Returns:
-        ``{"device", "describe_ns": {way: median}, "post_ns": {way: median of a publication}, "ring_records_s", "rows"}``; what needs a
-        device is left out where there is none.
+        ``{"device", "describe_ns": {way: median}, "post_ns": {way: median of a publication}, "ring_records_s", "to_subscriber_ns": {p50,
+        p99}, "rows", "lines"}``; what needs a device is left out where there is none.
 
     Raises:
         NoRdma: this host has neither a device nor a binding for Python to compare with.
@@ -99,7 +112,15 @@ def bench_rdma(*, rounds: int = 30, records: int = 200_000) -> dict[str, Any]:
     posted = _posting(rounds) if found else {}
     rows = [*_rows("describing a publication, without the device's part", described), *_rows("posting a publication", posted)]
     speed = _ring(records) if found else None
-    return {"device": found, "describe_ns": described, "post_ns": posted, "ring_records_s": speed, "rows": rows}
+    ages = _to_subscriber(outputs) if found else None
+    lines = [f"RDMA ring between {found[0]} and {found[-1]}: {speed:,.0f} records of 64 bytes a second"] if speed else []
+    if ages:
+        p50, p99 = ages["p50"] / 1e3, ages["p99"] / 1e3
+        lines.append(f"RDMA, an output from the publisher's ring to the subscriber's: p50 {p50:,.0f} µs, p99 {p99:,.0f} µs")
+    return {
+        "device": found, "describe_ns": described, "post_ns": posted, "ring_records_s": speed, "to_subscriber_ns": ages, "rows": rows,
+        "lines": lines,
+    }  # fmt: skip
 
 
 def _rows(name: str, costs: dict[str, float]) -> list[dict[str, Any]]:
@@ -209,3 +230,69 @@ def _take(channel: RdmaChannel, records: int) -> None:
     left, room = records // 1024 * 1024, memoryview(bytearray(64 * 4096))
     while left > 0:
         left -= channel.receive_into(room, 1.0) // 64
+
+
+# ---------------------------------------------------------------- from a publisher to a subscriber
+
+
+def _to_subscriber(outputs: int) -> dict[str, float]:
+    """Age of an output when the subscriber's loop has made an event of it, percentiles in ns; both sides as in nodes, in this process."""
+    names, output, events = devices(), Ring.create(None, 1024, EVENT, mode="lossy"), Ring.create(None, 1 << 16, EVENT)
+    with ExitStack() as closing, output, events:
+        options = LinkOptions("bench", "publisher", heartbeat_s=HEARTBEAT_S, timeout_s=_LIMIT_S, idle=IDLE_YIELD)
+        publisher = RdmaPublisher(options, device=names[0]).start()
+        closing.callback(publisher.stop)
+        publisher.publish(0, Published(output, 1, 1, _references, frozenset({Kind.TRADE})))
+        context = ReceiverContext(InstrumentTable(8), [events], 0, IDLE_YIELD)
+        receiver = RdmaReceiver("publisher", _subscribing(names[-1], publisher.port), context)
+        closing.callback(receiver.close)
+        closing.callback(receiver.join, _LIMIT_S)
+        closing.callback(receiver.ask_stop)
+        reader = events.reader("bench")
+        receiver.start()
+        _wait_for(lambda: receiver.counters()["connected"], "the subscriber does not connect")
+        reader.read()  # what it says of the beginning
+        taken: list[EventArray] = []
+        for seq in range(1, outputs + 1):
+            output.writer.write(_trade(seq))
+            _wait_for(lambda: reader.lag, "an output does not arrive")
+            taken.append(reader.read())
+    found = np.concatenate(taken)
+    trades = found[found["kind"] == Kind.TRADE]
+    if trades["seq"].tolist() != list(range(1, outputs + 1)):
+        raise NoRdma("outputs were lost, or came twice")
+    ages = (trades["ts_recv"] - trades["ts_event"])[outputs // _WARM_PART :]
+    return {"p50": float(np.percentile(ages, 50)), "p99": float(np.percentile(ages, 99))}
+
+
+def _subscribing(device: str, port: int) -> Config:
+    return parse_config(
+        f"""
+        [cluster]
+        node = "subscriber"
+        rdma_device = "{device}"
+        [data_sources.publisher]
+        type = "rdma"
+        endpoint = "rdma://127.0.0.1:{port}"
+        """
+    )
+
+
+def _references() -> EventArray:
+    reference = np.zeros(1, REFERENCE)
+    reference["kind"], reference["tick_size"], reference["symbol"] = Kind.REFERENCE, _TICK, b"ALFA"
+    return reference.view(EVENT)
+
+
+def _trade(seq: int) -> EventArray:
+    trade = np.zeros(1, EVENT)
+    trade["kind"], trade["seq"], trade["price"], trade["qty"], trade["ts_event"] = Kind.TRADE, seq, _TICK, 1, time.time_ns()
+    return trade
+
+
+def _wait_for(condition: Callable[[], object], missing: str) -> None:
+    end = time.monotonic() + _LIMIT_S
+    while not condition():
+        if time.monotonic() > end:
+            raise NoRdma(missing)
+        time.sleep(_LOOK_S)

@@ -1,45 +1,52 @@
-"""Receive paths on a virtual link: from the wire to the event, and what a datagram costs the receiving core. AF_XDP, packet ring, recvmmsg.
+"""Receive paths on a virtual link: from the wire to the event and to the output, and what a datagram costs the receiving core. AF_XDP,
+packet ring, recvmmsg.
 
-All feed the same compiled loop, so that they differ by ``receive_batch`` alone. A sender on one core sends MoldUDP64 packets with two ITCH
-orders; the receiver, spinning on another, looks at the clock when an event is decoded. The first order carries the time before the send,
-the second the time when the packet leaves the sender's interface, which a BPF program there writes into it: what the sender's own stack
-takes is in "send to event" only. The cost of a datagram is measured by sending a burst while nobody looks, and timing how long the loop
-takes to drain it. Ways alternate within each repeat; ratios are medians of the repeats' own. AF_XDP runs in both of its modes. It takes
-root, iproute2 and two cores, and no real card: what a card and its driver add or save is not in it.
+All feed the same compiled loop, so that they differ by ``receive_batch`` alone: it receives, decodes, steps a shard (book, BBO, four
+calculations, a strategy and its risk decision, as in :mod:`tickmesh.ops.bench_loop`) and reads the output ring. A sender on one core sends
+what :mod:`tickmesh.ops.stamped_orders` tells of; the loop, spinning on another, looks at the clock when an order is decoded, and again
+when the reader has the BBO that comes of it. From the wire, both count from the time when the packet left the sender's interface. All of
+it runs on the receiving core: a node has a thread for each of receiver and shard, and a ring between them (``tickmesh bench ring`` says
+what that takes), which cannot be measured where there are two cores and the sender needs one.
+
+Outputs are checked after every run: each order must have brought its BBO, with its prices and its time, each replaced buy order a risk
+decision, and all of it must be the same by every way, bit for bit, but for times.
+
+A run is short: where a thread does not leave a core, the kernel gives whoever waits for it 50 ms of every second, whatever the priority
+(its fair server, Linux 6.12), and then all that came meanwhile is late.
+
+The cost of a datagram is measured by sending a burst while nobody looks, and timing how long the loop takes to drain it. Ways alternate
+within each repeat; ratios are medians of the repeats' own. AF_XDP runs in both of its modes. It takes root, iproute2 and two cores, and no
+real card: what a card and its driver add or save is not in it.
 
 Run it: ``tickmesh bench receive``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 import statistics
-import struct
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import types
 
 from tickmesh.node.decoder import decoder_parts, make_feed
-from tickmesh.node.event import EVENT
+from tickmesh.node.event import ANY_VIEW, EVENT, Kind
 from tickmesh.node.instruments import InstrumentTable
 from tickmesh.node.protocol import load_framing, load_spec
+from tickmesh.node.risk import make_limits
+from tickmesh.node.shard import Shard
+from tickmesh.ops.bench_loop import STAGES, WHOLE
 from tickmesh.ops.namespaces import INTERFACE, VethPair
-from tickmesh.transports import bpf
+from tickmesh.ops.stamped_orders import OPENING, ORDERS, STAMP_MASK, Ages, StampedOrders, WrongOutputs, checked_bbos, content, on_core
 from tickmesh.transports.afxdp import Mode
-from tickmesh.transports.bpf import jump, op
 from tickmesh.transports.codecache import load_generated
-from tickmesh.transports.multicast import parse_endpoint
 from tickmesh.transports.receive_path import AFXDP, MODULES, PACKET_RING, SOCKETS, OpenPath, Wish, open_way
-from tickmesh.transports.toolbox import address_of, cpu_pause, loop, monotonic_ns, put_be16, put_be32, put_be64, zeros_aligned
+from tickmesh.transports.ring import Ring
+from tickmesh.transports.toolbox import zeros_aligned
 
 ENDPOINT = "udp://239.78.3.1:26400"
 WAYS: dict[str, tuple[str, Mode]] = {
@@ -51,33 +58,41 @@ _PEER = "recvmmsg"
 P50_TARGET, COST_TARGET = 1 / 0.67, 4.0
 _BURST, _BURSTS = 1500, 4
 _BUFFER_BYTES = 16 << 20
-_EVENTS_EACH = 2
-_STAMP_AT, _ORDER_BYTES = 27, 38
-"""Where the first order's time lies in the packet, and how far the second's is behind it."""
-_FRAME_HEADERS_BYTES, _NEXT, _PROTOCOL_AT = 42, -1, 16
+_RING_EVENTS, _READER_MS = 1 << 16, 600_000
+"""As large as a node's output ring; a busy host must not end a run."""
+_OUTPUTS_EACH = 12
+"""Room for an order's outputs: a BBO, five signals, an intent and a decision."""
 _SETTLE_S, _LIMIT_S = 0.05, 3.0
-_PRIORITY = 10
 _WARM_PART = 10
+PERCENTILES = {"p50": 50.0, "p99": 99.0, "p999": 99.9}
+HISTOGRAMS = {"wire": "wire to event", "output": "wire to output"}
 
 _RECEIVE = """\
-# Receive by {way}, decode, and look at the clock. Generated.
+# Receive by {way}, decode, step a shard, read its outputs, and look at the clock. Generated.
 import numpy as np
 
-from tickmesh.node.event import EVENT
+from tickmesh.node.event import ANY_VIEW, EVENT
+from tickmesh.node.shard_state import warm_arrays
 from tickmesh.transports.{module} import receive_batch, warm_line
+from tickmesh.transports.references import refer
+from tickmesh.transports.ring import ring_read_batch
 from tickmesh.transports.toolbox import cpu_pause, le64, loop, monotonic_ns, now_ns
 import tickmesh_generated.{decoder} as decoder_module
+import tickmesh_generated.{shard} as shard_module
 from tickmesh_generated.{decoder} import packet_events
+from tickmesh_generated.{shard} import step
 
 FIRST = np.int64(0)
-ADD = 1
+REPLACE, BBO = {replace}, {bbo}
 
 
 @loop
-def follow(lines, buffers, packets, feed, batch, latencies, until_ns):
-    # the age of every event when it is decoded, until so many have come or the clock says until_ns; how many
-    got, rounds = 0, 0
-    while got < latencies.size:
+def follow(lines, buffers, packets, feed, batch, batch_any, shard, reader, wanted, event_ages, outputs, output_ns, until_ns):
+    # until so many BBOs have come or the clock says until_ns: how old replaced orders were when they had been decoded, the outputs, and
+    # when a reader had each; how many of both
+    referred = refer(shard)
+    decoded, got, told, rounds = 0, 0, 0, 0
+    while told < wanted:
         rounds += 1
         if rounds & 4095 == 0 and monotonic_ns() > until_ns:
             break
@@ -88,14 +103,22 @@ def follow(lines, buffers, packets, feed, batch, latencies, until_ns):
             first = FIRST
             while count > 0:
                 first, events = packet_events(buffers[line], packets[line], first, count, feed, batch)
-                now = monotonic_ns()
-                for i in range(events):
-                    if batch[i].kind == ADD and got < latencies.size:
-                        latencies[got] = now - batch[i].ts_event
-                        got += 1
-                if first >= count and events == 0:
+                event_ns = monotonic_ns()
+                if events > 0:
+                    step(batch_any, FIRST, events, referred)
+                    taken = ring_read_batch(shard.out, reader, outputs[got:], outputs.size - got)
+                    read_ns = monotonic_ns()
+                    for i in range(events):
+                        if batch[i].kind == REPLACE and decoded < event_ages.size:
+                            event_ages[decoded] = (event_ns - batch[i].ts_event) & {mask}
+                            decoded += 1
+                    for i in range(got, got + taken):
+                        output_ns[i] = read_ns
+                        told += outputs[i].kind == BBO
+                    got += taken
+                elif first >= count:
                     break
-    return got
+    return decoded, got
 
 
 @loop
@@ -126,100 +149,51 @@ def drain(lines, buffers, packets, feed, batch, decoding, wanted, sums):
 
 def warm():
     kernel, buffer, packets = warm_line()
-    feed, batch = decoder_module.warm_feed(), np.zeros(8, EVENT)
+    feed, batch, numbers = decoder_module.warm_feed(), np.zeros(8, EVENT), np.zeros(0, np.int64)
     lines, buffers, several = (kernel,) * {lines}, (buffer,) * {lines}, (packets,) * {lines}
-    follow(lines, buffers, several, feed, batch, np.zeros(0, np.int64), 0)
+    follow(lines, buffers, several, feed, batch, batch.view(ANY_VIEW), warm_arrays(shard_module), 0, 0, numbers, np.zeros(0, ANY_VIEW),
+           numbers, 0)
     drain(lines, buffers, several, feed, batch, 0, 0, np.zeros(1, np.uint64))
 """
 
-# ---------------------------------------------------------------- the sender
 
-_send = types.ExternalFunction("send", types.int64(types.int32, types.uint64, types.uint64, types.int32))
-
-
-@loop
-def _send_stamped(sock: Any, datagram: Any, size: Any, sequence: Any, count: Any, gap_ns: Any) -> Any:
-    """Send `count` datagrams, one every `gap_ns` (0: as fast as it goes), the first order stamped; returns how many were refused."""
-    begun, refused = monotonic_ns(), 0
-    for i in range(count):
-        while monotonic_ns() < begun + i * gap_ns:
-            cpu_pause()
-        put_be64(datagram, 10, np.uint64(sequence + _EVENTS_EACH * i))
-        stamp = monotonic_ns()
-        put_be16(datagram, _STAMP_AT, np.uint16(stamp >> 32 & 0xFFFF))
-        put_be32(datagram, _STAMP_AT + 2, np.uint32(stamp & 0xFFFFFFFF))
-        sent = np.int64(_send(np.int32(sock), address_of(datagram, 0), np.uint64(size), np.int32(0)))
-        refused += sent != size
-    return refused
+# ---------------------------------------------------------------- a run
 
 
-@contextmanager
-def _stamping(interface: str) -> Iterator[None]:
-    """Have the second order of every packet that leaves an interface say when that was (monotonic clock, 48 bits)."""
-    code = bpf.assemble(
-        [
-            op(bpf.MOVE, 6, 1),
-            op(bpf.LOAD_U32, 2, 1, _PROTOCOL_AT),
-            jump(bpf.IF_UNEQUAL, "end", 2, value=socket.htons(0x0800)),
-            op(bpf.CALL, value=bpf.KTIME_NS),
-            op(bpf.SHIFT_LEFT, 0, value=16), op(bpf.BIG_ENDIAN, 0, value=64), op(bpf.STORE_U64, bpf.FRAME, 0, -8),
-            op(bpf.MOVE, 1, 6), op(bpf.SET, 2, value=_FRAME_HEADERS_BYTES + _STAMP_AT + _ORDER_BYTES),
-            op(bpf.MOVE, 3, bpf.FRAME), op(bpf.ADD, 3, value=-8), op(bpf.SET, 4, value=6), op(bpf.SET, 5),
-            op(bpf.CALL, value=bpf.STORE_BYTES),
-            "end:",
-            op(bpf.SET, 0, value=_NEXT), op(bpf.EXIT),
-        ]
-    )  # fmt: skip
-    program = bpf.Program(code, bpf.TRAFFIC_PROGRAM, bpf.AT_EGRESS, "tickmesh_stamp")
-    with program, program.attach(socket.if_nametoindex(interface)):
-        yield
+class _Run:
+    """A shard that has seen nothing, and what one run leaves."""
+
+    def __init__(self, ring: Ring, packets: int) -> None:
+        self.shard = Shard(STAGES[WHOLE], ring.arrays, instruments_max=8, orders_max=1 << 16)
+        limits = make_limits(max_qty="1000", max_notional="1000000", price_collar_bps=50, max_rate=10_000_000)
+        self.shard.arrays.limits[:] = np.repeat(limits, 2)
+        self.reader = ring.reader("bench")
+        self.wanted = ORDERS * (OPENING + packets)
+        self.event_ages = np.zeros(ORDERS * packets, np.int64)
+        self.outputs = zeros_aligned(_OUTPUTS_EACH * self.wanted, EVENT)
+        self.output_ns = np.zeros(len(self.outputs), np.int64)
+        for array in (self.event_ages, self.outputs, self.output_ns, *self.shard.arrays.books):
+            if isinstance(array, np.ndarray):
+                _touch(array)
+
+    def ages(self, way: str, decoded: int, got: int, times: Ages) -> dict[str, Ages]:
+        """By metric, without the first part of the run. Raises WrongOutputs."""
+        outputs = self.outputs[:got]
+        places = checked_bbos(way, outputs, times)
+        warm = len(times) // _WARM_PART
+        left = outputs["ts_event"][places[1::2]][warm:]
+        decided = outputs["ts_event"][outputs["kind"] == Kind.RISK]
+        refused = int(self.shard.arrays.core["refused"][0])
+        if decoded != len(self.event_ages) or refused or not np.isin(left, decided).all() or self.reader.lag:
+            raise WrongOutputs(way, "an order was not decoded, was refused by the book, or led to no risk decision")
+        event_ages = self.event_ages[ORDERS * warm :]
+        output_ages = (self.output_ns[places[1::2]][warm:] - left) & STAMP_MASK
+        return {"send": event_ages[0::2], "wire": event_ages[1::2], "output": output_ages}
 
 
-def _datagram() -> tuple[npt.NDArray[np.uint8], int]:
-    """A MoldUDP64 packet with two ITCH 5.0 orders, to be stamped."""
-    order = b"A" + struct.pack("!HH", 7, 0) + bytes(6) + struct.pack("!QcI8sI", 1, b"B", 100, b"ALFA    ", 500_000)
-    packet = b"TICKMESH  " + struct.pack("!QH", 1, _EVENTS_EACH) + (struct.pack("!H", len(order)) + order) * _EVENTS_EACH
-    return np.frombuffer(bytearray(packet + bytes(64)), np.uint8), len(packet)
-
-
-class _Sender:
-    """Sends from the near end of the link on a core of its own."""
-
-    def __init__(self, pair: VethPair, core: int) -> None:
-        self._core = core
-        self._datagram, self._size = _datagram()
-        to = parse_endpoint(ENDPOINT)
-        with pair.inside("left"):
-            self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            self.sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(pair.left_address))
-            self.sock.connect((to.address, to.port))
-        _send_stamped(self.sock.fileno(), self._datagram, self._size, 1, 0, 0)
-
-    def send(self, sequence: int, count: int, gap_ns: int) -> threading.Thread:
-        """Start sending beside."""
-
-        def run() -> None:
-            with _on_core(self._core):
-                _send_stamped(self.sock.fileno(), self._datagram, self._size, sequence, count, gap_ns)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        return thread
-
-
-@contextmanager
-def _on_core(core: int) -> Iterator[None]:
-    """Keep this thread on a core, before others of it where that is allowed."""
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
-    with contextlib.suppress(PermissionError):
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(_PRIORITY))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(PermissionError):
-            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-        os.sched_setaffinity(0, before)
+def _touch(array: npt.NDArray[Any]) -> None:
+    """Have the pages of an array in memory before the clock runs; it keeps its content."""
+    array.reshape(-1).view(np.uint8)[::4096] |= 0
 
 
 # ---------------------------------------------------------------- the receiver
@@ -232,26 +206,34 @@ class _Receiver:
         way, mode = WAYS[name]
         self.name, self._module = name, module
         wish = Wish(endpoints=(ENDPOINT,), interface=INTERFACE, owner="bench", buffer_bytes=_BUFFER_BYTES, mode=mode)
-        self.path: OpenPath = open_way(way, wish)
-        self.path.face.begin()
         self._batch = zeros_aligned(256, EVENT)
         self._feed: Any = None
         self.start_anew()
+        self._path: OpenPath = open_way(way, wish)
+
+    def __enter__(self) -> _Receiver:
+        self._path.face.begin()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._path.close()
 
     def start_anew(self) -> None:
         """A feed that has seen nothing."""
         self._feed = make_feed(load_spec("itch50"), InstrumentTable(8), framing=load_framing("moldudp64"), gap_wait_ns=0)
 
-    def follow(self, events: int, limit_s: float) -> npt.NDArray[np.int64]:
-        """Ages of the next events."""
-        face, latencies = self.path.face, np.zeros(events, np.int64)
-        until_ns = time.monotonic_ns() + int(limit_s * 1e9)
-        got = self._module.follow(face.kernels, face.buffers, face.packets, self._feed, self._batch, latencies, until_ns)
-        return latencies[: int(got)]
+    def follow(self, run: _Run, limit_s: float) -> tuple[int, int]:
+        """Replaced orders and outputs that came."""
+        face, until_ns = self._path.face, time.monotonic_ns() + int(limit_s * 1e9)
+        decoded, got = self._module.follow(
+            face.kernels, face.buffers, face.packets, self._feed, self._batch, self._batch.view(ANY_VIEW), run.shard.arrays,
+            run.reader.slot, run.wanted, run.event_ages, run.outputs.view(ANY_VIEW), run.output_ns, until_ns,
+        )  # fmt: skip
+        return int(decoded), int(got)
 
     def drain(self, decoding: bool) -> tuple[int, int]:
         """Take what waits: ns, datagrams."""
-        face = self.path.face
+        face = self._path.face
         took, got = self._module.drain(
             face.kernels, face.buffers, face.packets, self._feed, self._batch, int(decoding), _BURST, np.zeros(1, np.uint64)
         )
@@ -259,38 +241,56 @@ class _Receiver:
 
 
 def _modules() -> dict[str, ModuleType]:
-    decoder = decoder_parts(load_spec("itch50"), load_framing("moldudp64")).__name__.rpartition(".")[2]
-    places = {way: MODULES[way].__name__.rpartition(".")[2] for way, _ in WAYS.values()}
+    decoder = decoder_parts(load_spec("itch50"), load_framing("moldudp64"))
+    with Ring.create(None, 8, EVENT) as ring:
+        shard = Shard(STAGES[WHOLE], ring.arrays, instruments_max=1, orders_max=16).module
+    known = {"decoder": _stem(decoder), "shard": _stem(shard), "lines": 1, "mask": STAMP_MASK}
+    kinds = {"replace": int(Kind.REPLACE), "bbo": int(Kind.BBO)}
     loops = {
-        way: load_generated("bench_receive", _RECEIVE.format(way=way, module=module, decoder=decoder, lines=1))
-        for way, module in places.items()
+        way: load_generated("bench_receive", _RECEIVE.format(way=way, module=_stem(MODULES[way]), **known, **kinds))
+        for way in {way for way, _ in WAYS.values()}
     }
     return {name: loops[way] for name, (way, _) in WAYS.items()}
 
 
-def _latency(receiver: _Receiver, sender: _Sender, core: int, datagrams: int, gap_ns: int) -> dict[str, float]:
+def _stem(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[2]
+
+
+class _Place(NamedTuple):
+    """What runs have in common: the sender, the receiver's core, packets of a run and ns between them."""
+
+    sender: StampedOrders
+    core: int
+    packets: int
+    gap_ns: int
+
+
+def _latency(receiver: _Receiver, place: _Place, known: set[str]) -> dict[str, Ages]:
+    """Ages of one run; `known` holds the content of the outputs of all, which is one."""
     receiver.start_anew()
-    with _on_core(core):
-        thread = sender.send(1, datagrams, gap_ns)
-        ages = receiver.follow(_EVENTS_EACH * datagrams, datagrams * gap_ns / 1e9 + _LIMIT_S)
-    thread.join()
-    if len(ages) < _EVENTS_EACH * datagrams:
-        raise RuntimeError(f"{receiver.name}: {len(ages)} of {_EVENTS_EACH * datagrams} events came; is the host busy?")
-    kept = ages[2 * (len(ages) // 2 // _WARM_PART) :]
-    found: dict[str, float] = {}
-    for metric, stamps in (("send", kept[0::2]), ("wire", kept[1::2])):
-        found |= {f"{metric}_{name}": float(np.percentile(stamps, at)) for name, at in (("p50", 50), ("p99", 99), ("p999", 99.9))}
-    return found
+    with Ring.create(None, _RING_EVENTS, EVENT, reader_timeout_ms=_READER_MS) as ring:
+        run = _Run(ring, place.packets)
+        place.sender.open_book()
+        with on_core(place.core):
+            sending = place.sender.send(place.packets, place.gap_ns)
+            decoded, got = receiver.follow(run, place.packets * place.gap_ns / 1e9 + _LIMIT_S)
+        sending.join()
+        ages = run.ages(receiver.name, decoded, got, sending.times)
+        known.add(content(run.outputs[:got]))
+    if len(known) > 1:
+        raise WrongOutputs(receiver.name, "outputs are not those of the run before")
+    return ages
 
 
-def _cost(receiver: _Receiver, sender: _Sender, core: int, decoding: bool) -> float:
+def _cost(receiver: _Receiver, place: _Place, decoding: bool) -> float:
     """ns of the receiving core for a datagram, median of some bursts."""
     costs = []
     for _ in range(_BURSTS):
         receiver.start_anew()
-        sender.send(1, _BURST, 0).join()
+        place.sender.send(_BURST, 0).join()
         time.sleep(_SETTLE_S)
-        with _on_core(core):
+        with on_core(place.core):
             took, got = receiver.drain(decoding)
         if got == _BURST:
             costs.append(took / got)
@@ -302,48 +302,73 @@ def _cost(receiver: _Receiver, sender: _Sender, core: int, decoding: bool) -> fl
 # ---------------------------------------------------------------- the benchmark
 
 
-def bench_receive(datagrams: int = 20_000, rate: int = 20_000, repeats: int = 5) -> dict[str, Any]:
+def bench_receive(datagrams: int = 8_000, rate: int = 20_000, repeats: int = 9) -> dict[str, Any]:
     """Measure every way in turn.
 
     Args:
         datagrams: of each latency run.
-        rate: datagrams per second of it.
+        rate: datagrams per second of it; together not half a second.
         repeats: alternations.
 
     Returns:
-        ``{"rows": […], "measured": {way: {wire_p50, …, send_p50, …, cost, cost_to_event: [per repeat]}}}``, ns.
+        ``{"rows": […], "measured": {way: {wire_p50, …, output_p50, …, send_p50, …, cost, cost_to_event: [per repeat]}}, "histograms":
+        {"wire to event", "wire to output": {way: {least ns of a bucket: datagrams of all repeats}}}, "lines": these as text}``, ns.
 
     Raises:
         NamespaceError: not root, or no iproute2.
         BypassRefused: a way is not possible here; the message says why.
+        WrongOutputs: something was lost, or came out as it should not.
     """
     modules, cores = _modules(), sorted(os.sched_getaffinity(0))
     measured: dict[str, dict[str, list[float]]] = {name: {} for name in WAYS}
-    with VethPair("bench") as pair:
-        sender = _Sender(pair, cores[0])
-        with contextlib.closing(sender.sock), ExitStack() as stamping:
-            with pair.inside("left"):
-                stamping.enter_context(_stamping(INTERFACE))
-            for repeat in range(repeats + 1):  # the first one warms
-                for name in WAYS if repeat % 2 else reversed(WAYS):
-                    found = _measure(_Receiver(name, modules[name]), sender, cores[-1], datagrams, rate)
-                    for metric, value in found.items() if repeat else ():
-                        measured[name].setdefault(metric, []).append(value)
-    return {"rows": list(_rows(measured)), "measured": measured}
+    ages: dict[str, dict[str, list[Ages]]] = {metric: {name: [] for name in WAYS} for metric in HISTOGRAMS}
+    known: set[str] = set()
+    with VethPair("bench") as pair, StampedOrders(pair, ENDPOINT, cores[0]) as sender:
+        place = _Place(sender, cores[-1], datagrams, int(1e9 / rate))
+        for repeat in range(repeats + 1):  # the first one warms
+            for name in WAYS if repeat % 2 else reversed(WAYS):
+                with _Receiver(name, modules[name]) as receiver:
+                    run = _latency(receiver, place, known)
+                    costs = {"cost": _cost(receiver, place, False), "cost_to_event": _cost(receiver, place, True)}
+                for metric, value in {**_percentiles(run), **costs}.items() if repeat else ():
+                    measured[name].setdefault(metric, []).append(value)
+                for metric in ages if repeat else ():
+                    ages[metric][name].append(run[metric])
+    histograms = {
+        title: {name: histogram(np.concatenate(parts)) for name, parts in ages[metric].items()} for metric, title in HISTOGRAMS.items()
+    }
+    lines = [line for title, by_way in histograms.items() for line in histogram_lines(title, by_way)]
+    return {"rows": list(_rows(measured)), "measured": measured, "histograms": histograms, "lines": lines}
 
 
-def _measure(receiver: _Receiver, sender: _Sender, core: int, datagrams: int, rate: int) -> dict[str, float]:
-    try:
-        found = _latency(receiver, sender, core, datagrams, int(1e9 / rate))
-        return found | {"cost": _cost(receiver, sender, core, False), "cost_to_event": _cost(receiver, sender, core, True)}
-    finally:
-        receiver.path.close()
+def _percentiles(run: Mapping[str, Ages]) -> dict[str, float]:
+    return {f"{metric}_{name}": float(np.percentile(ages, at)) for metric, ages in run.items() for name, at in PERCENTILES.items()}
+
+
+def histogram(ages: Ages) -> dict[int, int]:
+    """How many ages there are by power of two: ``{1024: 3}`` are three from 1024 to 2047 ns. Below 1 counts as 1."""
+    powers, counts = np.unique(np.frexp(np.maximum(ages, 1))[1] - 1, return_counts=True)
+    return {1 << int(power): int(count) for power, count in zip(powers, counts)}
+
+
+def histogram_lines(title: str, by_way: Mapping[str, Mapping[int, int]]) -> Iterator[str]:
+    """Histograms side by side, as a table for people."""
+    yield ""
+    yield f"{title}, datagrams of all repeats by time"
+    buckets = sorted({least for counts in by_way.values() for least in counts})
+    table = [(f"{least:,}", f"{2 * least:,}", *(f"{counts.get(least, 0):,}" for counts in by_way.values())) for least in buckets]
+    table.insert(0, ("from ns", "below", *by_way))
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    for row in table:
+        yield "  ".join(f"{text:>{width}}" for text, width in zip(row, widths))
 
 
 def _rows(measured: dict[str, dict[str, list[float]]]) -> Iterator[dict[str, Any]]:
     metrics = (
         ("wire_p50", "wire to event, p50", P50_TARGET), ("wire_p99", "wire to event, p99", None),
-        ("wire_p999", "wire to event, p99.9", None), ("send_p50", "send to event, p50", None),
+        ("wire_p999", "wire to event, p99.9", None), ("output_p50", "wire to output, p50", None),
+        ("output_p99", "wire to output, p99", None), ("output_p999", "wire to output, p99.9", None),
+        ("send_p50", "send to event, p50", None),
         ("cost", "core cost, datagram taken and read", COST_TARGET), ("cost_to_event", "core cost, datagram to events", None),
     )  # fmt: skip
     for metric, title, target in metrics:

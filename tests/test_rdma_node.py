@@ -29,6 +29,7 @@ from tickmesh.node.rdma_source import RdmaReceiver
 from tickmesh.node.receivers import ReceiverContext
 from tickmesh.node.release import ReleaseGate
 from tickmesh.node.replication_link import LinkOptions
+from tickmesh.ops.bench_rdma import bench_rdma
 from tickmesh.transports import rdma
 from tickmesh.transports.ring import Reader, Ring
 
@@ -399,3 +400,11 @@ def test_without_a_device_a_link_stays_on_tcp(tmp_path: Path) -> None:
         assert time.monotonic() - begun < LIMIT_S
         both.finish()
     assert same_journals
+
+
+def test_the_benchmark_takes_every_output_once() -> None:
+    pair_of_devices()
+    result = bench_rdma(rounds=1, records=2048, outputs=50)
+    assert result["ring_records_s"] > 0
+    assert 0 < result["to_subscriber_ns"]["p50"] <= result["to_subscriber_ns"]["p99"]
+    assert [line.partition(" ")[0] for line in result["lines"]] == ["RDMA", "RDMA,"]

@@ -455,7 +455,8 @@ def test_journal_verify_names_the_damaged_place(journal: Path) -> None:
 
 def test_bench_report_from_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ring = {"tickmesh": 4.0, "g++": 3.9, "ratio": {"g++": 1.02}}
-    result = {"throughput_ns": ring, "round_trip_p50_ns": ring, "round_trip_p99_ns": ring, "skipped": {"clang++": "not installed"}}
+    result = {"throughput_ns": ring, "round_trip_p50_ns": ring, "round_trip_p99_ns": ring}
+    result |= {"lines": ["how it lies"], "skipped": {"clang++": "not installed"}}
     monkeypatch.setattr("tickmesh.ops.bench_ring.bench_ring", lambda **_: result)
     monkeypatch.setattr("tickmesh.ops.bench_delivery.bench_delivery", lambda **_: 1 / 0)
     monkeypatch.delenv("TICKMESH_DEBUG", raising=False)
@@ -469,7 +470,7 @@ def test_bench_report_from_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert report["rows"][0]["ratio"] == pytest.approx(1 / 1.02)
     assert report["skipped"] == {"ring, clang++": "not installed", "delivery": "division by zero"}
     assert report["machine"] == machine() | {"load": report["machine"]["load"]}
-    assert "left out: delivery: division by zero" in out
+    assert "\nhow it lies\nleft out: ring, clang++: not installed\nleft out: delivery: division by zero" in out
     assert out == report_text(report) + "\n"
     assert run("bench", "delivery")[0] == 1
 
